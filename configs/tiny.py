@@ -1,0 +1,16 @@
+"""A multi-token model of code that trains in minutes on two CPU cores.
+
+paper        Gloeckle et al. 2024 (arXiv:2404.19737): four parallel futures, one block each, equal parameters
+command      python -m mtp_jax train --config=configs/tiny.py --workdir=runs/tiny
+"""
+from mtp_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+
+
+def get_config():
+  return Config(
+      model=ModelConfig(width=192, layers=8, heads=6, kv_heads=2, head_width=32, feed_forward=512, futures=4, head_batch=4, remat='none'),
+      objective=ObjectiveConfig(chunk=256),
+      data=DataConfig(length=256),
+      optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, final_ratio=0.1),
+      train=TrainConfig(steps=400, batch=16, evaluate_every=200, checkpoint_every=200),
+  ).to_config_dict()

@@ -1,0 +1,248 @@
+"""python -m mtp_jax COMMAND: train, evaluate, generate, inspect and measure.
+
+Exit codes: 0 done; 1 the run failed; 2 bad input, one line says what to mend; 130 and 143: interrupted by Ctrl-C or SIGTERM,
+after saving a checkpoint to resume from.
+"""
+import time
+
+STARTED = time.perf_counter()
+
+import dataclasses
+import json
+import os
+import sys
+import typing
+from collections.abc import Callable
+
+from absl import flags
+from ml_collections import config_flags
+
+from mtp_jax import config as schema
+from mtp_jax.config import BadInput, Config
+
+CONFIG = ('config', None, 'the experiment, such as configs/tiny.py; --config.section.field=value changes a field')
+WORKDIR = ('workdir', None, 'folder of the run')
+STEP = ('step', -1, 'step of the checkpoint; -1 is the newest')
+JSON = ('json', False, 'print one JSON object on the last line')
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  run: Callable
+  summary: str
+  flags: tuple
+  example: str
+
+
+def train(f) -> int:
+  """Starts, or resumes where the newest checkpoint in --workdir stands."""
+  config = _config(f)
+  _need(f, 'workdir')
+  first, _, last = f.profile_steps.partition(':')
+  if f.profile_steps and not (first.isdigit() and last.isdigit() and 0 < int(first) < int(last)):
+    raise BadInput(f'--profile_steps={f.profile_steps}: must be a:b with 0 < a < b, the steps a to b-1')
+  from mtp_jax.train import NotFinite, fit
+  try:
+    outcome = fit(config, f.workdir, range(int(first), int(last)) if f.profile_steps else range(0))
+  except NotFinite as error:
+    print(f'mtp_jax: {error}', file=sys.stderr)
+    return 1
+  _report(f, {'step': outcome.step, 'validation': outcome.validation, 'signal': outcome.signal},
+          [f'step {outcome.step} of {config.train.steps}, checkpoint in {f.workdir}' + (f'; stopped by signal {outcome.signal}, run the same command to resume' if outcome.signal else '')])
+  return 128 + outcome.signal if outcome.signal else 0
+
+
+def evaluate(f) -> int:
+  """On held-out documents: nats, accuracy and count of each future, bits per byte of future 0."""
+  lm = _load(f)
+  if lm.prepared.fingerprint != lm.record['fingerprint']:
+    print(f"note: the documents here differ from those of the training run, so some held-out ones may have been trained on", file=sys.stderr)
+  found = lm.evaluate(f.rows or None)
+  table = [(m, f'{nats:.4f}', f'{accuracy:.4f}', count) for m, (nats, accuracy, count) in enumerate(zip(found['nats'], found['accuracy'], found['count']))]
+  _report(f, {'step': lm.step, **found}, [*_table(('future', 'nats', 'accuracy', 'count'), table), f'bits per byte of future 0: {found["bits_per_byte"]:.4f}'])
+  return 0
+
+
+def generate(f) -> int:
+  """Continues --prompt; the text does not depend on --draft, only the number of forwards does."""
+  if f.prompt is None:
+    raise BadInput("--prompt: missing; such as --prompt='def main():'")
+  lm = _load(f)
+  found = lm.generate(f.prompt, f.max_tokens, None if f.draft < 0 else f.draft, f.temperature, f.seed)
+  values = {'text': found.text[0], 'tokens': found.tokens, 'forwards': found.forwards, 'tokens_per_forward': found.tokens_per_forward,
+            'seconds': found.seconds, 'acceptance': found.acceptance}
+  _report(f, values, [f.prompt + found.text[0], '', f'{found.tokens} tokens in {found.forwards} forwards: {found.tokens_per_forward:.2f} tokens per forward, '
+                      f'{found.seconds:.2f} s with compilation'])
+  return 0
+
+
+def inspect(f) -> int:
+  """What a checkpoint, or a config, holds and costs: parameters and FLOPs by part, beside its next-token twin's."""
+  import jax
+  from mtp_jax import metrics, model
+  if (f.workdir is None) == (f.config is None):
+    raise BadInput('inspect: pass either --workdir=DIR or --config=FILE')
+  lm = _load(f) if f.workdir else None
+  config = lm.config if lm else _config(f)
+  shapes = lambda c: jax.eval_shape(lambda key: model.Model(c, key), jax.random.key(0))
+  own, twin = shapes(config.model), shapes(dataclasses.replace(config.model, futures=1, head_batch=1, share_modules=False))
+  values = {'step': lm.step if lm else 0, 'parameters': metrics.parameters(own), 'flops_per_token': metrics.flops_per_token(own, config.data.length),
+            'twin': {'parameters': metrics.parameters(twin), 'flops_per_token': metrics.flops_per_token(twin, config.data.length)},
+            'conventions': model.conventions(config.model), 'parameters_sha256': metrics.parameters_sha256(lm.model) if lm else None,
+            'config': config.to_dict()}
+  parts = [(part, f'{values["parameters"][part]:,}', f'{values["flops_per_token"].get(part, 0):,}', f'{values["twin"]["parameters"][part]:,}',
+            f'{values["twin"]["flops_per_token"].get(part, 0):,}') for part in values['parameters']]
+  lines = [f'step {values["step"]}', *_table(('part', 'parameters', 'FLOPs/token', 'twin parameters', 'twin FLOPs/token'), parts),
+           'FLOPs of the forward and backward pass; the twin is the same model with one future', '',
+           *(f'{key}: {value}' for key, value in values['conventions'].items())]
+  _report(f, values, lines + ([f'parameters SHA-256: {values["parameters_sha256"]}'] if lm else []))
+  return 0
+
+
+def benchmark_train(f) -> int:
+  """Steps of a config: seconds, tokens/s, and model-FLOP utilisation against the machine's own matmul, measured in the same run."""
+  config = _config(f)
+  from mtp_jax import benchmark
+  found = benchmark.train(config, f.steps, STARTED)
+  _report(f, found, [f'{key}: {value:,.4g}' for key, value in found.items()])
+  return 0
+
+
+def benchmark_decode(f) -> int:
+  """Held-out prompts, every draft length in alternation: tokens per forward and speed-up over plain autoregression."""
+  lm = _load(f)
+  from mtp_jax import benchmark
+  found = benchmark.decode(lm, f.prompts, f.prompt_tokens, f.max_tokens, f.repeats)
+  lines = _table(('draft', 'tokens/forward', 'speed-up', 'overhead/step', 'tokens/s', 'acceptance by depth'),
+                 [(d['draft'], f'{d["tokens_per_forward"]:.2f}', f'{d["speed_up"]:.2f}', f'{d["overhead"]:.2f}', f'{d["tokens_per_second"]:,.0f}',
+                   ' '.join(f'{a:.2f}' for a in d['acceptance'])) for d in found['drafts']])
+  sample = found['sample']
+  _report(f, found, [f'{f.prompts} held-out prompts of {f.prompt_tokens} tokens, {f.max_tokens} new tokens each, one at a time, greedy; the texts are equal', *lines, '',
+                     'a sample, from the bar on:', sample['prompt'][-200:] + '|' + sample['text'][:300]])
+  return 0
+
+
+COMMANDS = {
+    'train': Command(train, 'pretrain, or resume', (CONFIG, WORKDIR, ('profile_steps', '', 'a:b writes a jax.profiler trace of the steps a to b-1'), JSON),
+                     'train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=200'),
+    'evaluate': Command(evaluate, 'held-out nats, accuracy, bits per byte', (WORKDIR, STEP, ('rows', 0, 'only the first rows; 0 is all'), JSON), 'evaluate --workdir=runs/tiny'),
+    'generate': Command(generate, 'continue a prompt, drafting with the futures', (WORKDIR, STEP, ('prompt', None, 'text to continue'), ('max_tokens', 256, 'new tokens at most'),
+                        ('draft', -1, 'futures that draft: 0 is plain autoregression, -1 all'), ('temperature', 0.0, '0 is greedy'), ('seed', 0, 'of the sampling'), JSON),
+                        "generate --workdir=runs/tiny --prompt='def main():' --max_tokens=200"),
+    'inspect': Command(inspect, 'parameters, FLOPs, conventions, digest', (WORKDIR, STEP, CONFIG, JSON), 'inspect --config=configs/tiny.py'),
+    'benchmark train': Command(benchmark_train, 'speed and utilisation of the train step', (CONFIG, ('steps', 20, 'steps timed'), JSON), 'benchmark train --config=configs/tiny.py'),
+    'benchmark decode': Command(benchmark_decode, 'speed-up by draft length', (WORKDIR, STEP, ('prompts', 8, 'held-out prompts'), ('prompt_tokens', 128, 'tokens of each'),
+                                ('max_tokens', 128, 'new tokens of each'), ('repeats', 3, 'timed runs of each draft length; the median counts'), JSON),
+                                'benchmark decode --workdir=runs/tiny'),
+}
+
+
+def main(arguments: list[str]) -> int:
+  try:
+    return _run(arguments)
+  except BadInput as error:
+    print(f'mtp_jax: {error}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('mtp_jax: interrupted', file=sys.stderr)
+    return 130
+
+
+def _run(arguments: list[str]) -> int:
+  words = 2 if arguments[:1] == ['benchmark'] and arguments[1:2] and not arguments[1].startswith('-') else 1
+  name, rest = ' '.join(arguments[:words]), arguments[words:]
+  if name in ('', '--help', '-h', 'help') or (name == 'benchmark'):
+    print(_overview())
+    return 0
+  if name not in COMMANDS:
+    raise BadInput(f'{name}: no such command; {schema.nearest(name, COMMANDS)}')
+  command = COMMANDS[name]
+  if '--help' in rest or '-h' in rest:
+    print(_help(name, command))
+    return 0
+  values = flags.FlagValues()
+  for flag, default, meaning in command.flags:
+    if flag == 'config':
+      _check_overrides(rest)
+      config_flags.DEFINE_config_file(flag, default, meaning, flag_values=values, lock_config=True)
+    else:
+      define = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float}.get(type(default), flags.DEFINE_string)
+      define(flag, default, meaning, flag_values=values)
+  known = [flag for flag, *_ in command.flags]
+  for argument in rest:
+    flag = argument.lstrip('-').partition('=')[0].partition('.')[0]
+    if argument.startswith('-') and flag not in known and flag.removeprefix('no') not in known:
+      raise BadInput(f'{argument}: {name} has no such flag; {schema.nearest(flag, known)}')
+  try:
+    extra = values([name, *rest])[1:]
+  except (flags.Error, OSError, ValueError, TypeError) as error:
+    raise BadInput(' '.join(str(error).split())) from None
+  if extra:
+    raise BadInput(f'{extra[0]}: not expected here; flags are written --name=value')
+  return command.run(values)
+
+
+def _check_overrides(arguments: list[str]) -> None:
+  """Names of --config.section.field=value, and the config file, before anything is loaded."""
+  for argument in arguments:
+    flag, _, value = argument.lstrip('-').partition('=')
+    if flag.removeprefix('no').startswith('config.'):
+      schema.check_name(flag.removeprefix('no').removeprefix('config.'))
+    if flag == 'config':
+      path = value.partition(':')[0]
+      if not os.path.isfile(path):
+        folder = os.path.dirname(path) or '.'
+        there = sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith('.py')) if os.path.isdir(folder) else []
+        raise BadInput(f'--config={path}: no such file' + (f'; {schema.nearest(path, there)}' if there else ''))
+
+
+def _config(f) -> Config:
+  _need(f, 'config')
+  try:
+    values = f.config
+  except OSError as error:
+    raise BadInput(f'--config: {" ".join(str(error).split())}') from None
+  return Config.from_dict(values.to_dict())
+
+
+def _need(f, flag: str) -> None:
+  if f[flag].value is None:
+    raise BadInput(f'--{flag}: missing; see --help')
+
+
+def _load(f):
+  _need(f, 'workdir')
+  from mtp_jax import checkpoint
+  checkpoint.metadata(f.workdir, None if f.step < 0 else f.step)  # complains before JAX starts
+  from mtp_jax.lm import load
+  return load(f.workdir, None if f.step < 0 else f.step)
+
+
+def _report(f, values: dict, lines: list[str]) -> None:
+  print(json.dumps(values) if f.json else '\n'.join(lines))
+
+
+def _table(head, rows) -> list[str]:
+  cells = [[str(cell) for cell in row] for row in [head, *rows]]
+  widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+  return ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
+
+
+def _overview() -> str:
+  rows = _table(('command', ''), [(name, command.summary) for name, command in COMMANDS.items()])[1:]
+  return '\n'.join(['python -m mtp_jax COMMAND [--flag=value ...]', '', *('  ' + row for row in rows), '', 'python -m mtp_jax COMMAND --help tells its flags.'])
+
+
+def _help(name: str, command: Command) -> str:
+  rows = _table(('', '', ''), [(f'--{flag}', '' if default in (None, '') else f'[{default}]', meaning) for flag, default, meaning in command.flags])[1:]
+  lines = [f'python -m mtp_jax {name}: {command.summary}', '', command.run.__doc__, '', *('  ' + row for row in rows), '', f'python -m mtp_jax {command.example}']
+  if name == 'train':
+    fields = []
+    for section, kind in typing.get_type_hints(Config).items():
+      fields += [(f'--config.{section}.{field.name}', f'[{field.default}]', field.metadata['meaning']) for field in dataclasses.fields(kind)]
+    lines += ['', 'fields of a config, with the defaults that a config file may change:', '', *('  ' + row for row in _table(('', '', ''), fields)[1:])]
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

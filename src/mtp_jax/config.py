@@ -1,0 +1,258 @@
+"""The schema of an experiment: six frozen sections, each field with its default and one line of meaning.
+
+A config file is an experiment: `configs/*.py` defines `get_config()`, which returns `Config(...).to_config_dict()`, so that
+`--config.model.layers=12` works. At the door it becomes a `Config` again, and `Config` checks itself: a wrong name, type or
+combination raises `BadInput` with one line that says what, where and how to mend it. Nothing here imports JAX.
+"""
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Mapping
+
+import ml_collections
+
+
+class BadInput(ValueError):
+  """What a user can mend: one line naming the field or file, its value and the fix. The command line exits with code 2."""
+
+
+def nearest(name: str, names) -> str:
+  """'; did you mean 'layers'?', or the list of names when none is near."""
+  close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+  return f"did you mean '{close[0]}'?" if close else f'valid names: {", ".join(names)}'
+
+
+def _field(default, meaning: str):
+  return dataclasses.field(default=default, metadata={'meaning': meaning})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A decoder trunk and its futures (Gloeckle et al. 2024, arXiv:2404.19737; DeepSeek-V3, arXiv:2412.19437)."""
+  vocab: int = _field(264, 'V: rows of the embedding, at least the size of the tokenizer')
+  width: int = _field(128, 'D: the residual stream')
+  layers: int = _field(8, 'transformer blocks on the way of one prediction, see placement')
+  heads: int = _field(4, 'H: query heads')
+  kv_heads: int = _field(2, 'G: key and value heads, shared by H/G query heads each')
+  head_width: int = _field(32, 'K: width of one head, even')
+  feed_forward: int = _field(352, 'F: hidden width of SwiGLU')
+  futures: int = _field(4, 'M: predictions at each position; 1 is the plain language model')
+  kind: str = _field('parallel', 'parallel: independent heads (Gloeckle); sequential: a causal chain of modules (DeepSeek-V3)')
+  placement: str = _field('matched', 'matched: extra futures take their blocks from the trunk; appended: the trunk keeps them')
+  share_modules: bool = _field(False, 'sequential: one module, applied recursively, instead of M-1')
+  hidden_input: str = _field('post_norm', "sequential: modules read the previous state after its norm (post_norm) or before (pre_norm)")
+  head_batch: int = _field(1, 'parallel: how many futures run at once; must divide M')
+  qk_norm: bool = _field(False, 'RMSNorm of every query and key head before the rotary embedding')
+  rope_base: float = _field(10_000.0, 'wavelength base of the rotary embedding')
+  norm_epsilon: float = _field(1e-6, 'added to the mean square in RMSNorm')
+  tie_embeddings: bool = _field(False, 'use the embedding as unembedding')
+  dtype: str = _field('float32', 'compute type: float32 or bfloat16; parameters are always float32')
+  remat: str = _field('full', 'what a block recomputes in the backward pass: none, dots (all but matmuls) or full')
+
+  @property
+  def modules(self) -> int:
+    """Blocks stacked as futures: M parallel heads, or the sequential modules that hold weights of their own."""
+    if self.kind == 'parallel':
+      return self.futures
+    return min(1, self.futures - 1) if self.share_modules else self.futures - 1
+
+  @property
+  def trunk_layers(self) -> int:
+    """N: blocks in the trunk. A parallel model's first head is the last block on the way of the next token."""
+    if self.placement == 'matched':
+      return self.layers - self.modules
+    return self.layers - (self.kind == 'parallel')
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+  weights: tuple[float, ...] = _field((1.0,), 'weight of each future in the loss; the last one repeats')
+  chunk: int = _field(128, 'positions whose logits are alive at once; must divide length / context')
+
+  def weights_M(self, futures: int) -> tuple[float, ...]:
+    return (self.weights + self.weights[-1:] * futures)[:futures]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  paths: tuple[str, ...] = _field((), "text files or directories of them; () is the Python standard library's own source")
+  tokenizer: str = _field('bytes', 'bytes, or the path of a SentencePiece model file')
+  length: int = _field(256, 'L: input tokens of a row; a row holds M more, so that every future has a target')
+  validation_share: float = _field(0.05, 'share of the documents held out, chosen by a hash of their path')
+  seed: int = _field(0, 'order of the rows; another order each epoch')
+  cache: str = _field('~/.cache/mtp_jax', 'where token shards are kept, a folder for each fingerprint')
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW (arXiv:1711.05101) with linear warm-up; defaults of Gloeckle et al. Table S13."""
+  learning_rate: float = _field(3e-4, 'peak')
+  warmup_steps: int = _field(100, 'linear from 0')
+  schedule: str = _field('cosine', 'cosine, or wsd: warm-up, stable, linear decay')
+  decay_share: float = _field(0.2, 'wsd: share of the steps spent decaying')
+  final_ratio: float = _field(0.03, 'learning rate at the end / peak')
+  b1: float = _field(0.9, 'decay of the first moment')
+  b2: float = _field(0.95, 'decay of the second moment')
+  epsilon: float = _field(1e-8, "Adam's epsilon")
+  weight_decay: float = _field(0.1, 'decoupled; on matrices, never on vectors')
+  clip: float = _field(1.0, 'largest global norm of the gradient')
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  steps: int = _field(1000, 'optimizer steps in all')
+  batch: int = _field(32, 'B: rows in a step, over all devices')
+  accumulate: int = _field(1, 'microbatches a step is computed in, exactly')
+  seed: int = _field(0, 'initial parameters')
+  log_every: int = _field(10, 'steps between two lines of the log')
+  evaluate_every: int = _field(200, 'steps between validations; 0: only at the end')
+  evaluate_rows: int = _field(64, 'rows of a validation during training')
+  checkpoint_every: int = _field(200, 'steps between checkpoints; one is also saved at the end')
+  checkpoints_kept: int = _field(3, 'newest checkpoints kept')
+  skipped_allowed: int = _field(10, 'non-finite steps in a row after which the run stops')
+  tensorboard: bool = _field(True, 'write TensorBoard event files beside the log')
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each axis of the mesh; their product must not exceed the devices there are."""
+  data: int = _field(1, 'batch; parameters replicated')
+  fsdp: int = _field(1, 'batch; parameters and moments sharded')
+  context: int = _field(1, 'length')
+  tensor: int = _field(1, 'heads, feed-forward and vocabulary')
+  expert: int = _field(1, 'experts')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """An experiment. Building one checks it; see `from_dict` for the way back from ml_collections or JSON.
+
+  Raises:
+    BadInput: naming the field, its value and the fix.
+  """
+  model: ModelConfig = ModelConfig()
+  objective: ObjectiveConfig = ObjectiveConfig()
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  train: TrainConfig = TrainConfig()
+  mesh: MeshConfig = MeshConfig()
+
+  def __post_init__(self):
+    _check(self)
+
+  def to_dict(self) -> dict:
+    return dataclasses.asdict(self)
+
+  def to_config_dict(self) -> ml_collections.ConfigDict:
+    """Locked, so that an unknown name cannot slip in."""
+    return ml_collections.ConfigDict(self.to_dict()).lock()
+
+  @classmethod
+  def from_dict(cls, values: Mapping) -> 'Config':
+    """From a `ConfigDict`, or from JSON (whose lists become tuples)."""
+    return cls(**{name: _section(kind, values.get(name, {}), name) for name, kind in typing.get_type_hints(cls).items()
+                  } | {name: check_name(name) for name in values if name not in SECTIONS})
+
+
+SECTIONS = {f.name: f.type for f in dataclasses.fields(Config)}
+
+
+def check_name(path: str) -> None:
+  """Raises BadInput unless `path` ('model.layers') is a field, naming the nearest one."""
+  section, _, name = path.partition('.')
+  if section not in SECTIONS:
+    everywhere = [s for s, kind in SECTIONS.items() if section in {f.name for f in dataclasses.fields(kind)}]
+    hint = f"did you mean '{everywhere[0]}.{section}'?" if everywhere and not name else nearest(section, SECTIONS)
+    raise BadInput(f'config.{path}: no such section; {hint}')
+  names = [f.name for f in dataclasses.fields(SECTIONS[section])]
+  if name not in names:
+    raise BadInput(f'config.{path}: {"a section, set its fields" if not name else "no such field"}; {nearest(name, names)}')
+
+
+def _section(kind, values: Mapping, section: str):
+  hints, typed = typing.get_type_hints(kind), {}
+  for name, value in values.items():
+    check_name(f'{section}.{name}')
+    typed[name] = _typed(hints[name], value, f'config.{section}.{name}')
+  return kind(**typed)
+
+
+def _typed(kind, value, where: str):
+  if typing.get_origin(kind) is tuple:
+    if not isinstance(value, (tuple, list)):
+      raise BadInput(f'{where}={value!r}: must be a tuple, such as ({value!r},)')
+    return tuple(_typed(typing.get_args(kind)[0], v, where) for v in value)
+  if kind is float and type(value) is int:
+    return float(value)
+  if type(value) is not kind:
+    raise BadInput(f'{where}={value!r}: must be of type {kind.__name__}, not {type(value).__name__}')
+  return value
+
+
+def _check(c: Config) -> None:
+  """Ranges of single fields, then the rules across sections."""
+  m, o, d, p, t, x = c.model, c.objective, c.data, c.optimizer, c.train, c.mesh
+
+  def need(ok: bool, field: str, fix: str):
+    if not ok:
+      section, name = field.split('.')
+      raise BadInput(f'config.{field}={getattr(getattr(c, section), name)!r}: {fix}')
+
+  def divides(whole: str, part: str):
+    a, b = (getattr(getattr(c, s), n) for s, n in (whole.split('.'), part.split('.')))
+    need(a % b == 0, whole, f'must be a multiple of config.{part}={b}, such as {max(1, a // b) * b}')
+
+  for section in SECTIONS:
+    values = getattr(c, section)
+    for f in dataclasses.fields(values):
+      value = getattr(values, f.name)
+      if isinstance(value, float):
+        need(math.isfinite(value), f'{section}.{f.name}', 'must be finite')
+  for field in ('model.vocab model.width model.layers model.heads model.kv_heads model.head_width model.feed_forward model.futures '
+                'model.head_batch objective.chunk data.length train.steps train.batch train.accumulate train.log_every '
+                'train.evaluate_rows train.checkpoint_every train.checkpoints_kept train.skipped_allowed '
+                'mesh.data mesh.fsdp mesh.context mesh.tensor mesh.expert').split():
+    section, name = field.split('.')
+    need(getattr(getattr(c, section), name) >= 1, field, 'must be at least 1')
+  for field, choices in {'model.kind': ('parallel', 'sequential'), 'model.placement': ('matched', 'appended'),
+                         'model.hidden_input': ('post_norm', 'pre_norm'), 'model.dtype': ('float32', 'bfloat16'),
+                         'model.remat': ('none', 'dots', 'full'), 'optimizer.schedule': ('cosine', 'wsd')}.items():
+    section, name = field.split('.')
+    value = getattr(getattr(c, section), name)
+    need(value in choices, field, nearest(value, choices))
+
+  need(m.head_width % 2 == 0, 'model.head_width', 'must be even for the rotary embedding')
+  need(m.rope_base > 1, 'model.rope_base', 'must be above 1')
+  need(m.norm_epsilon > 0, 'model.norm_epsilon', 'must be positive')
+  need(m.trunk_layers >= 1, 'model.layers', f'leaves no trunk: {m.modules} of them are futures; set at least {m.layers - m.trunk_layers + 1}')
+  need(not m.share_modules or m.kind == 'sequential', 'model.share_modules', "parallel futures are independent; set config.model.kind='sequential'")
+  divides('model.heads', 'model.kv_heads')
+  if m.kind == 'parallel':
+    divides('model.futures', 'model.head_batch')
+  need(len(o.weights) >= 1 and len(o.weights) <= m.futures, 'objective.weights', f'needs 1 to {m.futures} numbers, one a future; the last one repeats')
+  need(all(math.isfinite(w) and w >= 0 for w in o.weights) and any(o.weights), 'objective.weights', 'must be finite, not negative, and not all 0')
+
+  need(0 < d.validation_share < 1, 'data.validation_share', 'must lie between 0 and 1')
+  need(d.seed >= 0, 'data.seed', 'must not be negative')
+  need(t.seed >= 0, 'train.seed', 'must not be negative')
+  need(t.evaluate_every >= 0, 'train.evaluate_every', 'must not be negative; 0 validates only at the end')
+  need(p.learning_rate > 0, 'optimizer.learning_rate', 'must be positive')
+  need(0 <= p.warmup_steps < t.steps, 'optimizer.warmup_steps', f'must be at least 0 and below config.train.steps={t.steps}')
+  need(p.schedule == 'cosine' or p.warmup_steps + p.decay_share * t.steps <= t.steps, 'optimizer.decay_share', 'warm-up and decay do not fit into the steps')
+  for name in ('b1', 'b2'):
+    need(0 <= getattr(p, name) < 1, f'optimizer.{name}', 'must be at least 0 and below 1')
+  for name in ('decay_share', 'final_ratio'):
+    need(0 <= getattr(p, name) <= 1, f'optimizer.{name}', 'must lie between 0 and 1')
+  for name in ('epsilon', 'clip'):
+    need(getattr(p, name) > 0, f'optimizer.{name}', 'must be positive')
+  need(p.weight_decay >= 0, 'optimizer.weight_decay', 'must not be negative')
+
+  rows = x.data * x.fsdp
+  divides('train.batch', 'train.accumulate')
+  need(t.batch // t.accumulate % rows == 0, 'train.batch', f'a microbatch must be a multiple of data x fsdp = {rows} rows, such as {-(-t.batch // (rows * t.accumulate)) * rows * t.accumulate} in all')
+  need(t.evaluate_rows % rows == 0, 'train.evaluate_rows', f'must be a multiple of data x fsdp = {rows}')
+  divides('data.length', 'mesh.context')
+  need(d.length // x.context % o.chunk == 0, 'objective.chunk', f'must divide config.data.length / config.mesh.context = {d.length // x.context}')
+  for axis, field in (('fsdp', 'width'), ('tensor', 'heads'), ('tensor', 'kv_heads'), ('tensor', 'feed_forward'), ('tensor', 'vocab')):
+    divides(f'model.{field}', f'mesh.{axis}')

@@ -1,0 +1,206 @@
+"""Decoding with a cache: the futures draft, the next forward verifies, and drafts again.
+
+Each pass of the loop runs the trunk on the last known token and K drafts after it (Stern et al. 2018, arXiv:1811.03115,
+section 4; K = 0 is plain autoregression). Future 0 says which token follows each of them. Drafts are accepted while they
+equal what future 0 says; then comes one token of its own. So every token is future 0's, and the output is that of plain
+autoregression, token for token.
+
+With a temperature, a token is argmax(logits / temperature + Gumbel noise), a sample of the model's law, and the noise
+depends only on the row's seed and the position. Drafts use the same noise, so they often agree, and the output is again that
+of autoregression at the same seed.
+
+Rows have prompts of unequal length, kept left-aligned: a row's slot s in a cache is its position s. What a rejected draft left
+in a cache lies past the last known token, where no query looks until it has been written anew: nothing is rolled back.
+"""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.layers import Cache, write
+from mtp_jax.model import Model
+from mtp_jax.sharding import einsum
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """What decoding keeps of the tokens so far.
+
+  trunk: a Cache with a leading axis N. futures: a Cache with a leading axis, parallel: futures 0..K, sequential: modules 1..K.
+  state_BSD: h^0 of every position, which the sequential modules start from; no slots in a parallel model.
+  """
+  trunk: Cache
+  futures: Cache
+  state_BSD: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """The loop's state. tokens_BS: int32; depth_BS: 0 where future 0 spoke, m where a draft of future m was accepted."""
+  memory: Memory
+  tokens_BS: jax.Array
+  depth_BS: jax.Array
+  length_B: jax.Array    # tokens known
+  done_B: jax.Array
+  drafts_BK: jax.Array   # of the tokens after those known
+  forwards_B: jax.Array  # passes in which the row took part
+  accepted_BK: jax.Array  # passes in which its draft k+1 was accepted
+
+
+@functools.partial(jax.jit, static_argnames=('slots', 'draft', 'sample'))
+def generate(model: Model, prompts_BP, length_B, limit_B, seed_B, temperature, allowed_V, eos, *, slots: int, draft: int, sample: bool) -> Progress:
+  """Continues every row up to `limit_B` tokens or its first eos.
+
+  Args:
+    prompts_BP: int32, prompts left-aligned.
+    length_B: int32 >= 1, tokens of each prompt.
+    limit_B: int32, tokens of each row in all; a row whose limit is its length does nothing.
+    seed_B: uint32, one a row. temperature: float; both matter only when `sample`.
+    allowed_V: bool, ids that may be emitted.
+    eos: int32, the id that ends a row.
+    slots: S, positions a cache holds: at least the longest limit.
+    draft: K, how many futures draft, 0..M-1.
+
+  Returns:
+    The Progress at the end. The pass over the prompt is not among `forwards_B`.
+  """
+  B, P = prompts_BP.shape
+  choose = functools.partial(_choose, seed_B=seed_B, temperature=temperature, allowed_V=allowed_V, sample=sample)
+  tokens_BS = jnp.pad(prompts_BP, ((0, 0), (0, slots - P)))
+  memory = _prefill(model, prompts_BP, slots, draft)
+  start = Progress(memory, tokens_BS, jnp.zeros((B, slots), jnp.int32), length_B, length_B >= limit_B, jnp.zeros((B, draft), jnp.int32),
+                   jnp.zeros(B, jnp.int32), jnp.zeros((B, draft), jnp.int32))
+  return jax.lax.while_loop(lambda p: ~jnp.all(p.done_B), functools.partial(_advance, model, choose, limit_B, eos), start)
+
+
+def _advance(model: Model, choose, limit_B, eos, p: Progress) -> Progress:
+  """One forward: verify the drafts, emit what is accepted and one token more, draft again."""
+  B, K = p.drafts_BK.shape
+  ahead_T = jnp.arange(K + 1)
+  last_B1 = (p.length_B - 1)[:, None]
+  block_BT = jnp.concatenate([jnp.take_along_axis(p.tokens_BS, last_B1, 1), p.drafts_BK], 1)
+  positions_BT = last_B1 + ahead_T
+  z_BTD, logits_BTV, memory = _verify(model, block_BT, positions_BT, p.memory)
+  own_BT = choose(logits_BTV, positions_BT + 1)
+
+  agree_BK = jnp.cumprod(p.drafts_BK == own_BT[:, :-1], 1)
+  accepted_B = jnp.sum(agree_BK, 1)
+  offered_BT = (ahead_T <= accepted_B[:, None]) & (positions_BT + 1 < limit_B[:, None]) & ~p.done_B[:, None]
+  ends_BT = offered_BT & (own_BT == eos)
+  emitted_BT = offered_BT & (jnp.cumsum(ends_BT, 1) - ends_BT == 0)
+  slots_BT = jnp.where(emitted_BT, positions_BT + 1, p.tokens_BS.shape[1])
+  tokens_BS = write(p.tokens_BS, own_BT, slots_BT)
+  depth_BS = write(p.depth_BS, jnp.where(ahead_T < accepted_B[:, None], ahead_T + 1, 0), slots_BT)
+  length_B = p.length_B + jnp.sum(emitted_BT, 1)
+
+  if K == 0:
+    drafts_BK = p.drafts_BK
+  elif model.config.kind == 'parallel':
+    drafts_BK, memory = _draft_parallel(model, choose, K, z_BTD, positions_BT, accepted_B[:, None], memory)
+  else:
+    drafts_BK, memory = _draft_sequential(model, choose, K, tokens_BS, length_B[:, None] - 2, memory)
+  live_B = ~p.done_B
+  return Progress(memory, tokens_BS, depth_BS, length_B, p.done_B | jnp.any(ends_BT & emitted_BT, 1) | (length_B >= limit_B), drafts_BK,
+                  p.forwards_B + live_B, p.accepted_BK + agree_BK * emitted_BT[:, :K])
+
+
+def _choose(logits_BTV, positions_BT, *, seed_B, temperature, allowed_V, sample: bool):
+  """The token of each position: the argmax, or a sample by Gumbel noise keyed by row and position. int32[B, T]."""
+  logits_BTV = jnp.where(allowed_V, logits_BTV, -jnp.inf)
+  if sample:
+    noise = lambda seed, position: jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), allowed_V.shape)
+    logits_BTV = logits_BTV / temperature + jax.vmap(jax.vmap(noise, (None, 0)))(seed_B, positions_BT)
+  return jnp.argmax(logits_BTV, -1).astype(jnp.int32)
+
+
+def logits(model: Model, h_BLD):
+  """float32[B, L, V]."""
+  return einsum('BLD,VD->BLV', h_BLD, model.unembedding(), preferred_element_type=jnp.float32)
+
+
+def _take(stacked, index):
+  return jax.tree.map(lambda x: x[index], stacked)
+
+
+def _write(block, x_BTD, positions_BT, cache: Cache) -> Cache:
+  return cache.write(*block.keys_values(x_BTD, positions_BT), positions_BT)
+
+
+def _prefill(model: Model, tokens_BP, S: int, K: int) -> Memory:
+  """Runs the prompts, and what fills them up, through every cache."""
+  c = model.config
+  B, P = tokens_BP.shape
+  stacked = lambda n: jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), Cache.empty(c, B, S))
+  positions_BP = jnp.broadcast_to(jnp.arange(P), (B, P))
+  trunk = stacked(c.trunk_layers)
+  z_BPD, trunk = model.run_trunk(model.embed(tokens_BP), positions_BP, trunk.mask(positions_BP), trunk)
+  if c.kind == 'parallel':
+    futures = jax.vmap(_write, (0, None, None, 0))(_take(model.futures, slice(K + 1)), z_BPD, positions_BP, stacked(K + 1))
+    return Memory(trunk, futures, jnp.zeros((B, 0, c.width), z_BPD.dtype))
+  h_BPD = _chain_input(model, z_BPD)
+  futures, _ = _chain(model, h_BPD, tokens_BP, positions_BP, stacked(K), lambda k, h_B1D, tokens_BP: tokens_BP)
+  return Memory(trunk, futures, jnp.pad(h_BPD, ((0, 0), (0, S - P), (0, 0))))
+
+
+def _verify(model: Model, tokens_BT, positions_BT, memory: Memory):
+  """Future 0 on new tokens: (trunk's state, logits, memory)."""
+  mask_BTS = memory.trunk.mask(positions_BT)
+  z_BTD, trunk = model.run_trunk(model.embed(tokens_BT), positions_BT, mask_BTS, memory.trunk)
+  if model.config.kind == 'sequential':
+    state_BSD = write(memory.state_BSD, _chain_input(model, z_BTD), positions_BT)
+    return z_BTD, logits(model, model.norm(z_BTD)), Memory(trunk, memory.futures, state_BSD)
+  x_BTD, first = _take(model.futures, 0)(z_BTD, positions_BT, mask_BTS, _take(memory.futures, 0))
+  futures = jax.tree.map(lambda all, one: all.at[0].set(one), memory.futures, first)
+  return z_BTD, logits(model, model.norm(x_BTD)), Memory(trunk, futures, memory.state_BSD)
+
+
+def _draft_parallel(model: Model, choose, K: int, z_BTD, positions_BT, at_B1, memory: Memory):
+  """Futures 1..K write all new positions and read at the last accepted one: (int32[B, K], memory)."""
+  z_B1D, at_B1 = jnp.take_along_axis(z_BTD, at_B1[..., None], 1), jnp.take_along_axis(positions_BT, at_B1, 1)
+
+  def head(block, cache):
+    cache = _write(block, z_BTD, positions_BT, cache)
+    return model.norm(block.read(z_B1D, at_B1, cache.k_BSGK, cache.v_BSGK, cache.mask(at_B1)))[:, 0], cache
+
+  h_KBD, futures = jax.vmap(head)(_take(model.futures, slice(1, K + 1)), _take(memory.futures, slice(1, K + 1)))
+  drafts_BK = choose(logits(model, jnp.moveaxis(h_KBD, 0, 1)), at_B1 + 2 + jnp.arange(K))
+  futures = jax.tree.map(lambda old, new: old.at[1:].set(new), memory.futures, futures)
+  return drafts_BK, Memory(memory.trunk, futures, memory.state_BSD)
+
+
+def _draft_sequential(model: Model, choose, K: int, tokens_BS, last_B1, memory: Memory):
+  """Modules 1..K on a window that ends at `last_B1`, the last position whose next token is known: (int32[B, K], memory).
+
+  Module k's state at position t is final once token t+k is known, so the last K positions seen before and the new ones,
+  2K at most, are run again; what they leave in a cache is overwritten or final.
+  """
+  window_BW = last_B1 + jnp.arange(1 - 2 * K, 1)
+  h_BWD = jnp.take_along_axis(memory.state_BSD, jnp.maximum(window_BW, 0)[..., None], 1)
+
+  def extend(k, h_B1D, tokens_BS):
+    return write(tokens_BS, choose(logits(model, h_B1D), last_B1 + k + 1), last_B1 + k + 1)
+
+  futures, tokens_BS = _chain(model, h_BWD, tokens_BS, window_BW, memory.futures, extend)
+  drafts_BK = jnp.take_along_axis(tokens_BS, jnp.minimum(last_B1 + 2 + jnp.arange(K), tokens_BS.shape[1] - 1), 1)
+  return drafts_BK, Memory(memory.trunk, futures, memory.state_BSD)
+
+
+def _chain_input(model: Model, z_BLD):
+  """h^0 as the first module reads it."""
+  return model.norm(z_BLD) if model.config.hidden_input == 'post_norm' else z_BLD
+
+
+def _chain(model: Model, h_BWD, tokens_BS, positions_BW, caches: Cache, extend):
+  """Modules 1..K in turn, K being the caches there are; extend(k, h_B1D, tokens_BS) may append what module k predicts last."""
+  written = []
+  for k in range(1, caches.k_BSGK.shape[0] + 1):
+    cache = _take(caches, k - 1)
+    between_BW = jnp.take_along_axis(tokens_BS, jnp.clip(positions_BW + k, 0, tokens_BS.shape[1] - 1), 1)
+    raw_BWD, normed_BWD, cache = model.module(k)(model.embed(between_BW), h_BWD, positions_BW, cache.mask(positions_BW), cache)
+    written.append(cache)
+    tokens_BS = extend(k, normed_BWD[:, -1:], tokens_BS)
+    h_BWD = normed_BWD if model.config.hidden_input == 'post_norm' else raw_BWD
+  return jax.tree.map(lambda *x: jnp.stack(x), *written) if written else caches, tokens_BS

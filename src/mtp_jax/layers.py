@@ -1,0 +1,136 @@
+"""Blocks: pre-norm attention and SwiGLU, both residual; no biases.
+
+    x_BLD -> x_BLD + attention(rms_norm(x_BLD)) -> x_BLD + swiglu(rms_norm(x_BLD))
+
+RMSNorm (arXiv:1910.07467), rotary embedding in half-split order (arXiv:2104.09864), grouped-query attention
+(arXiv:2305.13245), SwiGLU (arXiv:2002.05202). One forward serves training and decoding: keys and values come from the
+tokens at hand, or, when a `Cache` is given, from all that was written into it so far. Parameters are float32 and cast to the
+compute type, that of x_BLD, at the point of use.
+"""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.sharding import einsum, out, place
+
+
+def normal(fan_in: int):
+  """Truncated normal with variance 1/fan_in before truncation at two sigma."""
+  return nnx.initializers.truncated_normal(fan_in**-0.5)
+
+
+def rms_norm(x_BLD, scale_D, epsilon: float):
+  """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, computed in float32; same type out as in."""
+  x = x_BLD.astype(jnp.float32)
+  return (x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + epsilon) * scale_D).astype(x_BLD.dtype)
+
+
+def rotary(x_BLHK, positions_BL, base: float):
+  """Rotates the pairs (k, k + K/2) by position * base^(-2k/K)."""
+  half = x_BLHK.shape[-1] // 2
+  frequency = base ** (-jnp.arange(half) / half)
+  angle = positions_BL[..., None, None] * frequency
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  a, b = jnp.split(x_BLHK.astype(jnp.float32), 2, -1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BLHK.dtype)
+
+
+def attend(q_BLHK, k_BSGK, v_BSGK, mask_BLS):
+  """softmax(q k / sqrt(K)) v over the keys that mask_BLS shows; scores and softmax in float32. float[B, L, H, K]."""
+  B, L, H, K = q_BLHK.shape
+  G = k_BSGK.shape[2]
+  q_BLGrK = jnp.reshape(q_BLHK * K**-0.5, (B, L, G, H // G, K), **out('BLGrK'))
+  scores_BGrLS = einsum('BLGrK,BSGK->BGrLS', q_BLGrK, k_BSGK, preferred_element_type=jnp.float32)
+  share_BGrLS = jax.nn.softmax(jnp.where(mask_BLS[:, None, None], scores_BGrLS, -1e30), -1).astype(q_BLHK.dtype)
+  o_BLGrK = einsum('BGrLS,BSGK->BLGrK', share_BGrLS, v_BSGK)
+  return jnp.reshape(o_BLGrK, (B, L, H, K), **out('BLHK'))
+
+
+def write(old_BS, new_BL, positions_BL):
+  """Puts each row's new entries at their positions; those outside 0..S-1 are dropped."""
+  rows_B1 = jnp.arange(positions_BL.shape[0])[:, None]
+  slots_BL = jnp.where(positions_BL < 0, old_BS.shape[1], positions_BL)
+  return old_BS.at[rows_B1, slots_BL].set(new_BL, mode='drop')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """Keys and values of one block, or of a stack of them with a leading axis; slot s holds position s of its row."""
+  k_BSGK: jax.Array
+  v_BSGK: jax.Array
+
+  @classmethod
+  def empty(cls, c: ModelConfig, batch: int, slots: int) -> 'Cache':
+    zeros = jnp.zeros((batch, slots, c.kv_heads, c.head_width), c.dtype)
+    return cls(zeros, zeros)
+
+  def write(self, k_BLGK, v_BLGK, positions_BL) -> 'Cache':
+    """New keys and values at their positions."""
+    return Cache(write(self.k_BSGK, k_BLGK, positions_BL), write(self.v_BSGK, v_BLGK, positions_BL))
+
+  def mask(self, positions_BL):
+    """What a query at a position sees: the slots up to its own. bool[B, L, S]."""
+    return jnp.arange(self.k_BSGK.shape[-3]) <= positions_BL[..., None]
+
+
+def document_mask(segments_BL):
+  """Causal attention within documents; padding (segment 0) sees only padding. bool[B, L, S]."""
+  segments_BS = place(segments_BL, 'BS')
+  order = jnp.arange(segments_BL.shape[1])
+  return (segments_BL[:, :, None] == segments_BS[:, None, :]) & (order[:, None] >= order)
+
+
+class Block(nnx.Module):
+  """One transformer block; a stack of them carries a leading axis on every parameter."""
+
+  def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+    D, H, G, K, F = c.width, c.heads, c.kv_heads, c.head_width, c.feed_forward
+    matrix = lambda fan_in, *shape: nnx.Param(normal(fan_in)(rngs.params(), shape))
+    self.attention_norm_D, self.mlp_norm_D = nnx.Param(jnp.ones(D)), nnx.Param(jnp.ones(D))
+    self.wq_DHK, self.wo_HKD = matrix(D, D, H, K), matrix(H * K, H, K, D)
+    self.wk_DGK, self.wv_DGK = matrix(D, D, G, K), matrix(D, D, G, K)
+    self.gate_DF, self.up_DF, self.down_FD = matrix(D, D, F), matrix(D, D, F), matrix(F, F, D)
+    if c.qk_norm:
+      self.q_norm_K, self.k_norm_K = nnx.Param(jnp.ones(K)), nnx.Param(jnp.ones(K))
+    self.config = c
+
+  def keys_values(self, x_BLD, positions_BL):
+    """Keys and values of these tokens, over the whole length: (float[B, S, G, K], float[B, S, G, K])."""
+    c, dtype = self.config, x_BLD.dtype
+    h_BLD = rms_norm(x_BLD, self.attention_norm_D[...], c.norm_epsilon)
+    k_BLGK = einsum('BLD,DGK->BLGK', h_BLD, self.wk_DGK[...].astype(dtype))
+    v_BLGK = einsum('BLD,DGK->BLGK', h_BLD, self.wv_DGK[...].astype(dtype))
+    if c.qk_norm:
+      k_BLGK = rms_norm(k_BLGK, self.k_norm_K[...], c.norm_epsilon)
+    return place(rotary(k_BLGK, positions_BL, c.rope_base), 'BSGK'), place(v_BLGK, 'BSGK')
+
+  def read(self, x_BLD, positions_BL, k_BSGK, v_BSGK, mask_BLS):
+    """The block's output for these tokens, given the keys and values they may look at."""
+    c, dtype = self.config, x_BLD.dtype
+    h_BLD = rms_norm(x_BLD, self.attention_norm_D[...], c.norm_epsilon)
+    q_BLHK = einsum('BLD,DHK->BLHK', h_BLD, self.wq_DHK[...].astype(dtype))
+    if c.qk_norm:
+      q_BLHK = rms_norm(q_BLHK, self.q_norm_K[...], c.norm_epsilon)
+    o_BLHK = attend(rotary(q_BLHK, positions_BL, c.rope_base), k_BSGK, v_BSGK, mask_BLS)
+    x_BLD += einsum('BLHK,HKD->BLD', o_BLHK, self.wo_HKD[...].astype(dtype))
+    h_BLD = rms_norm(x_BLD, self.mlp_norm_D[...], c.norm_epsilon)
+    gate_BLF = einsum('BLD,DF->BLF', h_BLD, self.gate_DF[...].astype(dtype))
+    up_BLF = einsum('BLD,DF->BLF', h_BLD, self.up_DF[...].astype(dtype))
+    return x_BLD + einsum('BLF,FD->BLD', jax.nn.silu(gate_BLF) * up_BLF, self.down_FD[...].astype(dtype))
+
+  def __call__(self, x_BLD, positions_BL, mask_BLS, cache: Cache | None = None):
+    """(x_BLD, cache): training without a cache, decoding with one."""
+    k_BSGK, v_BSGK = self.keys_values(x_BLD, positions_BL)
+    if cache is not None:
+      cache = cache.write(k_BSGK, v_BSGK, positions_BL)
+      k_BSGK, v_BSGK = cache.k_BSGK, cache.v_BSGK
+    return self.read(x_BLD, positions_BL, k_BSGK, v_BSGK, mask_BLS), cache
+
+
+def stack(make, n: int, key):
+  """n modules as one: every parameter with a leading axis of size n (0 is allowed)."""
+  return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(key, n))

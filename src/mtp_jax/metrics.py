@@ -1,0 +1,127 @@
+"""What a model holds and what it costs: parameters and FLOPs by part, peaks of chips, and where the figures are written.
+
+Counts come from the tree of shapes, so they follow the model as it is. A multiply-add is two FLOPs; the backward pass costs
+twice the forward pass, and rematerialisation is not counted; attention counts all L keys of a row (PaLM, arXiv:2204.02311,
+appendix B), so that model-FLOP utilisation compares across systems.
+"""
+import hashlib
+import json
+import math
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax.sharding import letters, name
+
+PARTS = ('embedding', 'trunk', 'futures', 'unembedding')
+
+# Dense bfloat16 peak of one chip, as JAX names it, in FLOP/s. Sources: Google Cloud TPU system architecture pages;
+# NVIDIA A100, H100 and H200 data sheets (SXM, without sparsity).
+PEAK_FLOPS = {'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5p': 459e12, 'TPU v5': 459e12, 'TPU v6 lite': 918e12, 'TPU7x': 2307e12,
+              'NVIDIA A100-SXM4-40GB': 312e12, 'NVIDIA A100-SXM4-80GB': 312e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA H200': 989e12}
+
+
+def _part(path) -> str:
+  root = path[0].name
+  return {'embed_VD': 'embedding', 'unembed_VD': 'unembedding', 'trunk': 'trunk', 'futures': 'futures', 'final_norm_D': 'trunk'}[root]
+
+
+def _leaves(model):
+  return jax.tree_util.tree_flatten_with_path(model)[0]
+
+
+def parameters(model) -> dict[str, int]:
+  """Parameters by part and in all; `model` may be a tree of shapes."""
+  counts = dict.fromkeys(PARTS, 0)
+  for path, leaf in _leaves(model):
+    counts[_part(path)] += math.prod(leaf.shape)
+  return counts | {'total': sum(counts.values())}
+
+
+def flops_per_token(model, length: int) -> dict[str, int]:
+  """Forward and backward FLOPs of one input token, by part: trunk, futures, unembedding (M of them), total.
+
+  A matrix of P parameters costs 2P forward; a block's attention 4 H K L (scores and their sum over L keys). A shared
+  sequential module is applied, and counted, M-1 times. Embedding a token costs nothing.
+  """
+  c = model.config
+  applied = {'trunk': 1, 'futures': c.futures - 1 if c.share_modules else 1}
+  forward = dict.fromkeys(('trunk', 'futures', 'unembedding'), 0)
+  for path, leaf in _leaves(model):
+    if _part(path) in applied and len(letters(path)) > 1:
+      forward[_part(path)] += 2 * math.prod(leaf.shape) * applied[_part(path)]
+    if name(path) == 'wq_DHK':
+      forward[_part(path)] += 4 * c.heads * c.head_width * length * leaf.shape[0] * applied[_part(path)]
+  forward['unembedding'] = 2 * c.vocab * c.width * c.futures
+  counts = {part: 3 * flops for part, flops in forward.items()}
+  return counts | {'total': sum(counts.values())}
+
+
+def parameters_sha256(model) -> str:
+  """SHA-256 over name, type, shape and bytes of every parameter, in the order of their names; the same on any mesh."""
+  digest = hashlib.sha256()
+  for path, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in _leaves(model)):
+    digest.update(f'{path} {leaf.dtype} {leaf.shape}\n'.encode())
+    digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+  return digest.hexdigest()
+
+
+def peak_flops(seconds: float = 0.5) -> float:
+  """FLOP/s of one local device: declared for known chips, measured by a float32 matmul on a CPU, nan for others."""
+  device = jax.local_devices()[0]
+  if device.platform != 'cpu':
+    return PEAK_FLOPS.get(device.device_kind, math.nan)
+  n = 2048
+  x = jax.device_put(jnp.ones((n, n), jnp.float32), device)
+  matmul = jax.jit(lambda x: x @ x)
+  matmul(x).block_until_ready()
+  best, end = math.inf, time.perf_counter() + seconds
+  while time.perf_counter() < end:
+    start = time.perf_counter()
+    matmul(x).block_until_ready()
+    best = min(best, time.perf_counter() - start)
+  return 2 * n**3 / best
+
+
+class Log:
+  """One JSON line a record in workdir/metrics.jsonl, and TensorBoard scalars beside it.
+
+  On resume, records past the checkpoint are dropped, so that the file reads as if the run had never stopped.
+  """
+
+  def __init__(self, workdir: pathlib.Path, step: int, tensorboard: bool):
+    self.path = workdir / 'metrics.jsonl'
+    if self.path.exists():
+      kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+      temporary = self.path.with_suffix('.tmp')
+      temporary.write_text(''.join(line + '\n' for line in kept))
+      temporary.replace(self.path)
+    self.file = self.path.open('a', buffering=1)
+    self.board = None
+    if tensorboard:
+      from tensorboardX import SummaryWriter
+      self.board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
+
+  def write(self, step: int, kind: str, values: dict) -> None:
+    """values: numbers, or lists of one number a future."""
+    self.file.write(json.dumps({'step': step, 'kind': kind, **values}) + '\n')
+    if self.board:
+      for key, value in values.items():
+        for m, number in enumerate(value) if isinstance(value, list) else [(None, value)]:
+          self.board.add_scalar(f'{kind}/{key}' if m is None else f'{kind}/{key}/{m}', number, step)
+
+  def close(self) -> None:
+    self.file.close()
+    if self.board:
+      self.board.close()
+
+
+def _step_of(line: str) -> float:
+  """The step of a record; a line cut off by a crash counts as past everything."""
+  try:
+    return json.loads(line)['step']
+  except ValueError:
+    return math.inf

@@ -1,0 +1,88 @@
+"""One alphabet: a tensor's letters are its shape, its einsum subscript and its sharding.
+
+    B batch  L length (queries)  S source length (keys)  D width  C two states side by side (2D)  H query heads
+    G key/value heads  K head width  F feed-forward width  V vocabulary  N trunk layers (stacked)  M futures (stacked)
+
+`x_BLD` is a float array of batch x length x width, `einsum('BLD,DHK->BLHK', x_BLD, wq_DHK)` contracts it, and
+`spec('BLHK')` says where the result lives on a mesh with the axes data, fsdp, context, tensor and expert. A parameter's name
+ends in its axes, so its name is its sharding; stacked axes (N, M) lead and are not in the name. The meshes are `Explicit`:
+shardings are part of the types, and a mistake is an error while tracing.
+"""
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from mtp_jax.config import BadInput, MeshConfig
+
+AXES = ('data', 'fsdp', 'context', 'tensor', 'expert')
+RULES = {'B': ('data', 'fsdp'), 'L': ('context',), 'D': ('fsdp',), 'C': ('fsdp',), 'H': ('tensor',), 'G': ('tensor',),
+         'F': ('tensor',), 'V': ('tensor',), 'E': ('expert',)}
+
+
+def spec(letters: str) -> PartitionSpec:
+  """'DHK' -> P('fsdp', 'tensor', None): the first letter to ask for a mesh axis gets it; lower-case letters ask for none."""
+  taken, dims = set(), []
+  for letter in letters:
+    axes = tuple(axis for axis in RULES.get(letter, ()) if axis not in taken)
+    taken.update(axes)
+    dims.append(axes if len(axes) > 1 else axes[0] if axes else None)
+  return PartitionSpec(*dims)
+
+
+def make_mesh(sizes: MeshConfig, devices=None) -> jax.sharding.Mesh:
+  """An Explicit mesh over the first devices.
+
+  Raises:
+    BadInput: when it asks for more devices than there are, or leaves a process without one.
+  """
+  devices = jax.devices() if devices is None else devices
+  shape = tuple(getattr(sizes, axis) for axis in AXES)
+  wanted = 1
+  for size in shape:
+    wanted *= size
+  text = ' x '.join(f'{axis} {size}' for axis, size in zip(AXES, shape))
+  if wanted > len(devices) or (jax.process_count() > 1 and wanted != len(devices)):
+    raise BadInput(f'config.mesh: {text} = {wanted} devices, but there are {len(devices)}; change the sizes so that their product fits')
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices[:wanted])
+
+
+def name(path) -> str:
+  """The attribute a leaf stands at: 'wq_DHK' for model.trunk.wq_DHK."""
+  return [key.name for key in path if getattr(key, 'name', 'value') != 'value'][-1]
+
+
+def letters(path) -> str:
+  """The axes in a parameter's name, without the stacked ones: 'DHK'."""
+  return name(path).rpartition('_')[2]
+
+
+def parameter_spec(path, leaf) -> PartitionSpec:
+  """Where a parameter lives: matrices as their name says, vectors replicated, stacked axes whole."""
+  own = letters(path)
+  return PartitionSpec(*[None] * (len(leaf.shape) - len(own)), *(spec(own) if len(own) > 1 else [None]))
+
+
+def shardings(tree, mesh):
+  """A tree of NamedShardings for a tree of parameters, or of shapes."""
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(mesh, parameter_spec(path, leaf)), tree)
+
+
+def out(letters: str) -> dict:
+  """{'out_sharding': spec} under an Explicit mesh, {} without one: the one place where shardings meet operations."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return {} if mesh.empty else {'out_sharding': spec(letters)}
+
+
+def einsum(subscripts: str, *operands, **options):
+  """jnp.einsum whose result is sharded as its letters say."""
+  return jnp.einsum(subscripts, *operands, **out(subscripts.split('->')[1]), **options)
+
+
+def lookup(table_VD, ids_BL):
+  """Rows of a table: float[B, L, D]."""
+  return table_VD.at[ids_BL].get(**out('BLD'))
+
+
+def place(x, letters: str):
+  """Moves an array to where its letters say."""
+  return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec(letters))

@@ -1,0 +1,145 @@
+"""Both tokenizers give every byte back. SentencePiece models are trained here, on a few files of the standard library."""
+import io
+import pathlib
+import sysconfig
+
+import hypothesis
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import strategies as st
+
+from mtp_jax import tokenizer
+from mtp_jax.config import BadInput
+
+FITTING = dict(byte_fallback=True, normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=False)
+
+NASTY = {
+    'empty': b'',
+    'nul': b'a\0b\0',
+    'line ends': b'a\r\nb\rc\n\n',
+    'tabs': b'\tif x:\t\t\n',
+    'runs of spaces': b'   a    b  ',
+    'one space': b' ',
+    'the space of SentencePiece': 'a\u2581\u2581b \u2581'.encode(),
+    'not UTF-8': b'caf\xe9 \xff\xfe ok',
+    'a cut character': 'naïve 🙂'.encode()[:-1],
+    'lone surrogates': b'\xed\xa0\x80 \xed\xb3\xbf',
+    'overlong': b'\xc0\x80\xf8\x88\x80\x80\x80',
+    'emoji': '👩\u200d👩\u200d👧 🙂'.encode(),
+    'what NFKC changes': 'ﬁ Ａ ½ e\u0301 \u00a0\u3000\ufeff\ufffd'.encode(),
+    'spelled pieces': b'<0x41><s></s><unk><pad>',
+    'all bytes': bytes(range(256)) * 2,
+    'code': b'def f(self, x):\n  return x + 1\n',
+}
+
+
+def train(path: pathlib.Path, **options) -> pathlib.Path:
+  stdlib = pathlib.Path(sysconfig.get_path('stdlib'))
+  lines = [line for name in ('ast.py', 'bisect.py', 'calendar.py') for line in (stdlib / name).read_text(encoding='utf-8').splitlines()]
+  model = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, minloglevel=2, vocab_size=400, **options)
+  path.write_bytes(model.getvalue())
+  return path
+
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('models')
+  return {
+      'fitting': train(folder / 'fitting', **FITTING),
+      'as shipped': train(folder / 'as shipped', model_type='bpe', byte_fallback=True, pad_id=3, bos_id=-1, user_defined_symbols=['def f', '\u2581x']),
+      'no bytes': train(folder / 'no bytes', hard_vocab_limit=False),
+  }
+
+
+@pytest.fixture(scope='module', params=['bytes', 'fitting', 'as shipped'])
+def t(request, models):
+  return tokenizer.load(str(models.get(request.param, 'bytes')))
+
+
+def test_bytes_are_their_own_ids():
+  t = tokenizer.load('bytes')
+  assert (t.size, t.bos, t.eos, t.pad) == (259, 256, 257, 258)
+  assert t.encode('aé\n').tolist() == [97, 0xc3, 0xa9, 10]
+  assert t.encode('').dtype == t.encode('a').dtype == np.int32
+  assert t.decode([256, 104, 105, 257, 258, 258, -1, 259]) == b'hi'
+  assert t.text([0xc3, 0xa9, 0xff]) == 'é\ufffd'
+
+
+@pytest.mark.parametrize('text', NASTY.values(), ids=NASTY)
+def test_nasty_bytes_come_back(t, text):
+  ids = t.encode(text)
+  assert ids.dtype == np.int32 and t.decode(ids) == text
+  assert t.byte_lengths[ids].sum() == len(text)
+  assert not set(ids.tolist()) & {t.bos, t.eos, t.pad}
+
+
+@hypothesis.settings(deadline=None, max_examples=200, database=None)
+@hypothesis.given(text=st.one_of(st.binary(), st.text().map(lambda x: x.encode()), st.lists(st.sampled_from(list(NASTY.values()))).map(b''.join)))
+def test_any_bytes_come_back(t, text):
+  ids = t.encode(text)
+  assert t.decode(ids) == text and t.byte_lengths[ids].sum() == len(text)
+
+
+def test_strings_encode_as_their_utf8(t):
+  assert t.encode('naïve 🙂').tolist() == t.encode('naïve 🙂'.encode()).tolist()
+  assert t.text(t.encode('naïve 🙂')) == 'naïve 🙂'
+  assert t.decode(t.encode('\udc80')) == b'\xed\xb2\x80'
+
+
+def test_special_ids_differ_and_stand_for_no_bytes(t):
+  special = [t.bos, t.eos, t.pad]
+  assert len(set(special)) == 3 and max(special) < t.size == len(t.byte_lengths)
+  assert t.byte_lengths.dtype == np.int32 and not t.byte_lengths[special].any()
+  inside = t.encode('in the middle')
+  assert t.decode([t.bos, *inside, t.eos, t.pad, -1, t.size, 10**9]) == b'in the middle'
+
+
+def test_every_id_decodes_to_the_bytes_it_counts(t):
+  assert [len(t.decode([i])) for i in range(t.size)] == t.byte_lengths.tolist()
+
+
+def test_special_ids_are_those_of_the_model_or_follow_it(models):
+  fitting, shipped = (tokenizer.load(str(models[name])) for name in ('fitting', 'as shipped'))
+  assert (fitting.bos, fitting.eos, fitting.pad, fitting.size) == (1, 2, 400, 401)
+  assert (shipped.bos, shipped.eos, shipped.pad, shipped.size) == (400, 2, 3, 401)
+
+
+def test_a_fitting_model_segments_as_sentencepiece_does(models):
+  text = pathlib.Path(sysconfig.get_path('stdlib'), 'bisect.py').read_text(encoding='utf-8')
+  plain = sentencepiece.SentencePieceProcessor(model_file=str(models['fitting']))
+  assert tokenizer.load(str(models['fitting'])).encode(text).tolist() == plain.encode(text)
+  assert len(plain.encode(text)) < len(text)
+
+
+def test_digests_tell_tokenizers_apart(models):
+  names = ['bytes', str(models['fitting']), str(models['as shipped'])]
+  assert len({tokenizer.load(name).digest for name in names}) == 3
+  assert all(tokenizer.load(name).digest == tokenizer.load(name).digest for name in names)
+
+
+def test_a_model_without_byte_pieces_is_refused_with_the_way_to_train_one(models):
+  with pytest.raises(BadInput, match=r"^config\.data\.tokenizer='.*no bytes': .*byte_fallback=True.*identity.*$"):
+    tokenizer.load(str(models['no bytes']))
+
+
+def test_a_missing_file_is_one_line_with_a_fix(tmp_path):
+  with pytest.raises(BadInput, match=r"^config\.data\.tokenizer='.*spm\.model': No such file or directory; give 'bytes' or .*$"):
+    tokenizer.load(str(tmp_path / 'spm.model'))
+  with pytest.raises(BadInput, match='directory'):
+    tokenizer.load(str(tmp_path))
+
+
+@pytest.mark.parametrize('content', [b'', b'hello', bytes(100)], ids=['empty', 'text', 'zeros'])
+def test_a_file_that_is_no_model_is_refused(tmp_path, content):
+  (tmp_path / 'model').write_bytes(content)
+  with pytest.raises(BadInput, match=r'^config\.data\.tokenizer=.*: not a SentencePiece model; give'):
+    tokenizer.load(str(tmp_path / 'model'))
+
+
+def test_half_a_model_is_refused(models, tmp_path):
+  whole = models['fitting'].read_bytes()
+  (tmp_path / 'model').write_bytes(whole[:len(whole) // 2])
+  with pytest.raises(BadInput):
+    tokenizer.load(str(tmp_path / 'model'))
