@@ -74,7 +74,8 @@ def test_two_documents_and_the_end_of_the_stream_as_a_table(tmp_path):
 @pytest.mark.parametrize('M', range(1, 9))
 def test_rows_are_those_of_a_double_loop(tmp_path, M):
   random = np.random.default_rng(M)
-  cases = [[1], [1] * 30, [100], [16, 16, 16], [15, 1, 17]] + [random.choice([1, 2, 3, 7, 50], size=random.integers(1, 20)) for _ in range(8)]
+  cases = [[1], [1] * 30, [100], [16, 16, 16], [15, 1, 17]]
+  cases += [random.choice([1, 2, 3, 7, 50], size=random.integers(1, 20)) for _ in range(8)]
   for case, (lengths, L) in enumerate(itertools.product(cases, [1, 5, 16])):
     rows = data.Rows(split_of(tmp_path / str(case), lengths), L, M, PAD)
     expected = list(rows_by_hand(lengths, L, M))

@@ -48,12 +48,15 @@ def models(tmp_path_factory):
   folder = tmp_path_factory.mktemp('models')
   return {
       'fitting': train(folder / 'fitting', **FITTING),
-      'as shipped': train(folder / 'as shipped', model_type='bpe', byte_fallback=True, pad_id=3, bos_id=-1, user_defined_symbols=['def f', '\u2581x']),
+      'as shipped': train(folder / 'as shipped', model_type='bpe', byte_fallback=True, pad_id=3, bos_id=-1,
+                          user_defined_symbols=['def f', '\u2581x']),
+      'same size': train(folder / 'same size', model_type='bpe', **FITTING),
+      'bos in the text': train(folder / 'bos in the text', user_defined_symbols=['<s>'], **FITTING),
       'no bytes': train(folder / 'no bytes', hard_vocab_limit=False),
   }
 
 
-@pytest.fixture(scope='module', params=['bytes', 'fitting', 'as shipped'])
+@pytest.fixture(scope='module', params=['bytes', 'fitting', 'as shipped', 'bos in the text'])
 def t(request, models):
   return tokenizer.load(str(models.get(request.param, 'bytes')))
 
@@ -76,7 +79,8 @@ def test_nasty_bytes_come_back(t, text):
 
 
 @hypothesis.settings(deadline=None, max_examples=200, database=None)
-@hypothesis.given(text=st.one_of(st.binary(), st.text().map(lambda x: x.encode()), st.lists(st.sampled_from(list(NASTY.values()))).map(b''.join)))
+@hypothesis.given(text=st.one_of(
+    st.binary(), st.text().map(lambda x: x.encode()), st.lists(st.sampled_from(list(NASTY.values()))).map(b''.join)))
 def test_any_bytes_come_back(t, text):
   ids = t.encode(text)
   assert t.decode(ids) == text and t.byte_lengths[ids].sum() == len(text)
@@ -85,6 +89,7 @@ def test_any_bytes_come_back(t, text):
 def test_strings_encode_as_their_utf8(t):
   assert t.encode('naïve 🙂').tolist() == t.encode('naïve 🙂'.encode()).tolist()
   assert t.text(t.encode('naïve 🙂')) == 'naïve 🙂'
+  assert t.text(t.encode(b'a\xffb')) == 'a\ufffdb'
   assert t.decode(t.encode('\udc80')) == b'\xed\xb2\x80'
 
 
@@ -93,7 +98,7 @@ def test_special_ids_differ_and_stand_for_no_bytes(t):
   assert len(set(special)) == 3 and max(special) < t.size == len(t.byte_lengths)
   assert t.byte_lengths.dtype == np.int32 and not t.byte_lengths[special].any()
   inside = t.encode('in the middle')
-  assert t.decode([t.bos, *inside, t.eos, t.pad, -1, t.size, 10**9]) == b'in the middle'
+  assert t.decode([t.bos, *inside, t.eos, t.pad, -1, -9, t.size, 10**9]) == b'in the middle'
 
 
 def test_every_id_decodes_to_the_bytes_it_counts(t):
@@ -113,9 +118,21 @@ def test_a_fitting_model_segments_as_sentencepiece_does(models):
   assert len(plain.encode(text)) < len(text)
 
 
+def test_the_normaliser_of_a_model_is_switched_off(models):
+  t = tokenizer.load(str(models['as shipped']))
+  pieces = [t.decode([i]) for i in t.encode('  return  self ﬁ')]
+  assert pieces[-3:] == [b'\xef', b'\xac', b'\x81'] and len(pieces) < len('  return  self ﬁ'.encode()) - 4
+
+
+def test_a_model_that_still_changes_text_gives_it_back(models, monkeypatch):
+  monkeypatch.setattr(tokenizer, '_NO_NORMALISER', b'')
+  t = tokenizer.load(str(models['as shipped']))
+  assert all(t.decode(t.encode(text)) == text for text in NASTY.values())
+
+
 def test_digests_tell_tokenizers_apart(models):
-  names = ['bytes', str(models['fitting']), str(models['as shipped'])]
-  assert len({tokenizer.load(name).digest for name in names}) == 3
+  names = ['bytes', *(str(models[name]) for name in ('fitting', 'same size', 'as shipped', 'bos in the text'))]
+  assert len({tokenizer.load(name).digest for name in names}) == 5
   assert all(tokenizer.load(name).digest == tokenizer.load(name).digest for name in names)
 
 

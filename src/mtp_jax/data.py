@@ -281,9 +281,8 @@ def _write_split(stem: pathlib.Path, documents: list[_Document], tokenizer: Toke
       file.write(ids.tobytes())
       offsets[i + 1] = offsets[i] + len(ids)
   np.save(_offsets(stem), offsets)
-  return {
-      'dtype': dtype, 'documents': len(documents), 'tokens': int(offsets[-1]), 'bytes': sum(d.bytes for d in documents),
-      'files': {os.path.basename(path): {'bytes': os.path.getsize(path), 'sha256': _sha256(path)} for path in (_tokens(stem), _offsets(stem))}}
+  files = {os.path.basename(path): {'bytes': os.path.getsize(path), 'sha256': _sha256(path)} for path in (_tokens(stem), _offsets(stem))}
+  return {'dtype': dtype, 'documents': len(documents), 'tokens': int(offsets[-1]), 'bytes': sum(d.bytes for d in documents), 'files': files}
 
 
 def _open(directory: pathlib.Path, fingerprint: str) -> Prepared:

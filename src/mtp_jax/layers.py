@@ -39,14 +39,22 @@ def rotary(x_BLHK, positions_BL, base: float):
 
 
 def attend(q_BLHK, k_BSGK, v_BSGK, mask_BLS):
-  """softmax(q k / sqrt(K)) v over the keys that mask_BLS shows; scores and softmax in float32. float[B, L, H, K]."""
+  """softmax(q k / sqrt(K)) v over the keys that mask_BLS shows; scores and softmax in float32. float[B, L, H, K].
+
+  The H/G query heads that share a key head stand beside the length, so that each (B, G) is one plain matrix product.
+  """
   B, L, H, K = q_BLHK.shape
-  G = k_BSGK.shape[2]
-  q_BLGrK = jnp.reshape(q_BLHK * K**-0.5, (B, L, G, H // G, K), **out('BLGrK'))
-  scores_BGrLS = einsum('BLGrK,BSGK->BGrLS', q_BLGrK, k_BSGK, preferred_element_type=jnp.float32)
-  share_BGrLS = jax.nn.softmax(jnp.where(mask_BLS[:, None, None], scores_BGrLS, -1e30), -1).astype(q_BLHK.dtype)
-  o_BLGrK = einsum('BGrLS,BSGK->BLGrK', share_BGrLS, v_BSGK)
-  return jnp.reshape(o_BLGrK, (B, L, H, K), **out('BLHK'))
+  S, G = k_BSGK.shape[1:3]
+  r = H // G
+  q_BLGrK = jnp.reshape(q_BLHK * K**-0.5, (B, L, G, r, K), **out('BLGrK'))
+  q_BGLK = jnp.reshape(jnp.moveaxis(q_BLGrK, 2, 1), (B, G, L * r, K), **out('BGLK'))
+  scores_BGLS = einsum('BGLK,BSGK->BGLS', q_BGLK, k_BSGK, preferred_element_type=jnp.float32)
+  scores_BGLrS = jnp.reshape(scores_BGLS, (B, G, L, r, S), **out('BGLrS'))
+  share_BGLrS = jax.nn.softmax(jnp.where(mask_BLS[:, None, :, None], scores_BGLrS, -1e30), -1).astype(q_BLHK.dtype)
+  share_BGLS = jnp.reshape(share_BGLrS, (B, G, L * r, S), **out('BGLS'))
+  o_BGLK = einsum('BGLS,BSGK->BGLK', share_BGLS, v_BSGK)
+  o_BGLrK = jnp.reshape(o_BGLK, (B, G, L, r, K), **out('BGLrK'))
+  return jnp.reshape(jnp.moveaxis(o_BGLrK, 1, 2), (B, L, H, K), **out('BLHK'))
 
 
 def write(old_BS, new_BL, positions_BL):
