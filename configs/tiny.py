@@ -8,9 +8,9 @@ from mtp_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig, Opt
 
 def get_config():
   return Config(
-      model=ModelConfig(width=192, layers=8, heads=6, kv_heads=2, head_width=32, feed_forward=512, futures=4, head_batch=4, remat='none'),
+      model=ModelConfig(width=128, layers=8, heads=4, kv_heads=2, head_width=32, feed_forward=352, futures=4, remat='none'),
       objective=ObjectiveConfig(chunk=256),
       data=DataConfig(length=256),
-      optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, final_ratio=0.1),
-      train=TrainConfig(steps=400, batch=16, evaluate_every=200, checkpoint_every=200),
+      optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50, final_ratio=0.05),
+      train=TrainConfig(steps=700, batch=8, evaluate_every=350, checkpoint_every=350),
   ).to_config_dict()

@@ -118,7 +118,7 @@ def _choose(logits_BTV, positions_BT, *, seed_B, temperature, allowed_V, sample:
 
 def logits(model: Model, h_BLD):
   """float32[B, L, V]."""
-  return einsum('BLD,VD->BLV', h_BLD, model.unembedding(), preferred_element_type=jnp.float32)
+  return einsum('BLD,VD->BLV', h_BLD, model.unembedding(), jnp.float32)
 
 
 def _take(stacked, index):

@@ -41,20 +41,52 @@ def rotary(x_BLHK, positions_BL, base: float):
 def attend(q_BLHK, k_BSGK, v_BSGK, mask_BLS):
   """softmax(q k / sqrt(K)) v over the keys that mask_BLS shows; scores and softmax in float32. float[B, L, H, K].
 
-  The H/G query heads that share a key head stand beside the length, so that each (B, G) is one plain matrix product.
+  The r = H/G query heads that share a key head stand beside the length, so that each (B, G) is one plain matrix product.
   """
   B, L, H, K = q_BLHK.shape
-  S, G = k_BSGK.shape[1:3]
-  r = H // G
-  q_BLGrK = jnp.reshape(q_BLHK * K**-0.5, (B, L, G, r, K), **out('BLGrK'))
-  q_BGLK = jnp.reshape(jnp.moveaxis(q_BLGrK, 2, 1), (B, G, L * r, K), **out('BGLK'))
-  scores_BGLS = einsum('BGLK,BSGK->BGLS', q_BGLK, k_BSGK, preferred_element_type=jnp.float32)
-  scores_BGLrS = jnp.reshape(scores_BGLS, (B, G, L, r, S), **out('BGLrS'))
-  share_BGLrS = jax.nn.softmax(jnp.where(mask_BLS[:, None, :, None], scores_BGLrS, -1e30), -1).astype(q_BLHK.dtype)
-  share_BGLS = jnp.reshape(share_BGLrS, (B, G, L * r, S), **out('BGLS'))
-  o_BGLK = einsum('BGLS,BSGK->BGLK', share_BGLS, v_BSGK)
-  o_BGLrK = jnp.reshape(o_BGLK, (B, G, L, r, K), **out('BGLrK'))
+  G = k_BSGK.shape[2]
+  q_BLGrK = jnp.reshape(q_BLHK * K**-0.5, (B, L, G, H // G, K), **out('BLGrK'))
+  q_BGLK = jnp.reshape(jnp.moveaxis(q_BLGrK, 2, 1), (B, G, L * H // G, K), **out('BGLK'))
+  o_BGLrK = jnp.reshape(_attend(q_BGLK, k_BSGK, v_BSGK, mask_BLS), (B, G, L, H // G, K), **out('BGLrK'))
   return jnp.reshape(jnp.moveaxis(o_BGLrK, 1, 2), (B, L, H, K), **out('BLHK'))
+
+
+@jax.custom_vjp
+def _attend(q_BGLK, k_BSGK, v_BSGK, mask_BLS):
+  """Attention whose backward pass recomputes the scores (arXiv:2205.14135, section 3.1): no L x S array outlives it."""
+  return _attend_forward(q_BGLK, k_BSGK, v_BSGK, mask_BLS)[0]
+
+
+def _scores(q_BGLK, k_BSGK, mask_BLS):
+  """Masked scores, float32[B, G, L, S]; mask_BLS holds for the r neighbours of each query."""
+  scores_BGLS = einsum('BGLK,BSGK->BGLS', q_BGLK, k_BSGK, jnp.float32)
+  B, G, Lr, S = scores_BGLS.shape
+  L = mask_BLS.shape[1]
+  scores_BGLrS = jnp.reshape(scores_BGLS, (B, G, L, Lr // L, S), **out('BGLrS'))
+  return jnp.reshape(jnp.where(mask_BLS[:, None, :, None], scores_BGLrS, -1e30), (B, G, Lr, S), **out('BGLS'))
+
+
+def _attend_forward(q_BGLK, k_BSGK, v_BSGK, mask_BLS):
+  scores_BGLS = _scores(q_BGLK, k_BSGK, mask_BLS)
+  top_BGL1 = jnp.max(scores_BGLS, -1, keepdims=True)
+  e_BGLS = jnp.exp(scores_BGLS - top_BGL1)
+  sum_BGL1 = jnp.sum(e_BGLS, -1, keepdims=True)
+  o_BGLK = (einsum('BGLS,BSGK->BGLK', e_BGLS.astype(v_BSGK.dtype), v_BSGK, jnp.float32) / sum_BGL1).astype(q_BGLK.dtype)
+  return o_BGLK, (q_BGLK, k_BSGK, v_BSGK, mask_BLS, o_BGLK, top_BGL1 + jnp.log(sum_BGL1))
+
+
+def _attend_backward(residual, do_BGLK):
+  q_BGLK, k_BSGK, v_BSGK, mask_BLS, o_BGLK, lse_BGL1 = residual
+  dtype = q_BGLK.dtype
+  p_BGLS = jnp.exp(_scores(q_BGLK, k_BSGK, mask_BLS) - lse_BGL1)
+  dp_BGLS = einsum('BGLK,BSGK->BGLS', do_BGLK, v_BSGK, jnp.float32)
+  delta_BGL1 = jnp.sum(do_BGLK * o_BGLK, -1, keepdims=True, dtype=jnp.float32)
+  ds_BGLS = (p_BGLS * (dp_BGLS - delta_BGL1)).astype(dtype)
+  return (einsum('BGLS,BSGK->BGLK', ds_BGLS, k_BSGK), einsum('BGLS,BGLK->BSGK', ds_BGLS, q_BGLK),
+          einsum('BGLS,BGLK->BSGK', p_BGLS.astype(dtype), do_BGLK), None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def write(old_BS, new_BL, positions_BL):

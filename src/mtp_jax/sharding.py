@@ -8,6 +8,8 @@
 ends in its axes, so its name is its sharding; stacked axes (N, M) lead and are not in the name. The meshes are `Explicit`:
 shardings are part of the types, and a mistake is an error while tracing.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -73,9 +75,28 @@ def out(letters: str) -> dict:
   return {} if mesh.empty else {'out_sharding': spec(letters)}
 
 
-def einsum(subscripts: str, *operands, **options):
-  """jnp.einsum whose result is sharded as its letters say."""
-  return jnp.einsum(subscripts, *operands, **out(subscripts.split('->')[1]), **options)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def einsum(subscripts: str, a, b, dtype=None):
+  """jnp.einsum of two arrays, sharded as the result's letters say; `dtype` is that of the result.
+
+  Its gradients are einsums of the same letters, sharded like the operands. Left to itself, XLA's transpose of a contraction
+  copies activations on a CPU, which costs 1.7 x the time of a SwiGLU's backward pass.
+  """
+  return _einsum_forward(subscripts, a, b, dtype)[0]
+
+
+def _einsum_forward(subscripts, a, b, dtype):
+  return jnp.einsum(subscripts, a, b, preferred_element_type=dtype, **out(subscripts.split('->')[1])), (a, b)
+
+
+def _einsum_backward(subscripts, dtype, operands, gradient):
+  (a, b), (left, right, result) = operands, subscripts.replace('->', ',').split(',')
+  gradient = gradient.astype(a.dtype)
+  like = lambda x: {'out_sharding': jax.typeof(x).sharding} if out('') else {}
+  return (jnp.einsum(f'{result},{right}->{left}', gradient, b, **like(a)), jnp.einsum(f'{left},{result}->{right}', a, gradient, **like(b)))
+
+
+einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def lookup(table_VD, ids_BL):
