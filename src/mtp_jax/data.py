@@ -157,11 +157,11 @@ def batches(rows: Rows, batch: int, seed: int, process_index: int = 0, process_c
 
 def validation_batches(rows: Rows, batch: int, limit: int | None = None, process_index: int = 0,
                        process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
-  """This process's share of the first `limit` rows, in order, each once; the last batch is filled up with rows of no document."""
+  """This process's share of all rows in order, or of `limit` of them at even distances; rows of no document fill the last batch."""
   _check_share(batch, process_count)
-  count = len(rows) if limit is None else min(limit, len(rows))
-  for start in range(0, count, batch):
-    share = [rows[i] if i < count else rows.padding() for i in range(start + process_index, start + batch, process_count)]
+  chosen = range(len(rows)) if limit is None or limit >= len(rows) else np.arange(limit) * len(rows) // limit
+  for start in range(0, len(chosen), batch):
+    share = [rows[chosen[i]] if i < len(chosen) else rows.padding() for i in range(start + process_index, start + batch, process_count)]
     yield {name: np.stack([row[name] for row in share]) for name in share[0]}
 
 

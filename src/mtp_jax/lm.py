@@ -117,7 +117,7 @@ class LanguageModel:
 
   @functools.cached_property
   def _on_one_device(self) -> Model:
-    return jax.device_put(self.model, jax.local_devices()[0])
+    return jax.device_put(self.model, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
 
   def _ids(self, prompt):
     return self.tokenizer.encode(prompt) if isinstance(prompt, (str, bytes)) else prompt

@@ -49,7 +49,7 @@ def init(config: Config, key) -> State:
 def abstract(config: Config, mesh) -> State:
   """The shapes, types and shardings of a state; computes nothing. Call it under `jax.set_mesh(mesh)`."""
   shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
-  on_mesh = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec))
+  on_mesh = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec if x.shape else jax.P()))
   return jax.tree.map(on_mesh, shapes)
 
 
@@ -82,7 +82,7 @@ def step(config: Config, state: State, batch, byte_length_V) -> tuple[State, dic
   with jax.named_scope('update'):
     transform = optimizer.make(config.optimizer, config.train.steps)
     updates, moments = transform.update(grads, state.optimizer, state.model)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(norm)
     keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
     bad = (~ok).astype(jnp.int32)
@@ -95,7 +95,7 @@ def step(config: Config, state: State, batch, byte_length_V) -> tuple[State, dic
       'count': sums.count_M,
       'bits_per_byte': sums.nats_M[0] / math.log(2) / jnp.maximum(target_bytes(batch, byte_length_V, M), 1),
       'gradient_norm': norm,
-      'update_norm': jnp.where(ok, optax.global_norm(updates), 0.0),
+      'update_norm': jnp.where(ok, optax.tree.norm(updates), 0.0),
       'learning_rate': jnp.asarray(optimizer.schedule(config.optimizer, config.train.steps)(state.optimizer[-1].count), jnp.float32),
       'skipped': following.skipped,
       'skipped_in_a_row': following.skipped_in_a_row,

@@ -1,0 +1,36 @@
+# make train, make test: all set-up included, in a virtual environment of their own.
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/tiny
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help train test lint
+help:
+	@echo 'make train   install, pretrain the tiny multi-token model on the standard library, show what it writes and how fast'
+	@echo 'make test    install, run every test'
+	@echo 'make lint    install, check the style'
+	@echo 'variables: PYTHON=$(PYTHON) (3.11 or newer)  VENV=$(VENV)  WORKDIR=$(WORKDIR)'
+
+train: $(VENV)/installed
+	$(RUN) -m mtp_jax train --config=configs/tiny.py --workdir=$(WORKDIR)
+	$(RUN) -m mtp_jax benchmark decode --workdir=$(WORKDIR)
+	@echo 'next: $(RUN) -m mtp_jax generate --workdir=$(WORKDIR) --prompt="def main():"'
+
+test: $(VENV)/installed-dev
+	$(RUN) -m pytest
+
+lint: $(VENV)/installed-dev
+	$(RUN) -m ruff check src tests configs
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'mtp_jax needs Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.12'; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/installed

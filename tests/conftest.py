@@ -1,0 +1,84 @@
+"""Eight fake devices, warnings as errors (pyproject.toml), and what several files need: rows, small models, a comparison."""
+import os
+
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'.strip()
+os.environ['JAX_PLATFORMS'] = 'cpu'
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.model import Model
+
+FAMILIES = {
+    'parallel': {'kind': 'parallel'},
+    'post_norm': {'kind': 'sequential'},
+    'pre_norm': {'kind': 'sequential', 'hidden_input': 'pre_norm'},
+    'shared': {'kind': 'sequential', 'share_modules': True},
+}
+
+
+@pytest.fixture(params=['parallel', 'post_norm'], ids=['parallel', 'sequential'])
+def family(request) -> dict:
+  """The fields of ModelConfig that choose one of the two families."""
+  return FAMILIES[request.param]
+
+
+@pytest.fixture(params=FAMILIES)
+def variant(request) -> dict:
+  """Both families and each convention of the sequential one."""
+  return FAMILIES[request.param]
+
+
+@pytest.fixture(scope='session')
+def tiny():
+  """A small ModelConfig; no two of its sizes are equal."""
+  def make(**changes) -> ModelConfig:
+    return ModelConfig(**{'vocab': 24, 'width': 16, 'layers': 5, 'heads': 4, 'kv_heads': 2, 'head_width': 8, 'feed_forward': 20, 'futures': 3} | changes)
+  return make
+
+
+@pytest.fixture(scope='session')
+def random_model():
+  """A model whose every parameter is random, norm scales included, filled without compiling anything."""
+  def make(c: ModelConfig, seed: int = 0) -> Model:
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(functools.partial(Model, c), jax.random.key(0))
+    vector = lambda path: 'norm' in jax.tree_util.keystr(path)
+    fill = lambda path, x: jax.numpy.asarray(vector(path) + 0.3 * rng.standard_normal(x.shape), x.dtype)
+    return jax.tree_util.tree_map_with_path(fill, shapes)
+  return make
+
+
+@pytest.fixture(scope='session')
+def packed():
+  """Rows of documents of random length, one token often enough, and padding at the end of some."""
+  def make(c: ModelConfig, rows: int, length: int, seed: int = 0) -> dict:
+    rng, T = np.random.default_rng(seed), length + c.futures
+    batch = {name: np.zeros((rows, T), np.int32) for name in ('tokens', 'segments', 'positions')}
+    for b in range(rows):
+      t, end = 0, T if rng.random() < 0.5 else T - rng.integers(1, T // 2)
+      for segment in range(1, T + 1):
+        size = min(end - t, 1 if rng.random() < 0.3 else rng.integers(2, T))
+        if size == 0:
+          break
+        batch['tokens'][b, t:t + size] = rng.integers(0, c.vocab, size)
+        batch['segments'][b, t:t + size] = segment
+        batch['positions'][b, t:t + size] = np.arange(size)
+        t += size
+    return batch
+  return make
+
+
+@pytest.fixture(scope='session')
+def assert_close():
+  """Equal leaf by leaf, up to `relative` of each leaf's largest entry: float32 sums in another order differ by a few 1e-7."""
+  def check(found, wanted, relative: float = 1e-5):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted)):
+      a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+      np.testing.assert_allclose(a, b, rtol=0, atol=relative * np.abs(b).max(initial=0), err_msg=jax.tree_util.keystr(path))
+  return check

@@ -1,0 +1,149 @@
+"""Every layer against its equation in float64 NumPy, loops where they make the meaning plain."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax import layers
+from mtp_jax.layers import Block, Cache, attend, document_mask, rms_norm, rotary, stack
+
+
+def attend_numpy(q_BLHK, k_BSGK, v_BSGK, mask_BLS):
+  """One softmax a (row, query, head)."""
+  B, L, H, K = q_BLHK.shape
+  group = H // k_BSGK.shape[2]
+  o_BLHK = np.zeros(q_BLHK.shape)
+  for b, t, h in np.ndindex(B, L, H):
+    seen = mask_BLS[b, t]
+    score_S = k_BSGK[b, seen, h // group] @ q_BLHK[b, t, h] / np.sqrt(K)
+    p_S = np.exp(score_S - score_S.max())
+    o_BLHK[b, t, h] = p_S @ v_BSGK[b, seen, h // group] / p_S.sum()
+  return o_BLHK
+
+
+def rotary_numpy(x_BLHK, positions_BL, base):
+  y_BLHK, half = np.zeros(x_BLHK.shape), x_BLHK.shape[-1] // 2
+  for b, t, h, k in np.ndindex(*x_BLHK.shape[:3], half):
+    turn = np.exp(1j * positions_BL[b, t] * base ** (-2 * k / (2 * half)))
+    z = (x_BLHK[b, t, h, k] + 1j * x_BLHK[b, t, h, k + half]) * turn
+    y_BLHK[b, t, h, k], y_BLHK[b, t, h, k + half] = z.real, z.imag
+  return y_BLHK
+
+
+def norm_numpy(x, scale, epsilon):
+  return x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon) * scale
+
+
+def mask_numpy(segments_BL):
+  return (segments_BL[:, :, None] == segments_BL[:, None, :]) & np.tril(np.ones((segments_BL.shape[1],) * 2, bool))
+
+
+SEGMENTS_BL = np.array([[1, 1, 1, 2, 3, 3], [1, 2, 2, 2, 0, 0]])
+
+
+def test_a_document_mask_is_causal_and_ends_at_documents():
+  wanted = np.array([[[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]],
+                     [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]]], bool)
+  np.testing.assert_array_equal(document_mask(jnp.asarray(SEGMENTS_BL)), wanted)
+
+
+@pytest.mark.parametrize('G', [4, 2, 1])
+def test_attention_and_its_gradients_are_those_of_a_softmax_in_float64(G, assert_close):
+  rng = np.random.default_rng(G)
+  B, L, S, H, K = 2, 3, 6, 4, 4
+  q, k, v = (rng.standard_normal(shape) for shape in [(B, L, H, K), (B, S, G, K), (B, S, G, K)])
+  mask = mask_numpy(SEGMENTS_BL)[:, -L:]
+  weight = rng.standard_normal((B, L, H, K))
+
+  @jax.jit
+  def value_and_gradients(q, k, v):
+    o, back = jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v)
+    return o, back(jnp.asarray(weight, jnp.float32))
+
+  found, grads = value_and_gradients(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
+  assert_close(found, attend_numpy(q, k, v, mask))
+  wanted, step = [np.zeros(x.shape) for x in (q, k, v)], 1e-5
+  for which, index in ((i, index) for i in range(3) for index in np.ndindex(*wanted[i].shape)):
+    ends = []
+    for sign in (1, -1):
+      moved = [x.copy() for x in (q, k, v)]
+      moved[which][index] += sign * step
+      ends.append((attend_numpy(*moved, mask) * weight).sum())
+    wanted[which][index] = (ends[0] - ends[1]) / (2 * step)
+  assert_close(list(grads), wanted)
+
+
+def test_attention_survives_large_scores_and_a_query_that_sees_nothing():
+  q = jnp.full((1, 2, 2, 4), 1e4)
+  k, v = jnp.full((1, 3, 1, 4), 1e4), jnp.ones((1, 3, 1, 4))
+  mask = jnp.array([[[True, True, False], [False, False, False]]])
+  o, back = jax.vjp(lambda q, k, v: attend(q, k, v, mask), q, k, v)
+  np.testing.assert_allclose(o, 1, rtol=1e-6)
+  assert all(np.isfinite(x).all() for x in back(o))
+
+
+def test_rotary_turns_the_pairs_of_the_two_halves(assert_close):
+  rng = np.random.default_rng(0)
+  x, positions = rng.standard_normal((2, 5, 3, 8)), rng.integers(0, 40, (2, 5))
+  assert_close(rotary(jnp.asarray(x, jnp.float32), jnp.asarray(positions), 100.0), rotary_numpy(x, positions, 100.0))
+  np.testing.assert_array_equal(rotary(jnp.asarray(x), jnp.zeros((2, 5), int), 100.0), jnp.asarray(x))
+
+
+def test_scores_depend_on_relative_positions_only(assert_close):
+  rng = np.random.default_rng(1)
+  q, k = (jnp.asarray(rng.standard_normal((1, 6, 2, 8)), jnp.float32) for _ in range(2))
+  scores = lambda shift: np.einsum('blhk,bshk->bhls', *(rotary(x, jnp.arange(6)[None] + shift, 100.0) for x in (q, k)))
+  assert_close(scores(37), scores(0))
+  assert np.abs(scores(0) - np.einsum('blhk,bshk->bhls', q, k)).max() > 0.1
+
+
+def test_rms_norm_is_its_equation_in_float32_and_keeps_the_type(assert_close):
+  rng = np.random.default_rng(0)
+  x, scale = rng.standard_normal((2, 3, 16)) * 5, rng.standard_normal(16)
+  assert_close(rms_norm(jnp.asarray(x, jnp.float32), jnp.asarray(scale, jnp.float32), 0.5), norm_numpy(x, scale, 0.5))
+  half = jnp.asarray(x, jnp.bfloat16)
+  found = rms_norm(half, jnp.asarray(scale, jnp.float32), 1e-6)
+  assert found.dtype == jnp.bfloat16
+  assert_close(found, norm_numpy(np.float64(half), scale, 1e-6), 2**-8)  # rounded once, at the end
+
+
+@pytest.mark.parametrize('qk_norm', [False, True])
+def test_a_block_is_its_equations(tiny, random_model, qk_norm, assert_close):
+  c = tiny(qk_norm=qk_norm, rope_base=50.0, norm_epsilon=0.1)
+  block = jax.tree.map(lambda x: x[0], random_model(c).trunk)
+  x = np.random.default_rng(0).standard_normal((2, 6, 16))
+  positions = np.array([[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 0, 0]])
+  found, cache = jax.jit(block.__call__)(jnp.asarray(x, jnp.float32), positions, document_mask(jnp.asarray(SEGMENTS_BL)))
+  assert cache is None
+
+  w = {name: np.float64(getattr(block, name)[...]) for name in vars(block) if name[-1].isupper()}
+  h = norm_numpy(x, w['attention_norm_D'], 0.1)
+  q, k, v = (np.einsum('bld,dhk->blhk', h, w[name]) for name in ('wq_DHK', 'wk_DGK', 'wv_DGK'))
+  if qk_norm:
+    q, k = norm_numpy(q, w['q_norm_K'], 0.1), norm_numpy(k, w['k_norm_K'], 0.1)
+  o = attend_numpy(rotary_numpy(q, positions, 50.0), rotary_numpy(k, positions, 50.0), v, mask_numpy(SEGMENTS_BL))
+  x = x + np.einsum('blhk,hkd->bld', o, w['wo_HKD'])
+  h = norm_numpy(x, w['mlp_norm_D'], 0.1)
+  gate = h @ w['gate_DF']
+  assert_close(found, x + (gate / (1 + np.exp(-gate)) * (h @ w['up_DF'])) @ w['down_FD'])
+
+
+def test_new_entries_are_written_at_their_positions_and_those_outside_are_dropped():
+  old = jnp.arange(10).reshape(2, 5)
+  found = layers.write(old, jnp.array([[-1, -2, -3], [-4, -5, -6]]), jnp.array([[4, 0, 5], [-1, 2, 3]]))
+  np.testing.assert_array_equal(found, [[-2, 1, 2, 3, -1], [5, 6, -5, -6, 9]])
+
+
+def test_a_cache_shows_a_query_the_slots_up_to_its_own(tiny):
+  cache = Cache.empty(tiny(), 2, 4)
+  assert cache.k_BSGK.shape == cache.v_BSGK.shape == (2, 4, 2, 8)
+  np.testing.assert_array_equal(cache.mask(jnp.array([[0, 2], [3, -1]])), np.array([[[1, 0, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1], [0, 0, 0, 0]]], bool))
+
+
+def test_a_stack_holds_independent_modules_in_order(tiny):
+  key = jax.random.key(3)
+  stacked = jax.jit(lambda key: stack(lambda rngs: Block(tiny(), rngs), 3, key))(key)
+  assert all(x.shape[0] == 3 for x in jax.tree.leaves(stacked))
+  wq_NDHK = np.asarray(stacked.wq_DHK[...])
+  assert len({wq_DHK.tobytes() for wq_DHK in wq_NDHK}) == 3
+  assert 0.7 / 4 < wq_NDHK.std() < 1.0 / 4  # a normal of variance 1/16, cut at two sigma

@@ -1,0 +1,37 @@
+"""Every notebook runs from top to bottom on a checkpoint trained for a few steps."""
+import pathlib
+import shutil
+
+import nbclient
+import nbformat
+import pytest
+
+from mtp_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  from mtp_jax.train import fit
+  folder = tmp_path_factory.mktemp('run')
+  for i in range(6):
+    shutil.copy(ROOT / 'src' / 'mtp_jax' / ('config.py', 'data.py', 'train.py', 'model.py', 'lm.py', 'decode.py')[i], folder / f'{i}.py')
+  config = Config(
+      model=ModelConfig(width=32, layers=5, heads=4, head_width=8, feed_forward=64, futures=4), objective=ObjectiveConfig(chunk=64),
+      data=DataConfig(paths=tuple(str(path) for path in sorted(folder.glob('*.py'))), length=64, validation_share=0.3, cache=str(folder / 'cache')),
+      optimizer=OptimizerConfig(warmup_steps=1), train=TrainConfig(steps=5, batch=4, evaluate_rows=8))
+  fit(config, folder / 'run')
+  return folder / 'run'
+
+
+@pytest.mark.filterwarnings('default')  # of Jupyter's own packages
+@pytest.mark.parametrize('path', sorted((ROOT / 'notebooks').glob('*.ipynb')), ids=lambda path: path.stem)
+def test_notebook_runs_from_top_to_bottom(path, workdir, monkeypatch):
+  monkeypatch.setenv('MTP_JAX_WORKDIR', str(workdir))
+  notebook = nbformat.read(path, as_version=4)
+  nbclient.NotebookClient(notebook, timeout=300, resources={'metadata': {'path': str(ROOT / 'notebooks')}}).execute()
+  outputs = [output for cell in notebook.cells if cell.cell_type == 'code' for output in cell.outputs]
+  assert sum('image/png' in output.get('data', {}) for output in outputs) == 2
+  assert any('background' in output.get('data', {}).get('text/html', '') for output in outputs)
+  assert all(not cell.outputs for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == 'code'), 'commit notebooks without output'

@@ -1,0 +1,133 @@
+"""Names against shapes, names against shardings, the einsum's gradients against jnp.einsum's own."""
+import functools
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import P
+
+import mtp_jax
+from mtp_jax import sharding, train
+from mtp_jax.config import BadInput, Config, MeshConfig
+from mtp_jax.model import Model
+from mtp_jax.sharding import einsum, make_mesh, spec
+
+SUBSCRIPTS = sorted({found for path in pathlib.Path(mtp_jax.__file__).parent.glob('*.py') if path.name != 'sharding.py'
+                     for found in re.findall(r"einsum\('([A-Za-z,]+->[A-Za-z]*)'", path.read_text())})
+SIZES = {'B': 4, 'L': 6, 'S': 10, 'D': 8, 'C': 16, 'H': 4, 'G': 2, 'K': 6, 'F': 12, 'V': 14}
+PARAMETERS = {
+    'embed_VD': P('tensor', 'fsdp'), 'unembed_VD': P('tensor', 'fsdp'), 'final_norm_D': P(None),
+    'attention_norm_D': P(None, None), 'mlp_norm_D': P(None, None), 'q_norm_K': P(None, None), 'k_norm_K': P(None, None),
+    'wq_DHK': P(None, 'fsdp', 'tensor', None), 'wk_DGK': P(None, 'fsdp', 'tensor', None), 'wv_DGK': P(None, 'fsdp', 'tensor', None),
+    'wo_HKD': P(None, 'tensor', None, 'fsdp'),
+    'gate_DF': P(None, 'fsdp', 'tensor'), 'up_DF': P(None, 'fsdp', 'tensor'), 'down_FD': P(None, 'tensor', 'fsdp'),
+    'embedding_norm_D': P(None, None), 'hidden_norm_D': P(None, None), 'out_norm_D': P(None, None), 'join_CD': P(None, 'fsdp', None),
+}
+
+
+def names(tree) -> list[tuple[str, str, jax.Array]]:
+  """(first attribute, last attribute, leaf) of every parameter."""
+  keys = lambda path: [key.name for key in path if getattr(key, 'name', 'value') != 'value']
+  return [(keys(path)[0], keys(path)[-1], leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def test_letters_choose_mesh_axes_and_the_first_to_ask_gets_one():
+  assert spec('BLD') == P(('data', 'fsdp'), 'context', None)
+  assert spec('BLV') == P(('data', 'fsdp'), 'context', 'tensor')
+  assert spec('BSGK') == P(('data', 'fsdp'), None, 'tensor', None)
+  assert spec('DHK') == P('fsdp', 'tensor', None)
+  assert spec('HGK') == P('tensor', None, None)
+  assert spec('CD') == P('fsdp', None)
+  assert spec('Vd') == P('tensor', None)
+  assert spec('DB') == P('fsdp', 'data')
+  assert spec('') == P()
+
+
+@pytest.mark.parametrize('changes', [{}, {'qk_norm': True}, {'tie_embeddings': True}, {'placement': 'appended'}, {'futures': 1}], ids=str)
+def test_a_parameters_suffix_is_its_shape_and_stacked_axes_lead(tiny, variant, changes):
+  c = tiny(**variant | changes)
+  size = {'D': 16, 'C': 32, 'H': 4, 'G': 2, 'K': 8, 'F': 20, 'V': 24}
+  N = {True: {'parallel': 5 - c.futures, 'sequential': 5 - (1 if c.share_modules and c.futures > 1 else c.futures - 1)},
+       False: {'parallel': 4, 'sequential': 5}}[c.placement == 'matched'][c.kind]
+  M = c.futures if c.kind == 'parallel' else min(1, c.futures - 1) if c.share_modules else c.futures - 1
+  stacks = {'trunk': (N,), 'futures': (M,)}
+  leaves = names(jax.eval_shape(functools.partial(Model, c), jax.random.key(0)))
+  for first, last, leaf in leaves:
+    assert leaf.shape == stacks.get(first, ()) + tuple(size[letter] for letter in last.rpartition('_')[2]), (first, last)
+    assert leaf.dtype == jnp.float32
+  block = 9 + 2 * c.qk_norm
+  futures = 0 if M == 0 else block + 4 * (c.kind == 'sequential')
+  assert len(leaves) == 2 + (not c.tie_embeddings) + block + futures
+
+
+@pytest.mark.parametrize('changes', [{'qk_norm': True}, {'kind': 'sequential', 'futures': 2}], ids=['parallel', 'sequential'])
+def test_parameters_and_moments_live_where_their_names_say(tiny, changes):
+  config = Config(model=tiny(**changes), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+  with jax.set_mesh(make_mesh(config.mesh)) as _:
+    mesh = make_mesh(config.mesh)
+    state = jax.jit(functools.partial(train.init, config))(jax.random.key(0))
+    abstract = train.abstract(config, mesh)
+  adam = state.optimizer[1]
+  for tree in (state.model, adam.mu, adam.nu, abstract.model, abstract.optimizer[1].mu):
+    for first, last, leaf in names(tree):
+      wanted = jax.NamedSharding(mesh, PARAMETERS[last])
+      assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), (first, last, leaf.sharding)
+  for (_, last, leaf), wanted in zip(names(state.model), jax.tree.leaves(sharding.shardings(state.model, mesh))):
+    assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), last
+
+
+def test_a_mesh_wants_no_more_devices_than_there_are():
+  with pytest.raises(BadInput, match=r'config\.mesh: data 1 x fsdp 4 x context 1 x tensor 4 x expert 1 = 16 devices, but there are 8'):
+    make_mesh(MeshConfig(fsdp=4, tensor=4))
+  assert make_mesh(MeshConfig(fsdp=2)).size == 2
+
+
+def gradients(function, operands):
+  """Of every subscript: the result, and the gradients of its inner product with a fixed array."""
+  def one(subscripts, a, b, g):
+    result, back = jax.vjp(functools.partial(function, subscripts), a, b)
+    return result, *back(g)
+
+  return {subscripts: one(subscripts, *arrays) for subscripts, arrays in operands.items()}
+
+
+def random_operands():
+  rng, found = np.random.default_rng(0), {}
+  for subscripts in SUBSCRIPTS:
+    found[subscripts] = tuple(rng.standard_normal([SIZES[x] for x in part]).astype(np.float32) for part in subscripts.replace('->', ',').split(','))
+  return found
+
+
+def on_mesh(mesh, letters, x):
+  """As in the model: the length a query has is spread, a weight that meets the batch on 'fsdp' is gathered by the compiler."""
+  return jax.device_put(x, jax.NamedSharding(mesh, spec(letters)))
+
+
+def test_the_gradients_of_einsum_are_those_of_jnp_einsum(assert_close):
+  assert len(SUBSCRIPTS) >= 10
+  operands = random_operands()
+  wanted = jax.jit(functools.partial(gradients, jnp.einsum))(operands)
+  assert_close(jax.jit(functools.partial(gradients, einsum))(operands), wanted)
+
+  mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))
+  placed = {s: tuple(on_mesh(mesh, part, x) for part, x in zip(s.replace('->', ',').split(','), operands[s])) for s in SUBSCRIPTS}
+  with jax.set_mesh(mesh):
+    found = jax.jit(functools.partial(gradients, einsum))(placed)
+  assert_close(found, wanted)
+  for subscripts, (result, *grads) in found.items():
+    for x, like in zip((result, *grads), (placed[subscripts][2], *placed[subscripts][:2])):
+      assert x.sharding.is_equivalent_to(like.sharding, x.ndim), subscripts
+
+
+def test_einsum_of_bfloat16_with_a_float32_result_has_bfloat16_gradients(assert_close):
+  a, b = (jnp.asarray(np.random.default_rng(i).standard_normal(shape), jnp.bfloat16) for i, shape in enumerate([(2, 6, 8), (14, 8)]))
+  g = jnp.asarray(np.random.default_rng(2).standard_normal((2, 6, 14)), jnp.float32)
+  result, back = jax.vjp(lambda a, b: einsum('BLD,VD->BLV', a, b, jnp.float32), a, b)
+  da, db = back(g)
+  exact = np.float64
+  assert (result.dtype, da.dtype, db.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+  assert_close(result, np.einsum('BLD,VD->BLV', exact(a), exact(b)))
+  assert_close((da, db), (np.einsum('BLV,VD->BLD', g, exact(b)), np.einsum('BLD,BLV->VD', exact(a), g)), 1e-2)  # bfloat16 holds 8 bits
