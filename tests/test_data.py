@@ -173,14 +173,14 @@ def test_a_share_must_come_out_even(rows):
 
 @pytest.mark.parametrize('limit', [None, 1, 8, 10, 22, 23, 24])
 @pytest.mark.parametrize('count', [1, 2, 4])
-def test_validation_sees_each_row_once_in_order_then_padding(rows, limit, count):
+def test_validation_sees_each_row_once_or_an_even_sample_in_order_then_padding(rows, limit, count):
   processes = [data.validation_batches(rows, 8, limit, p, count) for p in range(count)]
   together = [np.stack(step, axis=1).reshape(8, -1) for step in zip(*([b['tokens'] for b in p] for p in processes), strict=True)]
   segments = [b['segments'] for b in data.validation_batches(rows, 8, limit)]
   n = min(limit or 23, 23)
   tokens = np.concatenate(together)
   assert tokens.shape == (-(-n // 8) * 8, 11)
-  assert np.array_equal(tokens[:n], np.stack([rows[i]['tokens'] for i in range(n)]))
+  assert np.array_equal(tokens[:n], np.stack([rows[i * 23 // n]['tokens'] for i in range(n)]))
   assert (tokens[n:] == PAD).all() and not np.concatenate(segments)[n:].any() and np.concatenate(segments)[:n, 0].all()
 
 

@@ -3,9 +3,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mtp_jax import layers
-from mtp_jax.layers import Block, Cache, attend, document_mask, rms_norm, rotary, stack
+from mtp_jax.layers import Cache, attend, document_mask, rms_norm, rotary, stack
 
 
 def attend_numpy(q_BLHK, k_BSGK, v_BSGK, mask_BLS):
@@ -140,10 +141,15 @@ def test_a_cache_shows_a_query_the_slots_up_to_its_own(tiny):
   np.testing.assert_array_equal(cache.mask(jnp.array([[0, 2], [3, -1]])), np.array([[[1, 0, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1], [0, 0, 0, 0]]], bool))
 
 
-def test_a_stack_holds_independent_modules_in_order(tiny):
+def test_a_stack_holds_independent_modules_in_order():
+  class Matrix(nnx.Module):
+    def __init__(self, rngs):
+      self.w_DF = nnx.Param(layers.normal(16)(rngs.params(), (16, 20)))
+
   key = jax.random.key(3)
-  stacked = jax.jit(lambda key: stack(lambda rngs: Block(tiny(), rngs), 3, key))(key)
-  assert all(x.shape[0] == 3 for x in jax.tree.leaves(stacked))
-  wq_NDHK = np.asarray(stacked.wq_DHK[...])
-  assert len({wq_DHK.tobytes() for wq_DHK in wq_NDHK}) == 3
-  assert 0.7 / 4 < wq_NDHK.std() < 1.0 / 4  # a normal of variance 1/16, cut at two sigma
+  stacked = np.asarray(stack(Matrix, 3, key).w_DF[...])
+  assert stacked.shape == (3, 16, 20)
+  np.testing.assert_array_equal(stacked[1], Matrix(nnx.Rngs(jax.random.split(key, 3)[1])).w_DF[...])
+  assert len({w_DF.tobytes() for w_DF in stacked}) == 3
+  assert 0.7 / 4 < stacked.std() < 1.0 / 4  # a normal of variance 1/16, cut at two sigma
+  assert stack(Matrix, 0, key).w_DF.shape == (0, 16, 20)

@@ -63,20 +63,29 @@ def test_a_parameters_suffix_is_its_shape_and_stacked_axes_lead(tiny, variant, c
   assert len(leaves) == 2 + (not c.tie_embeddings) + block + futures
 
 
-@pytest.mark.parametrize('changes', [{'qk_norm': True}, {'kind': 'sequential', 'futures': 2}], ids=['parallel', 'sequential'])
-def test_parameters_and_moments_live_where_their_names_say(tiny, changes):
-  config = Config(model=tiny(**changes), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
-  with jax.set_mesh(make_mesh(config.mesh)) as _:
-    mesh = make_mesh(config.mesh)
+def assert_placed(tree, mesh):
+  for first, last, leaf in names(tree):
+    assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, PARAMETERS[last]), len(leaf.shape)), (first, last, leaf.sharding)
+
+
+def test_parameters_and_moments_are_typed_to_live_where_their_names_say(tiny, variant):
+  config = Config(model=tiny(qk_norm=True, **variant), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+  mesh = make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    state = train.abstract(config, mesh)
+  for tree in (state.model, state.optimizer[1].mu, state.optimizer[1].nu):
+    assert_placed(tree, mesh)
+    for (_, last, leaf), wanted in zip(names(tree), jax.tree.leaves(sharding.shardings(tree, mesh))):
+      assert leaf.sharding.is_equivalent_to(wanted, len(leaf.shape)), last
+
+
+def test_a_fresh_state_lives_where_it_is_typed_to(tiny):
+  config = Config(model=tiny(layers=3, futures=2), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+  mesh = make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
     state = jax.jit(functools.partial(train.init, config))(jax.random.key(0))
-    abstract = train.abstract(config, mesh)
-  adam = state.optimizer[1]
-  for tree in (state.model, adam.mu, adam.nu, abstract.model, abstract.optimizer[1].mu):
-    for first, last, leaf in names(tree):
-      wanted = jax.NamedSharding(mesh, PARAMETERS[last])
-      assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), (first, last, leaf.sharding)
-  for (_, last, leaf), wanted in zip(names(state.model), jax.tree.leaves(sharding.shardings(state.model, mesh))):
-    assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), last
+  for tree in (state.model, state.optimizer[1].mu, state.optimizer[1].nu):
+    assert_placed(tree, mesh)
 
 
 def test_a_mesh_wants_no_more_devices_than_there_are():
@@ -102,7 +111,6 @@ def random_operands():
 
 
 def on_mesh(mesh, letters, x):
-  """As in the model: the length a query has is spread, a weight that meets the batch on 'fsdp' is gathered by the compiler."""
   return jax.device_put(x, jax.NamedSharding(mesh, spec(letters)))
 
 

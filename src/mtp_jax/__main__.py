@@ -14,6 +14,7 @@ import sys
 import typing
 from collections.abc import Callable
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -54,6 +55,7 @@ def train(f) -> int:
 
 def evaluate(f) -> int:
   """On held-out documents: nats, accuracy and count of each future, bits per byte of future 0."""
+  _need_at_least(f, rows=0)
   lm = _load(f)
   if lm.prepared.fingerprint != lm.record['fingerprint']:
     print(f"note: the documents here differ from those of the training run, so some held-out ones may have been trained on", file=sys.stderr)
@@ -78,10 +80,10 @@ def generate(f) -> int:
 
 def inspect(f) -> int:
   """What a checkpoint, or a config, holds and costs: parameters and FLOPs by part, beside its next-token twin's."""
-  import jax
-  from mtp_jax import metrics, model
   if (f.workdir is None) == (f.config is None):
     raise BadInput('inspect: pass either --workdir=DIR or --config=FILE')
+  import jax
+  from mtp_jax import metrics, model
   lm = _load(f) if f.workdir else None
   config = lm.config if lm else _config(f)
   shapes = lambda c: jax.eval_shape(lambda key: model.Model(c, key), jax.random.key(0))
@@ -102,6 +104,7 @@ def inspect(f) -> int:
 def benchmark_train(f) -> int:
   """Steps of a config: seconds, tokens/s, and model-FLOP utilisation against the machine's own matmul, measured in the same run."""
   config = _config(f)
+  _need_at_least(f, steps=1)
   from mtp_jax import benchmark
   found = benchmark.train(config, f.steps, STARTED)
   _report(f, found, [f'{key}: {value:,.4g}' for key, value in found.items()])
@@ -110,6 +113,7 @@ def benchmark_train(f) -> int:
 
 def benchmark_decode(f) -> int:
   """Held-out prompts, every draft length in alternation: tokens per forward and speed-up over plain autoregression."""
+  _need_at_least(f, prompts=1, prompt_tokens=1, max_tokens=1, repeats=1)
   lm = _load(f)
   from mtp_jax import benchmark
   found = benchmark.decode(lm, f.prompts, f.prompt_tokens, f.max_tokens, f.repeats)
@@ -164,7 +168,7 @@ def _run(arguments: list[str]) -> int:
   for flag, default, meaning in command.flags:
     if flag == 'config':
       _check_overrides(rest)
-      config_flags.DEFINE_config_file(flag, default, meaning, flag_values=values, lock_config=True)
+      config_flags.DEFINE_config_file(flag, default, meaning, flag_values=values, lock_config=True, sys_argv=[name, *rest])
     else:
       define = {bool: flags.DEFINE_boolean, int: flags.DEFINE_integer, float: flags.DEFINE_float}.get(type(default), flags.DEFINE_string)
       define(flag, default, meaning, flag_values=values)
@@ -175,8 +179,12 @@ def _run(arguments: list[str]) -> int:
       raise BadInput(f'{argument}: {name} has no such flag; {schema.nearest(flag, known)}')
   try:
     extra = values([name, *rest])[1:]
+  except BadInput:
+    raise
   except (flags.Error, OSError, ValueError, TypeError) as error:
     raise BadInput(' '.join(str(error).split())) from None
+  except Exception as error:  # whatever a config file, which is a program, may raise
+    raise BadInput(' '.join(f'--config: {type(error).__name__}: {error}'.split())) from None
   if extra:
     raise BadInput(f'{extra[0]}: not expected here; flags are written --name=value')
   return command.run(values)
@@ -185,10 +193,12 @@ def _run(arguments: list[str]) -> int:
 def _check_overrides(arguments: list[str]) -> None:
   """Names of --config.section.field=value, and the config file, before anything is loaded."""
   for argument in arguments:
-    flag, _, value = argument.lstrip('-').partition('=')
+    flag, equals, value = argument.lstrip('-').partition('=')
     if flag.removeprefix('no').startswith('config.'):
       schema.check_name(flag.removeprefix('no').removeprefix('config.'))
     if flag == 'config':
+      if not equals:
+        raise BadInput(f'{argument}: flags are written --name=value, such as --config=configs/tiny.py')
       path = value.partition(':')[0]
       if not os.path.isfile(path):
         folder = os.path.dirname(path) or '.'
@@ -202,12 +212,20 @@ def _config(f) -> Config:
     values = f.config
   except OSError as error:
     raise BadInput(f'--config: {" ".join(str(error).split())}') from None
+  if not isinstance(values, ml_collections.ConfigDict):
+    raise BadInput(f'--config: get_config() returned {type(values).__name__}, but must return Config(...).to_config_dict()')
   return Config.from_dict(values.to_dict())
 
 
 def _need(f, flag: str) -> None:
   if f[flag].value is None:
     raise BadInput(f'--{flag}: missing; see --help')
+
+
+def _need_at_least(f, **least) -> None:
+  for flag, number in least.items():
+    if f[flag].value < number:
+      raise BadInput(f'--{flag}={f[flag].value}: must be at least {number}')
 
 
 def _load(f):

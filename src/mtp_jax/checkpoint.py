@@ -7,6 +7,7 @@
 Orbax writes them asynchronously; a folder that a crash left incomplete is never read. This is the only door to Orbax.
 """
 import difflib
+import itertools
 import json
 import pathlib
 
@@ -16,6 +17,7 @@ import numpy as np
 from mtp_jax.config import BadInput, Config
 
 FOLDER = 'checkpoints'
+RECORD = {'step': int, 'config': dict, 'conventions': dict, 'tokenizer': str, 'fingerprint': str, 'data': dict}
 
 
 def as_dict(tree) -> dict:
@@ -67,7 +69,7 @@ def metadata(workdir: pathlib.Path, step: int | None = None) -> dict:
   path = pathlib.Path(workdir) / FOLDER / str(chosen) / '_CHECKPOINT_METADATA'
   try:
     record = json.loads(path.read_text())['custom_metadata']
-    return record | {'step': record['step'], 'config': record['config'], 'conventions': record['conventions']}
+    return record | {key: kind(record[key]) for key, kind in RECORD.items()}
   except (ValueError, KeyError, TypeError) as error:
     raise BadInput(f'{path}: lacks the record of config and conventions ({error!r}); remove the folder {chosen} to fall back to an older step') from None
 
@@ -83,6 +85,8 @@ def check_resumes(config: Config, record: dict, workdir) -> list[str]:
   Raises:
     BadInput: for a field that a checkpoint fixes.
   """
+  if config.train.steps < record['step']:
+    raise BadInput(f'config.train.steps={config.train.steps}: the checkpoint in {workdir} is of step {record["step"]}; set at least that')
   changes = []
   for section, fields in config.to_dict().items():
     for field, value in fields.items():
@@ -102,6 +106,15 @@ def check_same(what: str, mine: str, record: dict, key: str, fix: str) -> None:
     raise BadInput(f'{what}: digest {mine[:12]} differs from the checkpoint\'s {record[key][:12]}; {fix}')
 
 
+def check_conventions(mine: dict, record: dict, workdir) -> None:
+  """Raises BadInput unless the checkpoint's weights mean what this version takes them for."""
+  theirs = record['conventions']
+  wrong = [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
+  if wrong:
+    raise BadInput(f"{workdir}: the checkpoint's conventions contradict this version in {', '.join(wrong)}; its weights would be misread, "
+                   'so use the version that wrote it')
+
+
 class Writer:
   """Saves in the background; at most one save is under way."""
 
@@ -111,7 +124,8 @@ class Writer:
     complete = set(steps(workdir))
     for path in self.folder.glob('*'):
       if path.name.isdigit() and int(path.name) not in complete:
-        path.rename(path.with_name(f'incomplete-{path.name}'))
+        aside = (path.with_name(f'incomplete-{path.name}' + (f'-{n}' if n else '')) for n in itertools.count())
+        path.rename(next(name for name in aside if not name.exists()))
     self.kept, self.training = kept, ocp.training
     self.pending = None
     self._open()

@@ -139,6 +139,9 @@ class Config:
   mesh: MeshConfig = MeshConfig()
 
   def __post_init__(self):
+    for name, kind in SECTIONS.items():
+      section = getattr(self, name)
+      object.__setattr__(self, name, _section(kind, vars(section) if isinstance(section, kind) else section, name))
     _check(self)
 
   def to_dict(self) -> dict:
@@ -171,6 +174,8 @@ def check_name(path: str) -> None:
 
 
 def _section(kind, values: Mapping, section: str):
+  if not isinstance(values, (Mapping, ml_collections.ConfigDict)):
+    raise BadInput(f'config.{section}={values!r}: must be a section, {kind.__name__}')
   hints, typed = typing.get_type_hints(kind), {}
   for name, value in values.items():
     check_name(f'{section}.{name}')

@@ -28,12 +28,13 @@ from mtp_jax.sharding import einsum
 class Memory:
   """What decoding keeps of the tokens so far.
 
-  trunk: a Cache with a leading axis N. futures: a Cache with a leading axis, parallel: futures 0..K, sequential: modules 1..K.
-  state_BSD: h^0 of every position, which the sequential modules start from; no slots in a parallel model.
+  trunk: a Cache with a leading axis N. first: that of the parallel future 0. drafters: those of the futures, or modules, 1..K.
+  state_BSD: h^0 of every position, which the sequential modules start from. What a family does not need is None.
   """
   trunk: Cache
-  futures: Cache
-  state_BSD: jax.Array
+  first: Cache | None
+  drafters: tuple[Cache, ...]
+  state_BSD: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -68,23 +69,26 @@ def generate(model: Model, prompts_BP, length_B, limit_B, seed_B, temperature, a
     The Progress at the end. The pass over the prompt is not among `forwards_B`.
   """
   B, P = prompts_BP.shape
-  choose = functools.partial(_choose, seed_B=seed_B, temperature=temperature, allowed_V=allowed_V, sample=sample)
+  unembed_DV = model.unembedding().T  # laid out once for all passes
+  choose = functools.partial(_choose, unembed_DV=unembed_DV, seed_B=seed_B, temperature=temperature, allowed_V=allowed_V, sample=sample)
   tokens_BS = jnp.pad(prompts_BP, ((0, 0), (0, slots - P)))
-  memory = _prefill(model, prompts_BP, slots, draft)
+  drafters = _drafters(model, draft)
+  first = _take(model.futures, 0) if model.config.kind == 'parallel' else None
+  memory = _prefill(model, first, drafters, prompts_BP, slots)
   start = Progress(memory, tokens_BS, jnp.zeros((B, slots), jnp.int32), length_B, length_B >= limit_B, jnp.zeros((B, draft), jnp.int32),
                    jnp.zeros(B, jnp.int32), jnp.zeros((B, draft), jnp.int32))
-  return jax.lax.while_loop(lambda p: ~jnp.all(p.done_B), functools.partial(_advance, model, choose, limit_B, eos), start)
+  return jax.lax.while_loop(lambda p: ~jnp.all(p.done_B), functools.partial(_advance, model, first, drafters, choose, limit_B, eos), start)
 
 
-def _advance(model: Model, choose, limit_B, eos, p: Progress) -> Progress:
+def _advance(model: Model, first, drafters: tuple, choose, limit_B, eos, p: Progress) -> Progress:
   """One forward: verify the drafts, emit what is accepted and one token more, draft again."""
   B, K = p.drafts_BK.shape
   ahead_T = jnp.arange(K + 1)
   last_B1 = (p.length_B - 1)[:, None]
   block_BT = jnp.concatenate([jnp.take_along_axis(p.tokens_BS, last_B1, 1), p.drafts_BK], 1)
   positions_BT = last_B1 + ahead_T
-  z_BTD, logits_BTV, memory = _verify(model, block_BT, positions_BT, p.memory)
-  own_BT = choose(logits_BTV, positions_BT + 1)
+  z_BTD, h_BTD, memory = _verify(model, first, block_BT, positions_BT, p.memory)
+  own_BT = choose(h_BTD, positions_BT + 1)
 
   agree_BK = jnp.cumprod(p.drafts_BK == own_BT[:, :-1], 1)
   accepted_B = jnp.sum(agree_BK, 1)
@@ -99,29 +103,31 @@ def _advance(model: Model, choose, limit_B, eos, p: Progress) -> Progress:
   if K == 0:
     drafts_BK = p.drafts_BK
   elif model.config.kind == 'parallel':
-    drafts_BK, memory = _draft_parallel(model, choose, K, z_BTD, positions_BT, accepted_B[:, None], memory)
+    drafts_BK, memory = _draft_parallel(model, drafters, choose, z_BTD, positions_BT, accepted_B[:, None], memory)
   else:
-    drafts_BK, memory = _draft_sequential(model, choose, K, tokens_BS, length_B[:, None] - 2, memory)
+    drafts_BK, memory = _draft_sequential(model, drafters, choose, tokens_BS, length_B[:, None] - 2, memory)
   live_B = ~p.done_B
   return Progress(memory, tokens_BS, depth_BS, length_B, p.done_B | jnp.any(ends_BT & emitted_BT, 1) | (length_B >= limit_B), drafts_BK,
                   p.forwards_B + live_B, p.accepted_BK + agree_BK * emitted_BT[:, :K])
 
 
-def _choose(logits_BTV, positions_BT, *, seed_B, temperature, allowed_V, sample: bool):
-  """The token of each position: the argmax, or a sample by Gumbel noise keyed by row and position. int32[B, T]."""
-  logits_BTV = jnp.where(allowed_V, logits_BTV, -jnp.inf)
+def _choose(h_BTD, positions_BT, *, unembed_DV, seed_B, temperature, allowed_V, sample: bool):
+  """The token at each position: the argmax, or a sample by Gumbel noise keyed by row and position. int32[B, T]."""
+  logits_BTV = jnp.where(allowed_V, einsum('BLD,DV->BLV', h_BTD, unembed_DV, jnp.float32), -jnp.inf)
   if sample:
     noise = lambda seed, position: jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), allowed_V.shape)
     logits_BTV = logits_BTV / temperature + jax.vmap(jax.vmap(noise, (None, 0)))(seed_B, positions_BT)
   return jnp.argmax(logits_BTV, -1).astype(jnp.int32)
 
 
-def logits(model: Model, h_BLD):
-  """float32[B, L, V]."""
-  return einsum('BLD,VD->BLV', h_BLD, model.unembedding(), jnp.float32)
+def _drafters(model: Model, K: int) -> tuple:
+  """The parallel futures, or the sequential modules, 1..K: cut out of their stack once, before the loop."""
+  if model.config.kind == 'sequential':
+    return tuple(model.module(k) for k in range(1, K + 1))
+  return tuple(_take(model.futures, k) for k in range(1, K + 1))
 
 
-def _take(stacked, index):
+def _take(stacked, index: int):
   return jax.tree.map(lambda x: x[index], stacked)
 
 
@@ -129,63 +135,58 @@ def _write(block, x_BTD, positions_BT, cache: Cache) -> Cache:
   return cache.write(*block.keys_values(x_BTD, positions_BT), positions_BT)
 
 
-def _prefill(model: Model, tokens_BP, S: int, K: int) -> Memory:
+def _prefill(model: Model, first, drafters: tuple, tokens_BP, S: int) -> Memory:
   """Runs the prompts, and what fills them up, through every cache."""
   c = model.config
   B, P = tokens_BP.shape
-  stacked = lambda n: jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), Cache.empty(c, B, S))
+  empty = Cache.empty(c, B, S)
   positions_BP = jnp.broadcast_to(jnp.arange(P), (B, P))
-  trunk = stacked(c.trunk_layers)
-  z_BPD, trunk = model.run_trunk(model.embed(tokens_BP), positions_BP, trunk.mask(positions_BP), trunk)
+  trunk = jax.tree.map(lambda x: jnp.broadcast_to(x, (c.trunk_layers, *x.shape)), empty)
+  z_BPD, trunk = model.run_trunk(model.embed(tokens_BP), positions_BP, empty.mask(positions_BP), trunk)
   if c.kind == 'parallel':
-    futures = jax.vmap(_write, (0, None, None, 0))(_take(model.futures, slice(K + 1)), z_BPD, positions_BP, stacked(K + 1))
-    return Memory(trunk, futures, jnp.zeros((B, 0, c.width), z_BPD.dtype))
+    return Memory(trunk, _write(first, z_BPD, positions_BP, empty), tuple(_write(block, z_BPD, positions_BP, empty) for block in drafters), None)
   h_BPD = _chain_input(model, z_BPD)
-  futures, _ = _chain(model, h_BPD, tokens_BP, positions_BP, stacked(K), lambda k, h_B1D, tokens_BP: tokens_BP)
-  return Memory(trunk, futures, jnp.pad(h_BPD, ((0, 0), (0, S - P), (0, 0))))
+  caches, _ = _chain(model, drafters, h_BPD, tokens_BP, positions_BP, (empty,) * len(drafters), lambda k, h_B1D, tokens_BP: tokens_BP)
+  return Memory(trunk, None, caches, jnp.pad(h_BPD, ((0, 0), (0, S - P), (0, 0))))
 
 
-def _verify(model: Model, tokens_BT, positions_BT, memory: Memory):
-  """Future 0 on new tokens: (trunk's state, logits, memory)."""
+def _verify(model: Model, first, tokens_BT, positions_BT, memory: Memory):
+  """Future 0 on new tokens: (trunk's state, what the unembedding reads, memory)."""
   mask_BTS = memory.trunk.mask(positions_BT)
   z_BTD, trunk = model.run_trunk(model.embed(tokens_BT), positions_BT, mask_BTS, memory.trunk)
+  memory = dataclasses.replace(memory, trunk=trunk)
   if model.config.kind == 'sequential':
     state_BSD = write(memory.state_BSD, _chain_input(model, z_BTD), positions_BT)
-    return z_BTD, logits(model, model.norm(z_BTD)), Memory(trunk, memory.futures, state_BSD)
-  x_BTD, first = _take(model.futures, 0)(z_BTD, positions_BT, mask_BTS, _take(memory.futures, 0))
-  futures = jax.tree.map(lambda all, one: all.at[0].set(one), memory.futures, first)
-  return z_BTD, logits(model, model.norm(x_BTD)), Memory(trunk, futures, memory.state_BSD)
+    return z_BTD, model.norm(z_BTD), dataclasses.replace(memory, state_BSD=state_BSD)
+  x_BTD, cache = first(z_BTD, positions_BT, mask_BTS, memory.first)
+  return z_BTD, model.norm(x_BTD), dataclasses.replace(memory, first=cache)
 
 
-def _draft_parallel(model: Model, choose, K: int, z_BTD, positions_BT, at_B1, memory: Memory):
+def _draft_parallel(model: Model, drafters: tuple, choose, z_BTD, positions_BT, at_B1, memory: Memory):
   """Futures 1..K write all new positions and read at the last accepted one: (int32[B, K], memory)."""
   z_B1D, at_B1 = jnp.take_along_axis(z_BTD, at_B1[..., None], 1), jnp.take_along_axis(positions_BT, at_B1, 1)
-
-  def head(block, cache):
-    cache = _write(block, z_BTD, positions_BT, cache)
-    return model.norm(block.read(z_B1D, at_B1, cache.k_BSGK, cache.v_BSGK, cache.mask(at_B1)))[:, 0], cache
-
-  h_KBD, futures = jax.vmap(head)(_take(model.futures, slice(1, K + 1)), _take(memory.futures, slice(1, K + 1)))
-  drafts_BK = choose(logits(model, jnp.moveaxis(h_KBD, 0, 1)), at_B1 + 2 + jnp.arange(K))
-  futures = jax.tree.map(lambda old, new: old.at[1:].set(new), memory.futures, futures)
-  return drafts_BK, Memory(memory.trunk, futures, memory.state_BSD)
+  caches = tuple(_write(block, z_BTD, positions_BT, cache) for block, cache in zip(drafters, memory.drafters))
+  h_BKD = jnp.concatenate([model.norm(block.read(z_B1D, at_B1, cache.k_BSGK, cache.v_BSGK, cache.mask(at_B1)))
+                           for block, cache in zip(drafters, caches)], 1)
+  return choose(h_BKD, at_B1 + 2 + jnp.arange(len(drafters))), dataclasses.replace(memory, drafters=caches)
 
 
-def _draft_sequential(model: Model, choose, K: int, tokens_BS, last_B1, memory: Memory):
+def _draft_sequential(model: Model, drafters: tuple, choose, tokens_BS, last_B1, memory: Memory):
   """Modules 1..K on a window that ends at `last_B1`, the last position whose next token is known: (int32[B, K], memory).
 
   Module k's state at position t is final once token t+k is known, so the last K positions seen before and the new ones,
   2K at most, are run again; what they leave in a cache is overwritten or final.
   """
+  K = len(drafters)
   window_BW = last_B1 + jnp.arange(1 - 2 * K, 1)
   h_BWD = jnp.take_along_axis(memory.state_BSD, jnp.maximum(window_BW, 0)[..., None], 1)
 
   def extend(k, h_B1D, tokens_BS):
-    return write(tokens_BS, choose(logits(model, h_B1D), last_B1 + k + 1), last_B1 + k + 1)
+    return write(tokens_BS, choose(h_B1D, last_B1 + k + 1), last_B1 + k + 1)
 
-  futures, tokens_BS = _chain(model, h_BWD, tokens_BS, window_BW, memory.futures, extend)
+  caches, tokens_BS = _chain(model, drafters, h_BWD, tokens_BS, window_BW, memory.drafters, extend)
   drafts_BK = jnp.take_along_axis(tokens_BS, jnp.minimum(last_B1 + 2 + jnp.arange(K), tokens_BS.shape[1] - 1), 1)
-  return drafts_BK, Memory(memory.trunk, futures, memory.state_BSD)
+  return drafts_BK, dataclasses.replace(memory, drafters=caches)
 
 
 def _chain_input(model: Model, z_BLD):
@@ -193,14 +194,13 @@ def _chain_input(model: Model, z_BLD):
   return model.norm(z_BLD) if model.config.hidden_input == 'post_norm' else z_BLD
 
 
-def _chain(model: Model, h_BWD, tokens_BS, positions_BW, caches: Cache, extend):
-  """Modules 1..K in turn, K being the caches there are; extend(k, h_B1D, tokens_BS) may append what module k predicts last."""
+def _chain(model: Model, modules: tuple, h_BWD, tokens_BS, positions_BW, caches: tuple, extend):
+  """Modules 1..K in turn: (caches, tokens_BS); extend(k, h_B1D, tokens_BS) may append what module k predicts last."""
   written = []
-  for k in range(1, caches.k_BSGK.shape[0] + 1):
-    cache = _take(caches, k - 1)
+  for k, (module, cache) in enumerate(zip(modules, caches), 1):
     between_BW = jnp.take_along_axis(tokens_BS, jnp.clip(positions_BW + k, 0, tokens_BS.shape[1] - 1), 1)
-    raw_BWD, normed_BWD, cache = model.module(k)(model.embed(between_BW), h_BWD, positions_BW, cache.mask(positions_BW), cache)
+    raw_BWD, normed_BWD, cache = module(model.embed(between_BW), h_BWD, positions_BW, cache.mask(positions_BW), cache)
     written.append(cache)
     tokens_BS = extend(k, normed_BWD[:, -1:], tokens_BS)
     h_BWD = normed_BWD if model.config.hidden_input == 'post_norm' else raw_BWD
-  return jax.tree.map(lambda *x: jnp.stack(x), *written) if written else caches, tokens_BS
+  return tuple(written), tokens_BS

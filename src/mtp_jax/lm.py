@@ -98,7 +98,7 @@ class LanguageModel:
     with jax.set_mesh(self.mesh):
       byte_length_V = np.pad(self.tokenizer.byte_lengths, (0, self.config.model.vocab - self.tokenizer.size))
       held_out = data.Rows(self.prepared.validation, self.config.data.length, self.config.model.futures, self.tokenizer.pad)
-      return train.evaluate(self.config, self.model, data.validation_batches(held_out, batch, rows), byte_length_V, self.mesh)
+      return train.evaluate(self.config, self.model, data.validation_batches(held_out, batch, rows, jax.process_index(), jax.process_count()), byte_length_V, self.mesh)
 
   @functools.cached_property
   def prepared(self) -> data.Prepared:
@@ -120,7 +120,12 @@ class LanguageModel:
     return jax.device_put(self.model, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
 
   def _ids(self, prompt):
-    return self.tokenizer.encode(prompt) if isinstance(prompt, (str, bytes)) else prompt
+    if isinstance(prompt, (str, bytes)):
+      return self.tokenizer.encode(prompt)
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or ids.size and (not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= self.tokenizer.size):
+      raise BadInput(f'prompts: {prompt!r} is neither text nor a sequence of ids from 0 to {self.tokenizer.size - 1}')
+    return ids
 
 
 def load(workdir, step: int | None = None) -> LanguageModel:
@@ -138,9 +143,7 @@ def load(workdir, step: int | None = None) -> LanguageModel:
   workdir = pathlib.Path(workdir).expanduser().absolute()
   record = checkpoint.metadata(workdir, step)
   config = Config.from_dict(record['config'])
-  if record['conventions'] != conventions(config.model):
-    wrong = [key for key, value in conventions(config.model).items() if record['conventions'].get(key) != value]
-    raise BadInput(f'{workdir}: the checkpoint\'s conventions contradict this version in {", ".join(wrong)}; its weights would be misread')
+  checkpoint.check_conventions(conventions(config.model), record, workdir)
   tokens = tokenizer.load(config.data.tokenizer)
   checkpoint.check_same(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record, 'tokenizer', 'put the original file back')
   try:

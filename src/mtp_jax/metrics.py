@@ -89,13 +89,14 @@ def peak_flops(seconds: float = 0.5) -> float:
 class Log:
   """One JSON line a record in workdir/metrics.jsonl, and TensorBoard scalars beside it.
 
-  On resume, records past the checkpoint are dropped, so that the file reads as if the run had never stopped.
+  On resume, records past the checkpoint are dropped, and so is the validation at it, which the run repeats: the file reads as if
+  the run had never stopped.
   """
 
   def __init__(self, workdir: pathlib.Path, step: int, tensorboard: bool):
     self.path = workdir / 'metrics.jsonl'
     if self.path.exists():
-      kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+      kept = [line for line in self.path.read_text(errors='replace').splitlines() if _place_of(line) <= (step, False)]
       temporary = self.path.with_suffix('.tmp')
       temporary.write_text(''.join(line + '\n' for line in kept))
       temporary.replace(self.path)
@@ -119,9 +120,10 @@ class Log:
       self.board.close()
 
 
-def _step_of(line: str) -> float:
-  """The step of a record; a line cut off by a crash counts as past everything."""
+def _place_of(line: str) -> tuple[float, bool]:
+  """The step of a record, and whether it is the validation there; a line cut off by a crash counts as past everything."""
   try:
-    return json.loads(line)['step']
-  except ValueError:
-    return math.inf
+    record = json.loads(line)
+    return record['step'], record['kind'] == 'validation'
+  except (ValueError, TypeError, KeyError):
+    return math.inf, True

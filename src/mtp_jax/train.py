@@ -167,8 +167,10 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=lambda li
   t, workdir = config.train, pathlib.Path(workdir).expanduser().absolute()
   resumed = bool(checkpoint.steps(workdir))
   record = checkpoint.metadata(workdir) if resumed else None
-  for change in checkpoint.check_resumes(config, record, workdir) if resumed else ():
-    note(change)
+  if resumed:
+    for change in checkpoint.check_resumes(config, record, workdir):
+      note(change)
+    checkpoint.check_conventions(conventions(config.model), record, workdir)
   tokens = tokenizer.load(config.data.tokenizer)
   check_vocabulary(config, tokens)
   if resumed:
@@ -199,7 +201,7 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=lambda li
     validation = {}
 
     def validate(step: int, state: State) -> dict:
-      found = evaluate(config, state.model, data.validation_batches(held_out, t.evaluate_rows, t.evaluate_rows), byte_length_V, mesh)
+      found = evaluate(config, state.model, data.validation_batches(held_out, t.evaluate_rows, t.evaluate_rows, jax.process_index(), jax.process_count()), byte_length_V, mesh)
       log.write(step, 'validation', found)
       display.line(f'step {step} validation: {found["bits_per_byte"]:.4f} bits per byte, nats {_numbers(found["nats"])}, accuracy {_numbers(found["accuracy"])}')
       return found
@@ -226,9 +228,12 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=lambda li
       else:
         display.advance(step)
 
+    evaluated_at = lambda step: step == t.steps or (t.evaluate_every and step % t.evaluate_every == 0)
     positions = [batches.get_state()]
     previous = None
     try:
+      if resumed and evaluated_at(start):  # a run may end between a checkpoint and its validation
+        validation = validate(start, state)
       speed.start(start)
       for number in range(start + 1, t.steps + 1):
         if number == profile_steps.start and profile_steps:
@@ -246,7 +251,7 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=lambda li
           jax.profiler.stop_trace()
           display.line(f'profile of steps {profile_steps.start} to {number} in {workdir / "profile"}')
         at_end = number == t.steps
-        evaluates = at_end or (t.evaluate_every and number % t.evaluate_every == 0)
+        evaluates = evaluated_at(number)
         if evaluates or stopping or at_end or number % t.checkpoint_every == 0:
           account(*previous)
           previous = None
@@ -257,8 +262,6 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=lambda li
               validation = validate(number, state)
         if stopping:
           break
-      if start == t.steps:
-        validation = validate(start, state)
     finally:
       display.close()
       try:
