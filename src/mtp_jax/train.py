@@ -168,8 +168,7 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=lambda li
   resumed = bool(checkpoint.steps(workdir))
   record = checkpoint.metadata(workdir) if resumed else None
   if resumed:
-    for change in checkpoint.check_resumes(config, record, workdir):
-      note(change)
+    changes = checkpoint.check_resumes(config, record, workdir)
     checkpoint.check_conventions(conventions(config.model), record, workdir)
   tokens = tokenizer.load(config.data.tokenizer)
   check_vocabulary(config, tokens)
@@ -178,6 +177,8 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=lambda li
   prepared = data.prepare(config.data, tokens)
   if resumed:
     checkpoint.check_same('config.data', prepared.fingerprint, record, 'fingerprint', 'the documents have changed; restore them, or choose another --workdir')
+    for change in changes:
+      note(change)
   rows, held_out = (data.Rows(split, config.data.length, config.model.futures, tokens.pad) for split in (prepared.train, prepared.validation))
 
   with _Interrupts() as interrupts, jax.set_mesh(make_mesh(config.mesh)) as _:

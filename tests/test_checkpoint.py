@@ -1,0 +1,244 @@
+"""What was saved comes back bit by bit, on any mesh; what does not fit, or is not whole, is refused or passed over."""
+import dataclasses
+import json
+import resource
+
+import jax
+import numpy as np
+import pytest
+
+import mtp_jax
+from mtp_jax import checkpoint, tokenizer, train
+from mtp_jax.config import BadInput, Config, DataConfig, MeshConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from mtp_jax.model import conventions
+from mtp_jax.sharding import make_mesh
+
+ONE, EIGHT = MeshConfig(), MeshConfig(fsdp=4, tensor=2)
+
+
+def experiment(folder, **sections) -> Config:
+  """A tiny config, with a dozen documents in `folder`. A section is a dict of changes."""
+  documents = folder / 'documents'
+  if not documents.exists():
+    documents.mkdir(parents=True)
+    for i in range(12):
+      (documents / f'{i}.txt').write_text(''.join(f'{i * j} é {"ab" * (j % 3)}\n' for j in range(40)))
+  tiny = {
+      'model': ModelConfig(width=16, layers=3, heads=2, kv_heads=2, head_width=8, feed_forward=24, futures=2),
+      'objective': ObjectiveConfig(weights=(1.0, 0.5), chunk=8),
+      'data': DataConfig(paths=(str(documents),), length=16, validation_share=0.2, cache=str(folder / 'cache')),
+      'optimizer': OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+      'train': TrainConfig(steps=6, batch=8, accumulate=2, log_every=1, evaluate_every=2, evaluate_rows=16, checkpoint_every=3, tensorboard=False),
+      'mesh': ONE,
+  }
+  return Config(**{name: dataclasses.replace(section, **sections.get(name, {})) for name, section in tiny.items()})
+
+
+def random_state(config: Config, mesh=None, seed: int = 0) -> train.State:
+  """Every leaf drawn in NumPy, then put where it belongs: the same on any mesh, and nothing is compiled."""
+  mesh, rng = mesh or make_mesh(config.mesh), np.random.default_rng(seed)
+  fill = lambda x: rng.integers(0, 100, x.shape) if x.dtype == np.int32 else 0.3 * rng.standard_normal(x.shape)
+  with jax.set_mesh(mesh):
+    return jax.tree.map(lambda x: jax.device_put(fill(x).astype(x.dtype), x.sharding), train.abstract(config, mesh))
+
+
+def write(workdir, config: Config, state: train.State, step: int = 3, fingerprint: str = 'f' * 64, writer=None, **changes) -> None:
+  """A checkpoint as `fit` writes it."""
+  record = {'step': step, 'config': config.to_dict(), 'conventions': conventions(config.model), 'tokenizer': tokenizer.load('bytes').digest,
+            'fingerprint': fingerprint, 'data': {'global_next_index': 0}} | changes
+  ours = writer or checkpoint.Writer(workdir, 3)
+  ours.save(step, state.model, {'step': state.step, 'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row, 'optax': state.optimizer}, record)
+  if not writer:
+    ours.close()
+
+
+def same_bits(a, b) -> bool:
+  """Names, types, shapes and bytes of every leaf."""
+  bits = lambda tree: {jax.tree_util.keystr(path): (x.dtype, x.shape, np.asarray(x).tobytes()) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+  return bits(a) == bits(b)
+
+
+@pytest.fixture(scope='module')
+def eight(tmp_path_factory):
+  """A config of eight devices, its state, and the folder where that was saved."""
+  folder = tmp_path_factory.mktemp('eight')
+  config = experiment(folder, mesh={'fsdp': 4, 'tensor': 2})
+  state = random_state(config)
+  write(folder / 'run', config, state)
+  return config, state, folder / 'run'
+
+
+@pytest.fixture
+def run(tmp_path):
+  """A fresh checkpoint of step 3, to be harmed: (config, folder)."""
+  config = experiment(tmp_path)
+  write(tmp_path / 'run', config, random_state(config))
+  return config, tmp_path / 'run'
+
+
+@pytest.mark.parametrize('mesh', [ONE, EIGHT, MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(tensor=2), MeshConfig(fsdp=2, context=2)], ids=str)
+def test_a_state_of_eight_devices_is_bit_equal_on_any_mesh(eight, mesh):
+  config, state, workdir = eight
+  config, mesh = dataclasses.replace(config, mesh=mesh), make_mesh(mesh)
+  with jax.set_mesh(mesh):
+    loaded = train.restore(config, workdir, 3, mesh)
+  assert same_bits(loaded, state)
+  assert all(x.sharding.mesh == mesh for x in jax.tree.leaves(loaded))
+
+
+def test_the_parameters_of_eight_devices_are_bit_equal_in_load(eight):
+  _, state, workdir = eight
+  lm = mtp_jax.load(workdir)
+  assert same_bits(lm.model, state.model) and lm.mesh.size == 8
+
+
+def test_load_falls_back_to_one_device_when_the_mesh_is_too_large(tmp_path):
+  config = experiment(tmp_path)
+  state = random_state(config)
+  larger = dataclasses.replace(config, mesh=MeshConfig(data=16), train=TrainConfig(batch=16, evaluate_rows=16))
+  write(tmp_path / 'run', larger, state)
+  lm = mtp_jax.load(tmp_path / 'run')
+  assert same_bits(lm.model, state.model) and lm.mesh.size == 1
+
+
+def test_a_tree_comes_back_from_a_plain_dict(eight):
+  _, state, _ = eight
+  nested = checkpoint.as_dict(state.model)
+  assert list(nested['trunk']) and all(type(x) is dict or x.dtype == np.float32 for x in nested.values())
+  assert same_bits(checkpoint.from_dict(state.model, nested), state.model)
+
+
+@pytest.mark.parametrize('model, message', [
+    ({'feed_forward': 32}, r'futures.down_FD is float32\[2, 24, 16\], but the config asks for float32\[2, 32, 16\]'),
+    ({'qk_norm': True}, r'futures\.k_norm_K is missing from the checkpoint; nearest name: futures\.'),
+    ({'tie_embeddings': True}, 'unembed_VD is in the checkpoint but not in the model; nearest name: embed_VD'),
+    ({'kind': 'sequential'}, 'futures'),
+], ids=['shape', 'missing', 'left over', 'family'])
+def test_other_names_and_shapes_are_refused(eight, model, message):
+  config, _, workdir = eight
+  config = dataclasses.replace(config, mesh=ONE, model=dataclasses.replace(config.model, **model))
+  mesh = make_mesh(ONE)
+  with jax.set_mesh(mesh), pytest.raises(BadInput, match=message):
+    train.restore(config, workdir, 3, mesh)
+
+
+def test_another_type_is_refused_and_never_cast(tmp_path):
+  config = experiment(tmp_path)
+  state = random_state(config)
+  half = dataclasses.replace(state, model=jax.tree.map(lambda x: jax.device_put(np.asarray(x, np.float16), x.sharding), state.model))
+  write(tmp_path / 'run', config, half)
+  with pytest.raises(BadInput, match=r'is float16\[264, 16\], but the config asks for float32\[264, 16\]'):
+    mtp_jax.load(tmp_path / 'run')
+
+
+@pytest.mark.parametrize('unlink', [['_CHECKPOINT_METADATA', 'commit_success.txt'], ['commit_success.txt'], ['_CHECKPOINT_METADATA']], ids=str)
+def test_an_incomplete_step_is_passed_over_and_set_aside(run, unlink):
+  config, workdir = run
+  state = random_state(config)
+  folder = workdir / checkpoint.FOLDER
+  for n in ('', '-1'):  # a run may die twice in the same place
+    write(workdir, config, state, step=500)
+    for name in unlink:
+      (folder / '500' / name).unlink()
+    assert checkpoint.steps(workdir) == [3] and checkpoint.metadata(workdir)['step'] == 3
+    checkpoint.Writer(workdir, 3).close()
+    assert sorted(path.name for path in folder.iterdir() if not path.name.startswith('_')) == sorted({'3', 'incomplete-500', f'incomplete-500{n}'})
+  write(workdir, config, state, step=500)
+  assert checkpoint.steps(workdir) == [3, 500]
+
+
+def test_an_empty_folder_of_a_step_does_not_block_it(run):
+  config, workdir = run
+  (workdir / checkpoint.FOLDER / '500').mkdir()
+  assert checkpoint.steps(workdir) == [3]
+  write(workdir, config, random_state(config), step=500)
+  assert checkpoint.steps(workdir) == [3, 500]
+
+
+def test_only_the_newest_checkpoints_are_kept(run):
+  config, workdir = run
+  state, writer = random_state(config), checkpoint.Writer(workdir, 2)
+  for step in (4, 5, 6):
+    write(workdir, config, state, step, writer=writer)
+  writer.close()
+  assert checkpoint.steps(workdir) == [5, 6]
+
+
+def test_a_failed_save_is_an_error_and_leaves_the_older_checkpoint_and_the_next_save_alone(run):
+  config, workdir = run
+  state, writer = random_state(config), checkpoint.Writer(workdir, 3)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # a file of more than 2,000 bytes cannot be written, even by root
+  try:
+    with pytest.raises(OSError, match='a checkpoint could not be written to'):
+      write(workdir, config, state, 4, writer=writer)
+      writer.wait()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert checkpoint.steps(workdir) == [3]
+  assert same_bits(mtp_jax.load(workdir).model, state.model)
+  write(workdir, config, state, 5, writer=writer)
+  writer.close()
+  assert checkpoint.steps(workdir) == [3, 5]
+
+
+RECORDS = {
+    'empty file': lambda record: '',
+    'cut off': lambda record: json.dumps(record)[:200],
+    'no object': lambda record: '[]',
+    'no record': lambda record: json.dumps(record | {'custom_metadata': None}),
+    'no config': lambda record: json.dumps(record | {'custom_metadata': {'step': 3}}),
+    'config that is none': lambda record: json.dumps(record | {'custom_metadata': record['custom_metadata'] | {'config': 'x'}}),
+} | {f'no {key}': lambda record, key=key: json.dumps(record | {'custom_metadata': {k: v for k, v in record['custom_metadata'].items() if k != key}})
+     for key in ('conventions', 'tokenizer', 'fingerprint', 'data')}
+
+
+@pytest.mark.parametrize('harm', RECORDS.values(), ids=RECORDS)
+def test_a_damaged_record_is_refused(eight, tmp_path, harm):
+  source = eight[2] / checkpoint.FOLDER / '3'
+  folder = tmp_path / checkpoint.FOLDER / '3'
+  folder.mkdir(parents=True)
+  (folder / 'commit_success.txt').write_text('')
+  (folder / '_CHECKPOINT_METADATA').write_text(harm(json.loads((source / '_CHECKPOINT_METADATA').read_text())))
+  with pytest.raises(BadInput, match='lacks the record of config and conventions .* remove the folder 3 to fall back to an older step'):
+    checkpoint.metadata(tmp_path)
+
+
+@pytest.mark.parametrize('change', [{'target': 'future m predicts token t+m'}, {'rotary': None}, {'new in a later version': 1}], ids=str)
+def test_contradicting_conventions_are_refused(tmp_path, change):
+  config = experiment(tmp_path)
+  write(tmp_path / 'run', config, random_state(config), conventions=conventions(config.model) | change)
+  wanted = f'conventions contradict this version in {next(iter(change))}'
+  with pytest.raises(BadInput, match=wanted):
+    mtp_jax.load(tmp_path / 'run')
+  with pytest.raises(BadInput, match=wanted):
+    train.fit(config, tmp_path / 'run')
+
+
+@pytest.mark.parametrize('section, field, value', [
+    ('model', 'layers', 4), ('model', 'futures', 1), ('model', 'kind', 'sequential'), ('model', 'placement', 'appended'), ('model', 'rope_base', 100.0),
+    ('data', 'length', 32), ('data', 'seed', 1), ('train', 'steps', 2)])
+def test_what_a_checkpoint_fixes_cannot_change(eight, section, field, value):
+  config, _, workdir = eight
+  optimizer = {'warmup_steps': 1}
+  changed = Config.from_dict({**config.to_dict(), 'objective': {'chunk': 8}, 'optimizer': optimizer, section: config.to_dict()[section] | {field: value}})
+  with pytest.raises(BadInput, match=f'config.{section}.{field}={value!r}: the checkpoint in .*; set '):
+    checkpoint.check_resumes(changed, checkpoint.metadata(workdir), workdir)
+
+
+def test_what_a_checkpoint_does_not_fix_may_change_and_is_told(eight):
+  config, _, workdir = eight
+  changed = dataclasses.replace(config, mesh=ONE, train=dataclasses.replace(config.train, batch=16), model=dataclasses.replace(config.model, remat='none'))
+  assert checkpoint.check_resumes(config, checkpoint.metadata(workdir), workdir) == []
+  assert checkpoint.check_resumes(changed, checkpoint.metadata(workdir), workdir) == [
+      "config.model.remat: 'full' -> 'none'", 'config.train.batch: 8 -> 16', 'config.mesh.fsdp: 4 -> 1', 'config.mesh.tensor: 2 -> 1']
+
+
+def test_a_folder_without_checkpoints_is_bad_input(tmp_path):
+  with pytest.raises(BadInput, match='holds no checkpoint; train one with: python -m mtp_jax train'):
+    checkpoint.metadata(tmp_path)
+
+
+def test_a_step_that_is_not_there_is_bad_input(eight):
+  with pytest.raises(BadInput, match='step 7: .* holds the steps 3'):
+    checkpoint.metadata(eight[2], 7)

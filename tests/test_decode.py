@@ -1,0 +1,194 @@
+"""Decoding against an uncached forward on the true prefix, and drafting against plain autoregression."""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mtp_jax import decode, objective
+from mtp_jax.layers import document_mask
+
+M, V, S = 4, 24, 44
+LENGTHS_B = np.array([1, 2, 5, 8, 3, 8], np.int32)
+LIMITS_B = np.array([40, 31, 6, 40, 17, 8], np.int32)
+NEVER = np.int32(-1)
+
+
+@pytest.fixture(scope='module')
+def trained(tiny, random_model):
+  """A model that has half learnt a noisy permutation of the ids, so that drafts of every length are accepted now and then."""
+  def documents(rng, rows, length):
+    tokens = rng.integers(0, V, (rows, length))
+    for t in range(1, length):
+      tokens[:, t] = np.where(rng.random(rows) < 0.9, (5 * tokens[:, t - 1] + 7) % V, tokens[:, t])
+    return tokens.astype(np.int32)
+
+  @functools.lru_cache
+  def train(variant):
+    model, rng = random_model(tiny(futures=M, **dict(variant))), np.random.default_rng(1)
+    transform = optax.adam(1e-2)
+
+    @jax.jit
+    def step(model, state, tokens):
+      batch = {'tokens': tokens, 'segments': jnp.ones_like(tokens), 'positions': jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)}
+      grads = jax.grad(lambda model: objective.loss(model, batch, jnp.ones(M) / tokens.size, 16)[0])(model)
+      updates, state = transform.update(grads, state)
+      return optax.apply_updates(model, updates), state
+
+    state = transform.init(model)
+    for _ in range(40):
+      model, state = step(model, state, documents(rng, 8, 16 + M))
+    return model
+  return lambda variant: train(tuple(variant.items()))
+
+
+@pytest.fixture(scope='module')
+def prompts_BP() -> np.ndarray:
+  return np.random.default_rng(0).integers(0, V, (len(LENGTHS_B), 8)).astype(np.int32)
+
+
+ALLOWED_V = np.arange(V) != 11
+
+
+@jax.jit
+def choices_MBS(model, tokens_BS):
+  """Every future's greedy choice after every prefix, without a cache; a future sees tokens up to those its family reads."""
+  B, S = tokens_BS.shape
+  positions_BS, mask_BSS = jnp.broadcast_to(jnp.arange(S), (B, S)), document_mask(jnp.ones((B, S), jnp.int32))
+  z_BSD, _ = model.run_trunk(model.embed(tokens_BS), positions_BS, mask_BSS)
+
+  def choice(m, h_BSD):
+    return jnp.argmax(jnp.where(ALLOWED_V, h_BSD @ model.unembedding().T, -jnp.inf), -1)
+
+  return model.map_futures(choice, z_BSD, jnp.pad(tokens_BS, ((0, 0), (0, M))), positions_BS, mask_BSS)
+
+
+def uncached(model, prompts_BP, length_B, limit_B, eos):
+  """Greedy continuation, one full forward a token: a list of tokens a row."""
+  tokens_BS = np.pad(prompts_BP, ((0, 0), (0, S - prompts_BP.shape[1])))
+  length_B, done_B = length_B.copy(), length_B >= limit_B
+  while not done_B.all():
+    choice_BS = np.asarray(choices_MBS(model, tokens_BS)[0])
+    for b in np.flatnonzero(~done_B):
+      tokens_BS[b, length_B[b]] = choice_BS[b, length_B[b] - 1]
+      length_B[b] += 1
+      done_B[b] = length_B[b] == limit_B[b] or tokens_BS[b, length_B[b] - 1] == eos
+  return [row[:n].tolist() for row, n in zip(tokens_BS, length_B)]
+
+
+def generate(model, prompts_BP, length_B=LENGTHS_B, limit_B=LIMITS_B, *, draft, eos=NEVER, seed=0, temperature=1.0, sample=False):
+  seed_B = (seed + np.arange(len(prompts_BP))).astype(np.uint32)
+  return decode.generate(model, prompts_BP, length_B, limit_B, seed_B, np.float32(temperature), ALLOWED_V, np.int32(eos), slots=S, draft=draft, sample=sample)
+
+
+def rows(end) -> list[list[int]]:
+  return [row[:n].tolist() for row, n in zip(np.asarray(end.tokens_BS), np.asarray(end.length_B))]
+
+
+def test_every_draft_length_says_what_an_uncached_forward_says(trained, variant, prompts_BP):
+  model = trained(variant)
+  free = uncached(model, prompts_BP, LENGTHS_B, LIMITS_B, NEVER)
+  eos = free[0][12]  # ends the first row early, perhaps others
+  stopped = uncached(model, prompts_BP, LENGTHS_B, LIMITS_B, eos)
+  assert [len(row) for row in free] == LIMITS_B.tolist() and 1 < len(stopped[0]) <= 13
+  forwards = []
+  for draft in range(M):
+    end = generate(model, prompts_BP, draft=draft)
+    assert rows(end) == free
+    assert rows(generate(model, prompts_BP, draft=draft, eos=eos)) == stopped
+    assert end.done_B.all()
+    new = np.arange(S) < LIMITS_B[:, None]
+    new &= np.arange(S) >= LENGTHS_B[:, None]
+    depth_BS = np.asarray(end.depth_BS)
+    assert not depth_BS[~new].any() and depth_BS.max() <= draft
+    np.testing.assert_array_equal(end.accepted_BK.sum(0), [(depth_BS == k + 1).sum() for k in range(draft)])
+    np.testing.assert_array_equal(end.accepted_BK.sum(1) + end.forwards_B >= LIMITS_B - LENGTHS_B, True)
+    forwards.append(int(end.forwards_B.sum()))
+  assert forwards[0] == (LIMITS_B - LENGTHS_B).sum() and forwards[3] < 0.8 * forwards[0]
+
+
+def test_a_row_does_not_depend_on_its_neighbours(trained, variant, prompts_BP):
+  model, other = trained(variant), np.random.default_rng(5)
+  alone = rows(generate(model, prompts_BP, draft=M - 1))
+  for b in (0, 3):
+    neighbours_BP, length_B = other.integers(0, V, prompts_BP.shape).astype(np.int32), other.integers(1, 9, len(LENGTHS_B)).astype(np.int32)
+    neighbours_BP[b, :LENGTHS_B[b]], length_B[b] = prompts_BP[b, :LENGTHS_B[b]], LENGTHS_B[b]  # what fills up the prompt changes too
+    limit_B = np.where(np.arange(len(LENGTHS_B)) == b, LIMITS_B, length_B + other.integers(0, 20, len(LENGTHS_B))).astype(np.int32)
+    assert rows(generate(model, neighbours_BP, length_B, limit_B, draft=M - 1))[b] == alone[b]
+
+
+@pytest.fixture
+def passes(monkeypatch):
+  """The Progress before and after each pass of a greedy generation: its loop run by hand."""
+  def run(model, prompts_BP, limit_B, draft):
+    seen = []
+
+    def loop(goes_on, body, state):
+      body = jax.jit(body)
+      seen.append(jax.device_get(dataclasses.replace(state, memory=None)))
+      while goes_on(state):
+        state = body(state)
+        seen.append(jax.device_get(dataclasses.replace(state, memory=None)))
+      return state
+
+    monkeypatch.setattr(jax.lax, 'while_loop', loop)
+    seed_B = np.zeros(len(prompts_BP), np.uint32)
+    decode.generate.__wrapped__(model, prompts_BP, jnp.asarray(LENGTHS_B), limit_B, seed_B, np.float32(1), ALLOWED_V, NEVER, slots=S, draft=draft, sample=False)
+    return list(zip(seen, seen[1:]))
+  return run
+
+
+def test_the_cache_says_what_the_true_prefix_says_after_every_accepted_length(trained, variant, prompts_BP, passes):
+  model, K, limit_B = trained(variant), M - 1, np.full(len(LENGTHS_B), S - M, np.int32)
+  accepted = set()
+  for before, after in passes(model, prompts_BP, limit_B, K):
+    tokens_BS, choice_BS = after.tokens_BS.copy(), np.asarray(choices_MBS(model, after.tokens_BS)[0])
+    for b in np.flatnonzero(~before.done_B):
+      new = np.arange(before.length_B[b], after.length_B[b])
+      np.testing.assert_array_equal(tokens_BS[b, new], choice_BS[b, new - 1])
+      accepted.add(len(new) - 1)
+    live = np.flatnonzero(~after.done_B)
+    last = after.length_B[live] - 1
+    for k in range(K):  # a sequential future reads the drafts before its own
+      drafts = np.asarray(choices_MBS(model, tokens_BS))[k + 1, live, last - 1]
+      np.testing.assert_array_equal(after.drafts_BK[live, k], drafts)
+      tokens_BS[live, last + 1 + k] = drafts
+  assert accepted == set(range(M))
+
+
+def test_samples_are_the_same_for_every_draft_length_and_differ_by_seed(trained, family, prompts_BP):
+  model = trained(family)
+  wanted = rows(generate(model, prompts_BP, draft=0, sample=True, temperature=0.7))
+  assert wanted != rows(generate(model, prompts_BP, draft=0))
+  for draft in range(1, M):
+    end = generate(model, prompts_BP, draft=draft, sample=True, temperature=0.7)
+    assert rows(end) == wanted
+    assert end.accepted_BK.any()
+  other = rows(generate(model, prompts_BP, draft=0, sample=True, temperature=0.7, seed=100))
+  assert all(a != b for a, b, n in zip(wanted, other, LIMITS_B - LENGTHS_B) if n > 10)
+  assert rows(generate(model, prompts_BP, draft=0, sample=True, temperature=1e-6)) == rows(generate(model, prompts_BP, draft=0))
+
+
+def test_samples_follow_the_softmax_of_logits_over_temperature(trained, prompts_BP):
+  model, rows_, temperature = trained({'kind': 'parallel'}), 4096, 1.7
+  prompt_1P = prompts_BP[3:4]
+  end = generate(model, np.tile(prompt_1P, (rows_, 1)), np.full(rows_, 8), np.full(rows_, 9), draft=0, sample=True, temperature=temperature)
+  found_V = np.bincount(np.asarray(end.tokens_BS)[:, 8], minlength=V)
+
+  positions_1P, mask_1PP = jnp.arange(8)[None], document_mask(jnp.ones((1, 8), jnp.int32))
+  z_1PD, _ = model.run_trunk(model.embed(prompt_1P), positions_1P, mask_1PP)
+  logits_MV = model.map_futures(lambda m, h_1PD: h_1PD[0, -1] @ model.unembedding().T, z_1PD, jnp.pad(prompt_1P, ((0, 0), (0, M))), positions_1P, mask_1PP)
+  p_V = np.exp(np.float64(logits_MV[0]) / temperature) * ALLOWED_V
+  p_V /= p_V.sum()
+  assert found_V[11] == 0
+  order = np.argsort(p_V)[::-1]
+  often = order[rows_ * p_V[order] >= 5]
+  seen = np.append(found_V[often], rows_ - found_V[often].sum())
+  expected = np.append(p_V[often], 1 - p_V[often].sum()) * rows_
+  free = len(often)
+  assert free >= 5
+  bound = free * (1 - 2 / (9 * free) + 3.09 * np.sqrt(2 / (9 * free)))**3  # Wilson and Hilferty: exceeded once in a thousand seeds
+  assert ((seen - expected)**2 / expected).sum() < bound

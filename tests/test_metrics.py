@@ -1,0 +1,122 @@
+"""Parameters and FLOPs against counts of leaves and of the operations traced; the digest; the log on disk."""
+import dataclasses
+import functools
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from mtp_jax import metrics, objective
+from mtp_jax.config import MeshConfig, ModelConfig
+from mtp_jax.model import Model
+from mtp_jax.sharding import make_mesh, shardings
+
+LENGTH = 16
+
+
+def shapes(c: ModelConfig):
+  return jax.eval_shape(functools.partial(Model, c), jax.random.key(0))
+
+
+def dot_flops(jaxpr) -> int:
+  """2 x the multiply-adds of every dot_general, those in a scan times its length. Sees into every inner jaxpr."""
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      ((contracted, _), _), left = equation.params['dimension_numbers'], equation.invars[0].aval
+      total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left.shape[i] for i in contracted)
+    times = equation.params.get('length', 1) if equation.primitive.name == 'scan' else 1
+    for value in equation.params.values():
+      inner = getattr(value, 'jaxpr', value)
+      total += times * dot_flops(inner) if hasattr(inner, 'eqns') else 0
+  return total
+
+
+@pytest.mark.parametrize('futures', [1, 4])
+@pytest.mark.parametrize('placement', ['matched', 'appended'])
+def test_flops_are_those_of_the_operations_traced(tiny, variant, placement, futures):
+  c = tiny(layers=6, futures=futures, placement=placement, **variant)
+  batch = {name: jax.ShapeDtypeStruct((2, LENGTH + futures), np.int32) for name in ('tokens', 'segments', 'positions')}
+  coefficient_M = jax.ShapeDtypeStruct((futures,), np.float32)
+  forward = jax.make_jaxpr(functools.partial(objective.loss, chunk=LENGTH))(shapes(c), batch, coefficient_M)
+  counted = dot_flops(forward.jaxpr) / (2 * LENGTH)
+  claimed = metrics.flops_per_token(shapes(c), LENGTH)
+  assert claimed['total'] / 3 == pytest.approx(counted, rel=0.01)  # what is left over is the sum of the M losses
+  assert claimed['total'] == claimed['trunk'] + claimed['futures'] + claimed['unembedding']
+
+
+@pytest.mark.parametrize('changes', [{}, {'tie_embeddings': True}, {'qk_norm': True}, {'futures': 1}, {'kind': 'sequential', 'futures': 1}], ids=str)
+def test_parameters_are_the_sizes_of_the_leaves(tiny, variant, changes):
+  model = shapes(tiny(**(variant if 'kind' not in changes else {}) | changes))
+  size = lambda part: sum(math.prod(x.shape) for x in jax.tree.leaves(part))
+  found = metrics.parameters(model)
+  assert found['total'] == size(model) == sum(found[part] for part in metrics.PARTS)
+  assert found['embedding'] == size(model.embed_VD)
+  assert found['trunk'] == size(model.trunk) + size(model.final_norm_D)
+  assert found['futures'] == (size(model.futures) if hasattr(model, 'futures') else 0)
+  assert found['unembedding'] == (0 if model.config.tie_embeddings else size(model.unembed_VD))
+
+
+@pytest.mark.parametrize('futures', [2, 3, 4])
+def test_the_next_token_twin_of_matched_futures_has_as_many_parameters(tiny, futures):
+  c = tiny(futures=futures)
+  twin = dataclasses.replace(c, futures=1)
+  assert metrics.parameters(shapes(c))['total'] == metrics.parameters(shapes(twin))['total']
+
+
+@pytest.mark.parametrize('mesh', [MeshConfig(fsdp=4, tensor=2), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(tensor=2)], ids=str)
+def test_the_digest_of_the_parameters_is_the_same_on_any_mesh(tiny, random_model, mesh):
+  model = random_model(tiny())
+  assert metrics.parameters_sha256(jax.device_put(model, shardings(model, make_mesh(mesh)))) == metrics.parameters_sha256(model)
+
+
+def test_the_digest_of_the_parameters_sees_one_bit(tiny, random_model):
+  model = random_model(tiny())
+  leaves, structure = jax.tree.flatten(model)
+  digests = {metrics.parameters_sha256(model)}
+  for i, leaf in enumerate(leaves):
+    bits = np.array(leaf).view(np.uint32)
+    bits.flat[-1] ^= 1
+    digests.add(metrics.parameters_sha256(jax.tree.unflatten(structure, [*leaves[:i], bits.view(np.float32), *leaves[i + 1:]])))
+  assert len(digests) == len(leaves) + 1
+
+
+def test_the_peak_of_a_cpu_is_measured():
+  assert 1e8 < metrics.peak_flops(0.01) < 1e14
+
+
+def test_a_resumed_log_drops_what_lies_past_the_checkpoint(tmp_path):
+  log = metrics.Log(tmp_path, 0, tensorboard=False)
+  for step in (1, 2, 3, 4):
+    log.write(step, 'train', {'loss': step / 2, 'nats': [1.0, 2.0]})
+    if step % 2 == 0:
+      log.write(step, 'validation', {'nats': [3.0]})
+  log.close()
+  with log.path.open('a') as file:
+    file.write('{"step": 5, "kind": "tr')  # cut off by a crash
+  metrics.Log(tmp_path, 4, tensorboard=False).close()
+  train = lambda step: {'step': step, 'kind': 'train', 'loss': step / 2, 'nats': [1.0, 2.0]}
+  validation = {'step': 2, 'kind': 'validation', 'nats': [3.0]}
+  records = lambda: [json.loads(line) for line in log.path.read_text().splitlines()]
+  assert records() == [train(1), train(2), validation, train(3), train(4)]  # a run repeats the validation at its checkpoint
+  metrics.Log(tmp_path, 2, tensorboard=False).close()
+  assert records() == [train(1), train(2)]
+
+
+@pytest.mark.parametrize('cut', ['', '{', '3', 'null', '{"step": 1}', '\udcff'])
+def test_a_cut_off_line_never_blocks_a_resume(tmp_path, cut):
+  (tmp_path / 'metrics.jsonl').write_bytes(b'{"step": 1, "kind": "train"}\n' + cut.encode(errors='surrogateescape'))
+  log = metrics.Log(tmp_path, 1, tensorboard=False)
+  log.write(2, 'train', {})
+  log.close()
+  assert [json.loads(line)['step'] for line in log.path.read_text().splitlines()] == [1, 2]
+
+
+def test_tensorboard_files_are_written(tmp_path):
+  log = metrics.Log(tmp_path, 0, tensorboard=True)
+  log.write(1, 'train', {'loss': 1.5, 'nats': [1.0, 2.0]})
+  log.close()
+  events, = (tmp_path / 'tensorboard').glob('events.out.tfevents.*')
+  assert all(tag in events.read_bytes() for tag in (b'train/loss', b'train/nats/0', b'train/nats/1'))

@@ -1,0 +1,318 @@
+"""Killed and resumed equals uninterrupted, bit by bit; a bad step changes nothing; sums are divided once."""
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mtp_jax
+from mtp_jax import checkpoint, data, metrics, objective, tokenizer, train
+from mtp_jax.__main__ import main
+from mtp_jax.config import Config, MeshConfig
+from mtp_jax.model import Model
+from mtp_jax.sharding import make_mesh
+from test_checkpoint import experiment, random_state, same_bits
+
+SPEEDS = {'tokens_per_second', 'mfu', 'data_wait', 'eta_seconds'}  # all else in the log is a function of config and documents
+FAMILY = {
+    'parallel': {},
+    'sequential': {'model': {'kind': 'sequential', 'layers': 4, 'futures': 3}},
+}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compilations(tmp_path_factory):
+  """Runs of the same config, here and in processes started here, compile once; and the peak of this machine is not measured."""
+  from jax.experimental.compilation_cache import compilation_cache
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(metrics, 'peak_flops', lambda: 1e9)
+    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.mktemp('compilations')))
+    patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    use = lambda folder, seconds: (jax.config.update('jax_compilation_cache_dir', folder), jax.config.update('jax_persistent_cache_min_compile_time_secs', seconds),
+                                   compilation_cache.reset_cache())
+    use(os.environ['JAX_COMPILATION_CACHE_DIR'], 0)
+    yield
+    use(*before)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp('train')
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(folder):
+  """(config, folder of a run that was never stopped) of a family."""
+  @functools.cache
+  def make(family: str) -> tuple[Config, pathlib.Path]:
+    config = experiment(folder, **FAMILY[family])
+    train.fit(config, folder / family, note=lambda line: None)
+    return config, folder / family
+  return make
+
+
+def fit_to(config: Config, workdir, step: int) -> train.Outcome:
+  """Ends by SIGTERM at `step`."""
+  note = lambda line: line.startswith(f'step {step - 1}  ') and signal.raise_signal(signal.SIGTERM)
+  return train.fit(config, workdir, note=note)
+
+
+def state_of(config: Config, workdir) -> train.State:
+  mesh = make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    return train.restore(config, workdir, checkpoint.steps(workdir)[-1], mesh)
+
+
+def log_of(workdir) -> list[dict]:
+  records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return [{key: value for key, value in record.items() if key not in SPEEDS} for record in records]
+
+
+def test_a_run_writes_what_it_says(uninterrupted):
+  config, workdir = uninterrupted('parallel')
+  assert checkpoint.steps(workdir) == [3, 6]
+  assert [(record['step'], record['kind']) for record in log_of(workdir)] == [
+      (1, 'train'), (2, 'train'), (2, 'validation'), (3, 'train'), (4, 'train'), (4, 'validation'), (5, 'train'), (6, 'train'), (6, 'validation')]
+  assert Config.from_dict(json.loads((workdir / 'config.json').read_text())) == config
+  state = state_of(config, workdir)
+  assert [int(x) for x in (state.step, state.skipped, state.skipped_in_a_row, state.optimizer[1].count, state.optimizer[3].count)] == [6, 0, 0, 6, 6]
+
+
+@pytest.mark.parametrize('family, cuts', [('parallel', [2]), ('parallel', [3]), ('parallel', [5]), ('parallel', [2, 4, 6]), ('sequential', [2]), ('sequential', [4])],
+                         ids=str)
+def test_a_stopped_and_resumed_run_is_bitwise_the_uninterrupted_one(uninterrupted, tmp_path, family, cuts):
+  config, workdir = uninterrupted(family)
+  for cut in cuts:
+    outcome = fit_to(config, tmp_path, cut)
+    assert (outcome.step, outcome.signal) == (cut, signal.SIGTERM)
+  outcome = train.fit(config, tmp_path, note=lambda line: None)
+  assert (outcome.step, outcome.signal) == (6, 0)
+  assert same_bits(state_of(config, tmp_path), state_of(config, workdir))
+  assert log_of(tmp_path) == log_of(workdir)
+
+
+def test_a_run_that_ended_can_be_run_again(uninterrupted, tmp_path):
+  config, workdir = uninterrupted('parallel')
+  before = log_of(workdir)
+  outcome = train.fit(config, workdir, note=lambda line: None)
+  assert outcome.step == 6 and outcome.validation == {key: value for key, value in before[-1].items() if key not in ('step', 'kind')}
+  assert log_of(workdir) == before
+
+
+@pytest.mark.slow
+def test_a_process_stopped_by_sigterm_ctrl_c_and_sigkill_ends_as_if_uninterrupted(folder, tmp_path):
+  """Four processes' worth of a run; only the last one gets to its end."""
+  config = experiment(folder, train={'steps': 400, 'checkpoint_every': 4, 'evaluate_every': 0, 'log_every': 1})
+  train.fit(config, tmp_path / 'whole', note=lambda line: None)
+  (tmp_path / 'config.py').write_text(f'from mtp_jax.config import Config\n\ndef get_config():\n  return Config.from_dict({config.to_dict()!r}).to_config_dict()\n')
+  cut, waits = tmp_path / 'cut', random.Random()
+  for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
+    before = max(checkpoint.steps(cut), default=0)
+    process = subprocess.Popen([sys.executable, '-m', 'mtp_jax', 'train', f'--config={tmp_path / "config.py"}', f'--workdir={cut}'],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while max(checkpoint.steps(cut), default=0) == before and process.poll() is None:
+      time.sleep(0.01)
+    wait = waits.uniform(0, 0.3)
+    time.sleep(wait)
+    process.send_signal(number)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == code, errors
+    assert 'Traceback' not in errors
+    assert before < checkpoint.steps(cut)[-1] < 400, f'{number!r} after {wait} s'
+    lines = log_of(cut) if number != signal.SIGKILL else []
+    assert not lines or lines[-1]['step'] == checkpoint.steps(cut)[-1]
+  train.fit(config, cut, note=lambda line: None)
+  assert same_bits(state_of(config, cut), state_of(config, tmp_path / 'whole'))
+  assert metrics.parameters_sha256(mtp_jax.load(cut).model) == metrics.parameters_sha256(mtp_jax.load(tmp_path / 'whole').model)
+  assert log_of(cut) == log_of(tmp_path / 'whole')
+
+
+def poisoned(steps):
+  """A compiled step that sees an infinite weight at some steps, as after an overflow, and none afterwards."""
+  original = train.compiled_step
+
+  def compiled_step(config):
+    advance = original(config)
+
+    def step(state, batch, byte_length_V):
+      if int(state.step) + 1 not in steps:
+        return advance(state, batch, byte_length_V)
+      state = jax.tree.map(jnp.copy, state)
+      bad = jax.tree.map(jnp.copy, state)
+      following, found = advance(dataclasses.replace(bad, model=jax.tree.map(lambda x: x * math.inf, bad.model)), batch, byte_length_V)
+      return dataclasses.replace(following, model=state.model), found
+    return step
+  return compiled_step
+
+
+def test_a_non_finite_step_leaves_parameters_moments_and_counters_alone(folder):
+  config = experiment(folder)
+  batch = {name: np.tile(np.arange(1, 19, dtype=np.int32), (8, 1)) for name in ('tokens', 'positions')} | {'segments': np.ones((8, 18), np.int32)}
+  mesh = make_mesh(config.mesh)
+  state = random_state(config)
+  state = dataclasses.replace(state, optimizer=jax.tree.map(jnp.abs, state.optimizer), skipped=jnp.int32(2), skipped_in_a_row=jnp.int32(1), step=jnp.int32(5))
+  nan = jax.tree.map(jnp.copy, state)
+  nan.model.embed_VD[...] = nan.model.embed_VD[...].at[3, 0].set(jnp.nan)
+  with jax.set_mesh(mesh):
+    advance = train.compiled_step(config)
+    byte_length_V = jnp.ones(config.model.vocab, jnp.int32)
+    before = jax.tree.map(np.array, nan)
+    after, found = advance(nan, train.put(batch, mesh), byte_length_V)
+    assert same_bits((after.model, after.optimizer), (before.model, before.optimizer))
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (6, 3, 2)
+    assert math.isnan(found['loss']) and float(found['update_norm']) == 0
+    before = jax.tree.map(np.array, state)
+    after, found = advance(state, train.put(batch, mesh), byte_length_V)  # a good step ends the row, and moves everything
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (6, 2, 0)
+    assert all((np.asarray(a) != b).any() for a, b in zip(jax.tree.leaves((after.model, after.optimizer)), jax.tree.leaves((before.model, before.optimizer))))
+
+
+def test_a_few_non_finite_steps_are_counted_and_survived(folder, tmp_path, monkeypatch):
+  monkeypatch.setattr(train, 'compiled_step', poisoned({3, 4}))
+  config = experiment(folder, train={'skipped_allowed': 3})
+  train.fit(config, tmp_path, note=lambda line: None)
+  records = [record for record in log_of(tmp_path) if record['kind'] == 'train']
+  assert [record['skipped'] for record in records] == [0, 0, 1, 2, 2, 2]
+  assert [record['skipped_in_a_row'] for record in records] == [0, 0, 1, 2, 0, 0]
+  assert [record['learning_rate'] for record in records[2:5]] == [records[2]['learning_rate']] * 3  # the schedule waits
+  assert sorted(path.name for path in (tmp_path / 'nonfinite').iterdir()) == ['step-3.json', 'step-3.npz', 'step-4.json', 'step-4.npz']
+
+
+def test_too_many_non_finite_steps_end_the_run_with_evidence_and_a_good_checkpoint(folder, uninterrupted, tmp_path, monkeypatch, capsys):
+  config, workdir = uninterrupted('parallel')
+  monkeypatch.setattr(train, 'compiled_step', poisoned({4, 5}))
+  config = experiment(folder, train={'skipped_allowed': 2})
+  with pytest.raises(train.NotFinite, match='step 5: 2 steps in a row'):
+    train.fit(config, tmp_path / 'run', note=lambda line: None)
+  assert checkpoint.steps(tmp_path / 'run') == [3]
+  assert same_bits(mtp_jax.load(tmp_path / 'run').model, mtp_jax.load(workdir, 3).model)
+  evidence = np.load(tmp_path / 'run' / 'nonfinite' / 'step-5.npz')
+  assert {name: evidence[name].shape for name in evidence} == {name: (8, 18) for name in ('tokens', 'segments', 'positions')}
+  assert json.loads((tmp_path / 'run' / 'nonfinite' / 'step-5.json').read_text())['skipped_in_a_row'] == 2
+
+  (tmp_path / 'config.py').write_text(f'from mtp_jax.config import Config\n\ndef get_config():\n  return Config.from_dict({config.to_dict()!r}).to_config_dict()\n')
+  with ignore_load_module():
+    assert main(['train', f'--config={tmp_path / "config.py"}', f'--workdir={tmp_path / "run"}']) == 1
+  assert capsys.readouterr().err.splitlines()[-1].startswith('mtp_jax: step 5: 2 steps in a row')
+
+
+def ignore_load_module():
+  """ml_collections 1.1.0 loads a config file by a deprecated method of importlib."""
+  import warnings
+  context = contextlib.ExitStack()
+  context.enter_context(warnings.catch_warnings())
+  warnings.filterwarnings('ignore', r'the load_module\(\) method is deprecated', DeprecationWarning)
+  return context
+
+
+def test_a_failed_save_ends_the_run_with_an_error_and_older_checkpoints_stay(folder, uninterrupted, tmp_path, monkeypatch):
+  config, workdir = uninterrupted('parallel')
+  fit_to(config, tmp_path, 2)
+
+  class Failed:
+    def result(self):
+      raise OSError('no space left on device')
+
+  writer = checkpoint.Writer.save
+
+  def save(self, step, *arguments):
+    writer(self, step, *arguments)
+    if step == 3:
+      self.pending.result()
+      self.pending = Failed()
+
+  monkeypatch.setattr(checkpoint.Writer, 'save', save)
+  with pytest.raises(OSError, match='a checkpoint could not be written to .*: no space left on device'):
+    train.fit(config, tmp_path, note=lambda line: None)
+  monkeypatch.undo()
+  assert checkpoint.steps(tmp_path)[0] == 2
+  mtp_jax.load(tmp_path, 2)
+
+
+def test_accumulation_changes_nothing_but_memory(folder):
+  """Up to the order of float32 sums: a few 1e-7 of a gradient, which Adam's first step turns into a few 1e-4 of an update."""
+  config = experiment(folder)
+  tokens = tokenizer.load('bytes')
+  rows = data.Rows(data.prepare(config.data, tokens).train, 16, 2, tokens.pad)
+  batch = next(data.batches(rows, 8, 0))
+  batch['segments'][5:, 4:] = 0  # rows count unequally
+  mesh, byte_length_V = make_mesh(config.mesh), jnp.asarray(np.pad(tokens.byte_lengths, (0, 5)))
+  state = random_state(config)
+  state = dataclasses.replace(state, optimizer=jax.tree.map(jnp.abs, state.optimizer))
+  found = {}
+  with jax.set_mesh(mesh):
+    for k in (1, 2):
+      c = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=k))
+      found[k] = jax.device_get(train.compiled_step(c)(jax.tree.map(jnp.copy, state), train.put(batch, mesh), byte_length_V))
+  assert found[1][1]['count'].tolist() == found[2][1]['count'].tolist() and found[1][1]['count'][0] < 8 * 16
+  for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(found[2])):
+    np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_evaluation_divides_sums_once(folder):
+  """Against float64 sums over the rows, one at a time."""
+  config = experiment(folder)
+  model, tokens, mesh = random_state(config).model, tokenizer.load('bytes'), make_mesh(config.mesh)
+  prepared = data.prepare(config.data, tokens)
+  rows = data.Rows(prepared.validation, 16, 2, tokens.pad)
+  byte_length_V = np.pad(tokens.byte_lengths, (0, 5))
+  with jax.set_mesh(mesh):
+    found = train.evaluate(config, model, data.validation_batches(rows, 16), byte_length_V, mesh)
+    one = jax.jit(lambda batch: objective.loss(model, batch, jnp.zeros(2), 8)[1])
+    sums = [jax.device_get(one(train.put({name: row[None] for name, row in rows[i].items()}, mesh))) for i in range(len(rows))]
+  nats, correct, count = (sum(np.asarray(getattr(s, name), np.float64) for s in sums) for name in ('nats_M', 'correct_M', 'count_M'))
+  assert found['count'] == count.tolist() and len(rows) % 16  # the last batch is filled up
+  np.testing.assert_allclose(found['nats'], nats / count, rtol=1e-6)
+  assert found['accuracy'] == (correct / count).tolist()
+  assert found['bits_per_byte'] == pytest.approx(nats[0] / math.log(2) / prepared.validation.bytes, rel=1e-6)  # each byte is a target once
+
+
+def test_evaluation_on_a_mesh_is_that_on_one_device(folder):
+  found = {}
+  for mesh in (MeshConfig(), MeshConfig(fsdp=4, tensor=2)):
+    config = experiment(folder, mesh=dataclasses.asdict(mesh))
+    tokens, mesh = tokenizer.load('bytes'), make_mesh(mesh)
+    rows = data.Rows(data.prepare(config.data, tokens).validation, 16, 2, tokens.pad)
+    with jax.set_mesh(mesh):
+      found[mesh.size] = train.evaluate(config, random_state(config).model, data.validation_batches(rows, 16, 16), np.pad(tokens.byte_lengths, (0, 5)), mesh)
+  assert found[1]['count'] == found[8]['count'] and found[1]['accuracy'] == found[8]['accuracy']
+  np.testing.assert_allclose(found[8]['nats'], found[1]['nats'], rtol=1e-6)
+  assert found[8]['bits_per_byte'] == pytest.approx(found[1]['bits_per_byte'], rel=1e-6)
+
+
+def test_bytes_are_those_of_the_targets_that_count():
+  """Future 0 of five inputs: é is two bytes, a and b one, the end of a document none; no target reaches across documents."""
+  batch = {'tokens': jnp.array([[0, 3, 1, 1, 4, 2, 0]]), 'segments': jnp.array([[1, 1, 1, 2, 2, 2, 0]])}
+  byte_length_V = jnp.array([0, 1, 1, 2, 0])
+  #         input:  bos  é    a   | a    eos     target: é 2, a 1, across, eos 0, b 1
+  assert int(train.target_bytes(batch, byte_length_V, 2)) == 2 + 1 + 0 + 1
+
+
+@pytest.mark.parametrize('text', ['plain text\n', 'é🙂 ﬁ\n'])
+def test_bits_per_byte_of_a_uniform_model_are_log2_of_its_vocabulary_times_tokens_by_bytes(folder, tmp_path, text):
+  """A model whose unembedding is 0 gives each of V ids log2(V) bits; a document of n bytes has n + 1 targets, its end being one."""
+  (tmp_path / 'documents').mkdir()
+  for i in range(12):
+    (tmp_path / 'documents' / f'{i}.txt').write_text(text * (i + 1))
+  config = experiment(folder, data={'paths': (str(tmp_path / 'documents'),)})
+  tokens, mesh = tokenizer.load('bytes'), make_mesh(config.mesh)
+  held_out = data.prepare(config.data, tokens).validation
+  model = jax.tree_util.tree_map_with_path(lambda path, x: x * 0 if 'unembed_VD' in str(path) else x, random_state(config).model)
+  with jax.set_mesh(mesh):
+    rows = data.Rows(held_out, 16, 2, tokens.pad)
+    found = train.evaluate(config, model, data.validation_batches(rows, 16), np.pad(tokens.byte_lengths, (0, 5)), mesh)
+  assert held_out.bytes % len(text.encode()) == 0
+  assert found['bits_per_byte'] == pytest.approx(math.log2(264) * (held_out.bytes + held_out.documents) / held_out.bytes, rel=1e-6)
