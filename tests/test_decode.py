@@ -79,9 +79,9 @@ def uncached(model, prompts_BP, length_B, limit_B, eos):
   return [row[:n].tolist() for row, n in zip(tokens_BS, length_B)]
 
 
-def generate(model, prompts_BP, length_B=LENGTHS_B, limit_B=LIMITS_B, *, draft, eos=NEVER, seed=0, temperature=1.0, sample=False):
+def generate(model, prompts_BP, length_B=LENGTHS_B, limit_B=LIMITS_B, *, draft, eos=NEVER, seed=0, temperature=1.0, sample=False, allowed_V=ALLOWED_V):
   seed_B = (seed + np.arange(len(prompts_BP))).astype(np.uint32)
-  return decode.generate(model, prompts_BP, length_B, limit_B, seed_B, np.float32(temperature), ALLOWED_V, np.int32(eos), slots=S, draft=draft, sample=sample)
+  return decode.generate(model, prompts_BP, length_B, limit_B, seed_B, np.float32(temperature), allowed_V, np.int32(eos), slots=S, draft=draft, sample=sample)
 
 
 def rows(end) -> list[list[int]]:
@@ -108,6 +108,13 @@ def test_every_draft_length_says_what_an_uncached_forward_says(trained, variant,
     np.testing.assert_array_equal(end.accepted_BK.sum(1) + end.forwards_B >= LIMITS_B - LENGTHS_B, True)
     forwards.append(int(end.forwards_B.sum()))
   assert forwards[0] == (LIMITS_B - LENGTHS_B).sum() and forwards[3] < 0.8 * forwards[0]
+
+
+def test_nothing_is_accepted_before_anything_was_drafted(trained, family, prompts_BP):
+  end = generate(trained(family), prompts_BP, draft=M - 1, allowed_V=np.arange(V) == 0)  # every draft is right
+  active = LIMITS_B > LENGTHS_B
+  assert not np.asarray(end.depth_BS)[active, LENGTHS_B[active]].any()
+  np.testing.assert_array_equal(end.forwards_B, np.where(active, 1 + -(-(LIMITS_B - LENGTHS_B - 1) // M), 0))
 
 
 def test_a_row_does_not_depend_on_its_neighbours(trained, variant, prompts_BP):

@@ -51,9 +51,7 @@ def test_cross_entropy_is_the_dense_one_in_float64(chunk, assert_close):
   logits = h @ table.T
   p = np.exp(logits - logits.max(-1, keepdims=True))
   p /= p.sum(-1, keepdims=True)
-  hit = np.eye(V)[y]
-  y[counted & (rng.random((B, L)) < 0.5)] = 0
-  best = counted & (rng.random((B, L)) < 0.5)
+  best = rng.random((B, L)) < 0.5
   y[best] = logits[best].argmax(-1)
   hit = np.eye(V)[y]
   slope = (p - hit) * counted[..., None]
@@ -63,7 +61,7 @@ def test_cross_entropy_is_the_dense_one_in_float64(chunk, assert_close):
   (value, sums), grads = jax.jit(jax.value_and_grad(nats, (0, 1), has_aux=True))(*single)
   assert_close((value, grads), (-np.log((p * hit).sum(-1))[counted].sum(), (slope @ table, np.einsum('blv,bld->vd', slope, h))))
   assert int(sums.count_M) == counted.sum()
-  assert int(sums.correct_M) == ((logits.argmax(-1) == y) & counted).sum() > best.sum() / 2 > 0
+  assert int(sums.correct_M) == ((logits.argmax(-1) == y) & counted).sum() < best.sum()
   reference = lambda h, table: jnp.sum(optax.softmax_cross_entropy_with_integer_labels(h @ table.T, y), where=jnp.asarray(counted))
   assert_close((value, grads), jax.value_and_grad(reference, (0, 1))(*single))
 

@@ -91,8 +91,7 @@ def test_a_run_writes_what_it_says(uninterrupted):
   assert [int(x) for x in (state.step, state.skipped, state.skipped_in_a_row, state.optimizer[1].count, state.optimizer[3].count)] == [6, 0, 0, 6, 6]
 
 
-@pytest.mark.parametrize('family, cuts', [('parallel', [2]), ('parallel', [3]), ('parallel', [5]), ('parallel', [2, 4, 6]), ('sequential', [2]), ('sequential', [4])],
-                         ids=str)
+@pytest.mark.parametrize('family, cuts', [('parallel', [3]), ('parallel', [5]), ('parallel', [2, 4, 6]), ('sequential', [2, 5])], ids=str)
 def test_a_stopped_and_resumed_run_is_bitwise_the_uninterrupted_one(uninterrupted, tmp_path, family, cuts):
   config, workdir = uninterrupted(family)
   for cut in cuts:
@@ -114,8 +113,8 @@ def test_a_run_that_ended_can_be_run_again(uninterrupted, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_stopped_by_sigterm_ctrl_c_and_sigkill_ends_as_if_uninterrupted(folder, tmp_path):
-  """Four processes' worth of a run; only the last one gets to its end."""
-  config = experiment(folder, train={'steps': 400, 'checkpoint_every': 4, 'evaluate_every': 0, 'log_every': 1})
+  """Three processes, each ended at a random moment after a checkpoint of its own; what they leave is then run to its end."""
+  config = experiment(folder, train={'steps': 120, 'checkpoint_every': 4, 'evaluate_every': 0, 'log_every': 1})
   train.fit(config, tmp_path / 'whole', note=lambda line: None)
   (tmp_path / 'config.py').write_text(f'from mtp_jax.config import Config\n\ndef get_config():\n  return Config.from_dict({config.to_dict()!r}).to_config_dict()\n')
   cut, waits = tmp_path / 'cut', random.Random()
@@ -131,7 +130,7 @@ def test_a_process_stopped_by_sigterm_ctrl_c_and_sigkill_ends_as_if_uninterrupte
     errors = process.communicate(timeout=120)[1]
     assert process.returncode == code, errors
     assert 'Traceback' not in errors
-    assert before < checkpoint.steps(cut)[-1] < 400, f'{number!r} after {wait} s'
+    assert before < checkpoint.steps(cut)[-1] < 120, f'{number!r} after {wait} s'
     lines = log_of(cut) if number != signal.SIGKILL else []
     assert not lines or lines[-1]['step'] == checkpoint.steps(cut)[-1]
   train.fit(config, cut, note=lambda line: None)
@@ -164,8 +163,9 @@ def test_a_non_finite_step_leaves_parameters_moments_and_counters_alone(folder):
   mesh = make_mesh(config.mesh)
   state = random_state(config)
   state = dataclasses.replace(state, optimizer=jax.tree.map(jnp.abs, state.optimizer), skipped=jnp.int32(2), skipped_in_a_row=jnp.int32(1), step=jnp.int32(5))
+  spoil = lambda x: jax.device_put(np.where(np.arange(x.size).reshape(x.shape) == 50, np.nan, x).astype(x.dtype), x.sharding)
   nan = jax.tree.map(jnp.copy, state)
-  nan.model.embed_VD[...] = nan.model.embed_VD[...].at[3, 0].set(jnp.nan)
+  nan = dataclasses.replace(nan, model=jax.tree_util.tree_map_with_path(lambda path, x: spoil(x) if '.embed_VD' in jax.tree_util.keystr(path) else x, nan.model))
   with jax.set_mesh(mesh):
     advance = train.compiled_step(config)
     byte_length_V = jnp.ones(config.model.vocab, jnp.int32)

@@ -127,11 +127,10 @@ class Writer:
         aside = (path.with_name(f'incomplete-{path.name}' + (f'-{n}' if n else '')) for n in itertools.count())
         path.rename(next(name for name in aside if not name.exists()))
     self.kept, self.training = kept, ocp.training
-    self.pending = None
-    self._open()
+    self.pending, self.checkpointer = None, self._open()
 
   def _open(self):
-    self.checkpointer = self.training.Checkpointer(
+    return self.training.Checkpointer(
         self.folder, cleanup_tmp_directories=True,
         preservation_policy=self.training.preservation_policies.LatestN(self.kept),
         save_decision_policy=self.training.save_decision_policies.FixedIntervalPolicy(1))
@@ -139,6 +138,7 @@ class Writer:
   def save(self, step: int, parameters, optimizer, record: dict) -> None:
     """Starts to write; the arrays may be donated or overwritten at once. Raises OSError when the save before this one failed."""
     self.wait()
+    self.checkpointer = self.checkpointer or self._open()
     self.pending = self.checkpointer.save_checkpointables_async(
         step, {'parameters': as_dict(parameters), 'optimizer': as_dict(optimizer)}, custom_metadata=record)
 
@@ -150,12 +150,13 @@ class Writer:
     try:
       pending.result()
     except Exception as error:
-      self._open()
+      self.checkpointer = None  # Orbax would raise the same error again; a new one is opened when its threads have ended
       raise OSError(f'a checkpoint could not be written to {self.folder}: {error}') from error
 
   def close(self) -> None:
     self.wait()
-    self.checkpointer.close()
+    if self.checkpointer:
+      self.checkpointer.close()
 
 
 def restore(workdir: pathlib.Path, step: int, **abstract) -> dict:

@@ -5,15 +5,13 @@
 The step sums the gradients of its microbatches, each weighted by counts over the whole batch, so that accumulation changes
 nothing but memory. A step whose loss or gradient is not finite leaves parameters, moments and their counters as they were.
 """
-import collections
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import pathlib
-import signal
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +21,7 @@ import optax
 from mtp_jax import checkpoint, data, metrics, objective, optimizer, tokenizer
 from mtp_jax.config import BadInput, Config
 from mtp_jax.model import Model, conventions
+from mtp_jax.progress import Display, Interrupts, Speed, numbers
 from mtp_jax.sharding import make_mesh, out, parameter_spec, spec
 
 
@@ -162,115 +161,142 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=lambda li
 
   Raises:
     BadInput: for what the user can mend, before anything is written.
-    NotFinite: after config.train.skipped_allowed bad steps in a row; the last batch is in workdir/nonfinite.
+    NotFinite: after config.train.skipped_allowed bad steps in a row; the batches are in workdir/nonfinite.
   """
-  t, workdir = config.train, pathlib.Path(workdir).expanduser().absolute()
-  resumed = bool(checkpoint.steps(workdir))
-  record = checkpoint.metadata(workdir) if resumed else None
-  if resumed:
-    changes = checkpoint.check_resumes(config, record, workdir)
+  workdir = pathlib.Path(workdir).expanduser().absolute()
+  tokens, prepared, record = _open(config, workdir, note)
+  mesh = make_mesh(config.mesh)
+  with Interrupts() as interrupts, jax.set_mesh(mesh), contextlib.closing(_Run(config, workdir, tokens, prepared, record, mesh, note)) as run:
+    if record and run.evaluates(run.step):  # a run may end between a checkpoint and its validation
+      run.validate()
+    stopping = False
+    while run.step < config.train.steps and not stopping:
+      run.profile(profile_steps)
+      run.advance()
+      stopping = bool(interrupts.received)
+      if stopping or run.step == config.train.steps or run.step % config.train.checkpoint_every == 0:
+        run.save()
+      if run.evaluates(run.step) and not stopping:
+        run.validate()
+  return Outcome(run.step, run.validation, interrupts.received)
+
+
+def _open(config: Config, workdir: pathlib.Path, note):
+  """Tokenizer, documents, and the record of the newest checkpoint or None, all found to agree with the config."""
+  record = checkpoint.metadata(workdir) if checkpoint.steps(workdir) else None
+  changes = checkpoint.check_resumes(config, record, workdir) if record else []
+  if record:
     checkpoint.check_conventions(conventions(config.model), record, workdir)
   tokens = tokenizer.load(config.data.tokenizer)
   check_vocabulary(config, tokens)
-  if resumed:
-    checkpoint.check_same(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record, 'tokenizer', 'use the same tokenizer, or another --workdir')
+  if record:
+    checkpoint.check_same(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record, 'tokenizer',
+                          'use the same tokenizer, or another --workdir')
   prepared = data.prepare(config.data, tokens)
-  if resumed:
-    checkpoint.check_same('config.data', prepared.fingerprint, record, 'fingerprint', 'the documents have changed; restore them, or choose another --workdir')
-    for change in changes:
-      note(change)
-  rows, held_out = (data.Rows(split, config.data.length, config.model.futures, tokens.pad) for split in (prepared.train, prepared.validation))
+  if record:
+    checkpoint.check_same('config.data', prepared.fingerprint, record, 'fingerprint',
+                          'the documents have changed; restore them, or choose another --workdir')
+  for change in changes:
+    note(change)
+  return tokens, prepared, record
 
-  with _Interrupts() as interrupts, jax.set_mesh(make_mesh(config.mesh)) as _:
-    mesh = make_mesh(config.mesh)
-    if resumed:
-      state = restore(config, workdir, record['step'], mesh)
+
+class _Run:
+  """A run under way: the state, its place in the data, and where it is recorded."""
+
+  def __init__(self, config: Config, workdir: pathlib.Path, tokens, prepared: data.Prepared, record: dict | None, mesh, note):
+    t = config.train
+    self.config, self.workdir, self.mesh, self.validation, self.unrecorded, self.profiling = config, workdir, mesh, {}, None, False
+    rows = lambda split: data.Rows(split, config.data.length, config.model.futures, tokens.pad)
+    self.held_out = rows(prepared.validation)
+    self.batches = data.batches(rows(prepared.train), t.batch, config.data.seed, jax.process_index(), jax.process_count())
+    if record:
+      self.state = restore(config, workdir, record['step'], mesh)
+      self.batches.set_state(record['data'])
     else:
-      state = jax.jit(functools.partial(init, config))(jax.random.key(t.seed))
-    start = int(state.step)
-    batches = data.batches(rows, t.batch, config.data.seed, jax.process_index(), jax.process_count())
-    if resumed:
-      batches.set_state(record['data'])
-    byte_length_V = jax.device_put(np.pad(tokens.byte_lengths, (0, config.model.vocab - tokens.size)), jax.NamedSharding(mesh, jax.P()))
-    advance = compiled_step(config)
-    flops = metrics.flops_per_token(state.model, config.data.length)['total']
-    speed = _Speed(config, flops, metrics.peak_flops() * mesh.size)
-    writer = checkpoint.Writer(workdir, t.checkpoints_kept)
-    log = metrics.Log(workdir, start, t.tensorboard)
+      self.state = jax.jit(functools.partial(init, config))(jax.random.key(t.seed))
+    self.step = record['step'] if record else 0
+    self.record = {'config': config.to_dict(), 'conventions': conventions(config.model), 'tokenizer': tokens.digest,
+                   'fingerprint': prepared.fingerprint}
+    byte_length_V = np.pad(tokens.byte_lengths, (0, config.model.vocab - tokens.size))
+    self.byte_length_V = jax.device_put(byte_length_V, jax.NamedSharding(mesh, jax.P()))
+    self.compiled = compiled_step(config)
+    self.speed = Speed(self.step, t.batch * config.data.length, metrics.flops_per_token(self.state.model, config.data.length)['total'],
+                       metrics.peak_flops() * mesh.size)
+    self.writer = checkpoint.Writer(workdir, t.checkpoints_kept)
+    self.log = metrics.Log(workdir, self.step, t.tensorboard)
     (workdir / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
-    display = Display(t.steps, start, note)
-    validation = {}
+    self.display = Display(t.steps, self.step, note)
 
-    def validate(step: int, state: State) -> dict:
-      found = evaluate(config, state.model, data.validation_batches(held_out, t.evaluate_rows, t.evaluate_rows, jax.process_index(), jax.process_count()), byte_length_V, mesh)
-      log.write(step, 'validation', found)
-      display.line(f'step {step} validation: {found["bits_per_byte"]:.4f} bits per byte, nats {_numbers(found["nats"])}, accuracy {_numbers(found["accuracy"])}')
-      return found
+  def advance(self) -> None:
+    """Starts the next step; while it runs, records the one before."""
+    with self.speed.waiting():
+      batch = put(next(self.batches), self.mesh)
+    self.state, found = self.compiled(self.state, batch, self.byte_length_V)
+    self.step += 1
+    self._record_last()
+    self.unrecorded = self.step, found, batch
 
-    def save(step: int, state: State) -> None:
-      if step not in checkpoint.steps(workdir):
-        writer.save(step, state.model, {'step': state.step, 'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row, 'optax': state.optimizer},
-                    {'step': step, 'config': config.to_dict(), 'conventions': conventions(config.model), 'tokenizer': tokens.digest,
-                     'fingerprint': prepared.fingerprint, 'data': positions[0]})
+  def _record_last(self) -> None:
+    if self.unrecorded is None:
+      return
+    (step, found, batch), self.unrecorded = self.unrecorded, None
+    t, found = self.config.train, jax.tree.map(lambda x: x.tolist(), jax.device_get(found))
+    bad = found['skipped_in_a_row']
+    if bad:
+      evidence = _keep_evidence(self.workdir, step, batch, found)
+      self.display.line(f'step {step} skipped: loss {found["loss"]}, gradient norm {found["gradient_norm"]}; evidence in {evidence}')
+    if bad or step % t.log_every == 0 or step == t.steps:
+      found |= self.speed.since_last(step, t.steps)
+      self.log.write(step, 'train', found)
+      self.display.record(step, found)
+    else:
+      self.display.advance(step)
+    if bad >= t.skipped_allowed:
+      raise NotFinite(f'step {step}: {bad} steps in a row had a loss or gradient that is not finite; evidence in {evidence}; '
+                      'lower config.optimizer.learning_rate, or resume from the last checkpoint with other data')
 
-    def account(step: int, found: dict, batch) -> None:
-      """Records a step that has ended, while the next one runs."""
-      found = jax.tree.map(lambda x: x.tolist(), jax.device_get(found))
-      if found['skipped_in_a_row']:
-        evidence = _keep_evidence(workdir, step, batch, found)
-        display.line(f'step {step} skipped: loss {found["loss"]}, gradient norm {found["gradient_norm"]}; evidence in {evidence}')
-        if found['skipped_in_a_row'] >= t.skipped_allowed:
-          raise NotFinite(f'step {step}: {found["skipped_in_a_row"]} steps in a row had a loss or gradient that is not finite; evidence in {evidence}; '
-                          'lower config.optimizer.learning_rate, or resume from the last checkpoint with other data')
-      if step % t.log_every == 0 or step == t.steps or found['skipped_in_a_row']:
-        found |= speed.since_last(step, t.steps)
-        log.write(step, 'train', found)
-        display.train(step, found)
-      else:
-        display.advance(step)
+  def profile(self, steps: range) -> None:
+    """Starts a trace before the first of `steps`, stops it after the last."""
+    if not self.profiling and self.step + 1 in steps:
+      jax.profiler.start_trace(str(self.workdir / 'profile'))
+      self.profiling = True
+    elif self.profiling and self.step + 1 not in steps:
+      jax.block_until_ready(self.state)
+      jax.profiler.stop_trace()
+      self.profiling = False
+      self.display.line(f'profile of the steps up to {self.step} in {self.workdir / "profile"}')
 
-    evaluated_at = lambda step: step == t.steps or (t.evaluate_every and step % t.evaluate_every == 0)
-    positions = [batches.get_state()]
-    previous = None
+  def evaluates(self, step: int) -> bool:
+    t = self.config.train
+    return step == t.steps or (t.evaluate_every > 0 and step % t.evaluate_every == 0)
+
+  def validate(self) -> None:
+    self._record_last()
+    n = self.config.train.evaluate_rows
+    with self.speed.paused():
+      batches = data.validation_batches(self.held_out, n, n, jax.process_index(), jax.process_count())
+      found = self.validation = evaluate(self.config, self.state.model, batches, self.byte_length_V, self.mesh)
+    self.log.write(self.step, 'validation', found)
+    self.display.line(f'step {self.step} validation: {found["bits_per_byte"]:.4f} bits per byte, '
+                      f'nats {numbers(found["nats"])}, accuracy {numbers(found["accuracy"])}')
+
+  def save(self) -> None:
+    """Starts to write a checkpoint of this step."""
+    self._record_last()
+    with self.speed.paused():
+      s = self.state
+      rest = {'step': s.step, 'skipped': s.skipped, 'skipped_in_a_row': s.skipped_in_a_row, 'optax': s.optimizer}
+      self.writer.save(self.step, s.model, rest, {'step': self.step, 'data': self.batches.get_state(), **self.record})
+
+  def close(self) -> None:
+    self.profile(range(0))
+    self.display.close()
     try:
-      if resumed and evaluated_at(start):  # a run may end between a checkpoint and its validation
-        validation = validate(start, state)
-      speed.start(start)
-      for number in range(start + 1, t.steps + 1):
-        if number == profile_steps.start and profile_steps:
-          jax.profiler.start_trace(str(workdir / 'profile'))
-        with speed.waiting():
-          batch = put(next(batches), mesh)
-        positions[0] = batches.get_state()
-        state, found = advance(state, batch, byte_length_V)
-        if previous:
-          account(*previous)
-        previous = number, found, batch
-        stopping = bool(interrupts.received)
-        if profile_steps and number == profile_steps.stop - 1:
-          jax.block_until_ready(state)
-          jax.profiler.stop_trace()
-          display.line(f'profile of steps {profile_steps.start} to {number} in {workdir / "profile"}')
-        at_end = number == t.steps
-        evaluates = evaluated_at(number)
-        if evaluates or stopping or at_end or number % t.checkpoint_every == 0:
-          account(*previous)
-          previous = None
-          with speed.paused():
-            if stopping or at_end or number % t.checkpoint_every == 0:
-              save(number, state)
-            if evaluates and not stopping:
-              validation = validate(number, state)
-        if stopping:
-          break
+      self.writer.close()
     finally:
-      display.close()
-      try:
-        writer.close()
-      finally:
-        log.close()
-        batches.close()
-  return Outcome(int(state.step), validation, interrupts.received)
+      self.log.close()
+      self.batches.close()
 
 
 def check_vocabulary(config: Config, tokens) -> None:
@@ -294,97 +320,3 @@ def _keep_evidence(workdir: pathlib.Path, step: int, batch, found: dict) -> path
   np.savez(folder / f'step-{step}.npz', **local)
   (folder / f'step-{step}.json').write_text(json.dumps(found) + '\n')
   return folder / f'step-{step}.npz'
-
-
-class _Interrupts:
-  """Remembers SIGTERM and SIGINT instead of dying of them; a second SIGINT interrupts at once."""
-
-  def __enter__(self):
-    self.received = 0
-    try:
-      self.old = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread, as in a notebook's worker: signals stay with their owner
-      self.old = {}
-    return self
-
-  def _receive(self, number, frame):
-    if self.received == signal.SIGINT == number:
-      raise KeyboardInterrupt
-    self.received = number
-
-  def __exit__(self, *_):
-    for number, handler in self.old.items():
-      signal.signal(number, handler)
-
-
-class _Speed:
-  """Tokens a second, MFU, the share of time spent waiting for data, and what remains, since the last record."""
-
-  def __init__(self, config: Config, flops_per_token: int, peak: float):
-    self.tokens_per_step = config.train.batch * config.data.length
-    self.flops_per_token, self.peak = flops_per_token, peak
-
-  def start(self, step: int) -> None:
-    self.step, self.since, self.waited, self.rates = step, time.perf_counter(), 0.0, collections.deque(maxlen=20)
-
-  def waiting(self):
-    return _Stopwatch(lambda seconds: setattr(self, 'waited', self.waited + seconds))
-
-  def paused(self):
-    return _Stopwatch(lambda seconds: setattr(self, 'since', self.since + seconds))
-
-  def since_last(self, step: int, steps: int) -> dict:
-    seconds = max(time.perf_counter() - self.since, 1e-9)
-    done, waited = step - self.step, self.waited
-    self.step, self.since, self.waited = step, time.perf_counter(), 0.0
-    rate = done * self.tokens_per_step / seconds
-    self.rates.append(seconds / max(done, 1))
-    return {'tokens_per_second': rate, 'mfu': rate * self.flops_per_token / self.peak, 'data_wait': waited / seconds,
-            'eta_seconds': (steps - step) * float(np.median(self.rates))}
-
-
-class _Stopwatch:
-  def __init__(self, report):
-    self.report = report
-
-  def __enter__(self):
-    self.start = time.perf_counter()
-
-  def __exit__(self, *_):
-    self.report(time.perf_counter() - self.start)
-
-
-class Display:
-  """A progress bar on a terminal, one plain line a record elsewhere."""
-
-  def __init__(self, steps: int, start: int, note):
-    self.note, self.bar = note, None
-    if sys.stderr.isatty():
-      from rich.console import Console
-      from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-      self.bar = Progress(TextColumn('train'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn('{task.description}'), console=Console(stderr=True))
-      self.task = self.bar.add_task('', total=steps, completed=start)
-      self.bar.start()
-
-  def line(self, text: str) -> None:
-    self.bar.console.print(text, markup=False, highlight=False) if self.bar else self.note(text)
-
-  def advance(self, step: int) -> None:
-    if self.bar:
-      self.bar.update(self.task, completed=step)
-
-  def train(self, step: int, found: dict) -> None:
-    text = (f'loss {found["loss"]:.4f}  nats {_numbers(found["nats"])}  bits/byte {found["bits_per_byte"]:.3f}  lr {found["learning_rate"]:.2e}  '
-            f'grad {found["gradient_norm"]:.2f}  {found["tokens_per_second"]:,.0f} tokens/s  MFU {found["mfu"]:.1%}  data wait {found["data_wait"]:.1%}')
-    if self.bar:
-      self.bar.update(self.task, completed=step, description=text)
-    else:
-      self.note(f'step {step}  {text}  eta {found["eta_seconds"]:.0f} s')
-
-  def close(self) -> None:
-    if self.bar:
-      self.bar.stop()
-
-
-def _numbers(values) -> str:
-  return ' '.join(f'{value:.3f}' for value in values)

@@ -1,0 +1,228 @@
+"""The command line: bad input is one line and exit code 2, help names every flag, --json is one object on the last line."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from mtp_jax import checkpoint, data, tokenizer
+from mtp_jax.__main__ import COMMANDS, main
+from test_checkpoint import experiment, random_state, write
+
+# ml_collections 1.1.0 loads a config file by a deprecated method of importlib.
+pytestmark = pytest.mark.filterwarnings(r'ignore:the load_module\(\) method is deprecated:DeprecationWarning')
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+  """A folder with the config file tiny.py, some that are wrong, and a checkpoint in run/."""
+  folder = tmp_path_factory.mktemp('main')
+  config = experiment(folder)
+  source = f'from mtp_jax.config import Config\n\ndef get_config():\n  return Config.from_dict({config.to_dict()!r}).to_config_dict()\n'
+  (folder / 'tiny.py').write_text(source)
+  (folder / 'raises.py').write_text('def get_config():\n  return 1 / 0\n')
+  (folder / 'syntax.py').write_text('def get_config(:\n')
+  (folder / 'lacks.py').write_text('def get_configuration():\n  pass\n')
+  (folder / 'forgets.py').write_text(source.replace('.to_config_dict()', ''))
+  (folder / 'empty').mkdir()
+  fingerprint = data.prepare(config.data, tokenizer.load('bytes')).fingerprint
+  write(folder / 'run', config, random_state(config), fingerprint=fingerprint)
+  others = experiment(folder / 'others', data={'cache': config.data.cache})
+  (folder / 'others' / 'documents' / '3.txt').write_text('changed')
+  data.prepare(others.data, tokenizer.load('bytes'))  # so that the refusal of other documents is all there is to read
+  (folder / 'broken' / checkpoint.FOLDER).mkdir(parents=True)
+  shutil.copytree(folder / 'run' / checkpoint.FOLDER / '3', folder / 'broken' / checkpoint.FOLDER / '3')
+  (folder / 'broken' / checkpoint.FOLDER / '3' / '_CHECKPOINT_METADATA').write_text('{"custom_me')
+  write(folder / 'elsewhere', config, random_state(config), conventions={})
+  return folder
+
+
+@pytest.fixture
+def run(place, monkeypatch, capfd):
+  """main(arguments) in the folder: (exit code, lines of stdout, lines of stderr)."""
+  def go(*arguments):
+    monkeypatch.chdir(place)
+    monkeypatch.delitem(sys.modules, 'config_config', raising=False)
+    capfd.readouterr()
+    code = main(list(arguments))
+    out, err = capfd.readouterr()
+    return code, out.splitlines(), err.splitlines()
+  return go
+
+
+TRAIN = ['train', '--config=tiny.py', '--workdir=new']
+RESUME = ['train', '--config=tiny.py', '--workdir=run']
+GENERATE = ['generate', '--workdir=run', '--prompt=a']
+
+# arguments, then what the one line must hold
+BAD = {
+    'unknown command': (['trian'], "trian: no such command; did you mean 'train'?"),
+    'unknown benchmark': (['benchmark', 'trian'], "benchmark trian: no such command; did you mean 'benchmark train'?"),
+    'unknown flag': ([*TRAIN, '--wokdir=x'], "--wokdir=x: train has no such flag; did you mean 'workdir'?"),
+    'flag without =': (['train', '--config', 'tiny.py'], '--config: flags are written --name=value'),
+    'stray word': ([*TRAIN, 'faster'], 'faster: not expected here; flags are written --name=value'),
+    'no config': (['train', '--workdir=new'], '--config: missing'),
+    'no workdir': (['train', '--config=tiny.py'], '--workdir: missing'),
+    'no prompt': (['generate', '--workdir=run'], '--prompt: missing'),
+    'neither to inspect': (['inspect'], 'inspect: pass either --workdir=DIR or --config=FILE'),
+    'both to inspect': (['inspect', '--workdir=run', '--config=tiny.py'], 'inspect: pass either'),
+    'field misspelt': ([*TRAIN, '--config.train.stepz=5'], "config.train.stepz: no such field; did you mean 'steps'?"),
+    'section misspelt': ([*TRAIN, '--config.trian.steps=5'], "config.trian.steps: no such section; did you mean 'train'?"),
+    'field misspelt after no': ([*TRAIN, '--noconfig.train.tensorbord'], "config.train.tensorbord: no such field; did you mean 'tensorboard'?"),
+    'whole section': ([*TRAIN, '--config.model={}'], 'config.model: a section, set its fields'),
+    'float for int': ([*TRAIN, '--config.train.steps=1.5'], '--config.train.steps=1.5'),
+    'text for int': ([*TRAIN, '--config.train.steps=abc'], '--config.train.steps=abc'),
+    'text for bool': ([*TRAIN, '--config.train.tensorboard=maybe'], '--config.train.tensorboard=maybe'),
+    'choice misspelt': ([*TRAIN, '--config.model.kind=paralel'], "config.model.kind='paralel': did you mean 'parallel'?"),
+    'combination': ([*TRAIN, '--config.model.layers=2'], 'config.model.layers=2: leaves no trunk'),
+    'negative': ([*TRAIN, '--config.optimizer.clip=-2'], 'config.optimizer.clip=-2.0: must be positive'),
+    'missing file': (['train', '--config=tony.py', '--workdir=new'], "--config=tony.py: no such file; did you mean './tiny.py'?"),
+    'config that raises': (['train', '--config=raises.py', '--workdir=new'], '--config: ZeroDivisionError: division by zero'),
+    'config that is no Python': (['train', '--config=syntax.py', '--workdir=new'], '--config: SyntaxError: invalid syntax (syntax.py, line 1)'),
+    'config without get_config': (['train', '--config=lacks.py', '--workdir=new'], "has no attribute 'get_config'"),
+    'config not converted': (['train', '--config=forgets.py', '--workdir=new'], 'get_config() returned Config, but must return Config(...).to_config_dict()'),
+    'profile': ([*TRAIN, '--profile_steps=3'], '--profile_steps=3: must be a:b with 0 < a < b'),
+    'mesh too large': ([*TRAIN, '--config.mesh.data=16', '--config.train.batch=32'], 'data 16 x fsdp 1 x context 1 x tensor 1 x expert 1 = 16 devices, but there are 8'),
+    'no documents': ([*TRAIN, '--config.data.paths=nowhere'], "config.data.paths: 'nowhere' holds no file"),
+    'no tokenizer': ([*TRAIN, '--config.data.tokenizer=nowhere.model'], "config.data.tokenizer='nowhere.model': No such file or directory"),
+    'vocabulary too small': ([*TRAIN, '--config.model.vocab=200'], 'config.model.vocab=200: the tokenizer bytes has 259 ids; set at least that'),
+    'resume another model': ([*RESUME, '--config.model.layers=4'], 'config.model.layers=4: the checkpoint in'),
+    'resume for fewer steps': ([*RESUME, '--config.train.steps=2', '--config.optimizer.warmup_steps=0'], 'config.train.steps=2: the checkpoint in'),
+    'resume other documents': ([*RESUME, '--config.data.paths=others/documents', '--config.train.batch=16'], 'the documents have changed; restore them, or choose another'),
+    'resume without documents': ([*RESUME, '--config.data.paths=nowhere'], "config.data.paths: 'nowhere' holds no file"),
+    'resume other conventions': (['train', '--config=tiny.py', '--workdir=elsewhere'], "conventions contradict this version in target"),
+    'load other conventions': (['evaluate', '--workdir=elsewhere'], "conventions contradict this version in target"),
+    'damaged checkpoint': (['inspect', '--workdir=broken'], 'lacks the record of config and conventions'),
+    'resume damaged checkpoint': (['train', '--config=tiny.py', '--workdir=broken'], 'lacks the record of config and conventions'),
+    'evaluate nothing': (['evaluate', '--workdir=empty'], '--workdir=empty: holds no checkpoint; train one with: python -m mtp_jax train'),
+    'generate from nothing': (['generate', '--workdir=empty', '--prompt=a'], '--workdir=empty: holds no checkpoint'),
+    'inspect nothing': (['inspect', '--workdir=nowhere'], '--workdir=nowhere: holds no checkpoint'),
+    'benchmark nothing': (['benchmark', 'decode', '--workdir=empty'], '--workdir=empty: holds no checkpoint'),
+    'another step': (['evaluate', '--workdir=run', '--step=7'], 'step 7: run holds the steps 3'),
+    'negative rows': (['evaluate', '--workdir=run', '--rows=-3'], '--rows=-3: must be at least 0'),
+    'rows that are no number': (['evaluate', '--workdir=run', '--rows=x'], '--rows=x'),
+    'draft too large': ([*GENERATE, '--draft=2'], 'draft=2: this model has 2 futures, so 0 to 1 can draft'),
+    'negative temperature': ([*GENERATE, '--temperature=-1'], 'temperature=-1.0: must be 0 (greedy) or a positive number'),
+    'no tokens': ([*GENERATE, '--max_tokens=0'], 'max_tokens=0: must be at least 1'),
+    'no steps': (['benchmark', 'train', '--config=tiny.py', '--steps=0'], '--steps=0: must be at least 1'),
+    'no prompts': (['benchmark', 'decode', '--workdir=run', '--prompts=0'], '--prompts=0: must be at least 1'),
+    'too many prompts': (['benchmark', 'decode', '--workdir=run', '--prompts=999'], 'but 999 prompts are wanted'),
+}
+
+
+@pytest.mark.parametrize('arguments, wanted', BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_exit_code_2(run, place, arguments, wanted):
+  code, out, err = run(*arguments)
+  assert (code, out, len(err)) == (2, [], 1), err
+  assert err[0].startswith('mtp_jax: ') and wanted in err[0]
+  assert not (place / 'new').exists()
+
+
+def test_bad_input_is_told_before_jax_is_imported(place):
+  """One fresh interpreter, every command line that needs no more than the config file."""
+  early = [arguments for name, (arguments, _) in BAD.items() if not any(word in name for word in (
+      'mesh', 'documents', 'tokenizer', 'vocabulary', 'resume', 'conventions', 'checkpoint', 'nothing', 'step', 'draft', 'temperature', 'no tokens', 'too many'))]
+  assert len(early) > 20
+  program = ('import json, os, sys\nfrom mtp_jax.__main__ import main\nos.chdir(sys.argv[2])\nfor arguments in json.loads(sys.argv[1]):\n'
+             '  assert main(arguments) == 2\n  assert "jax" not in sys.modules, arguments\n')
+  done = subprocess.run([sys.executable, '-c', program, json.dumps(early), str(place)], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert len(done.stderr.splitlines()) == len(early)
+
+
+def test_the_module_runs_as_a_program(place):
+  """An empty workdir is found out before a backend starts: one that does not exist is not missed."""
+  done = subprocess.run([sys.executable, '-m', 'mtp_jax', 'evaluate', f'--workdir={place / "empty"}'], capture_output=True, text=True,
+                        env={**os.environ, 'JAX_PLATFORMS': 'none'})
+  assert done.returncode == 2 and done.stdout == '' and len(done.stderr.splitlines()) == 1 and done.stderr.startswith('mtp_jax: --workdir=/')
+
+
+def test_importing_the_package_imports_neither_jax_nor_flax():
+  program = 'import sys, mtp_jax; dir(mtp_jax); mtp_jax.Config(); print(sorted({"jax", "jaxlib", "flax", "orbax", "grain", "optax"} & {*sys.modules}))'
+  assert subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True).stdout == '[]\n'
+
+
+@pytest.mark.parametrize('arguments', [[], ['--help'], ['help'], ['-h'], ['benchmark'], ['benchmark', '--help']], ids=str)
+def test_the_overview_names_every_command(run, arguments):
+  code, out, err = run(*arguments)
+  assert (code, err) == (0, []) and all(any(line.strip().startswith(f'{name} ') for line in out) for name in COMMANDS)
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_names_every_flag_and_imports_nothing(run, name):
+  code, out, err = run(*name.split(), '--help')
+  assert (code, err) == (0, [])
+  for flag, _, meaning in COMMANDS[name].flags:
+    assert any(line.strip().startswith(f'--{flag} ') and meaning in line for line in out), flag
+  assert f'python -m mtp_jax {COMMANDS[name].example}' in out
+  assert any('--config.optimizer.learning_rate' in line for line in out) == (name == 'train')
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_the_example_of_a_command_has_flags_of_that_command(name):
+  known = {flag for flag, *_ in COMMANDS[name].flags}
+  words = COMMANDS[name].example.split(' --')
+  assert words[0] == name and {word.partition('=')[0].partition('.')[0] for word in words[1:]} <= known
+
+
+def last_line(run, *arguments) -> dict:
+  code, out, _ = run(*arguments, '--json')
+  assert code == 0 and len(out) == 1
+  return json.loads(out[-1])
+
+
+def test_evaluate_prints_one_entry_a_future(run):
+  found = last_line(run, 'evaluate', '--workdir=run')
+  assert {'nats', 'accuracy', 'count', 'bits_per_byte'} <= found.keys() and found['step'] == 3
+  assert [len(found[key]) for key in ('nats', 'accuracy', 'count')] == [2, 2, 2]
+  code, out, err = run('evaluate', '--workdir=run')
+  assert code == 0 and err == [] and out[0].split() == ['future', 'nats', 'accuracy', 'count'] and f'{found["bits_per_byte"]:.4f}' in out[-1]
+
+
+def test_evaluate_says_when_the_documents_are_others(run, place):
+  config = experiment(place)
+  write(place / 'moved', config, random_state(config))
+  code, _, err = run('evaluate', '--workdir=moved', '--rows=4')
+  assert code == 0 and len(err) == 1 and err[0].startswith('note: the documents here differ')
+
+
+def test_generate_prints_the_same_text_for_every_draft(run):
+  found = [last_line(run, *GENERATE, '--max_tokens=24', f'--draft={draft}') for draft in (0, 1, -1)]
+  assert all({'text', 'tokens', 'forwards', 'tokens_per_forward', 'seconds'} <= f.keys() for f in found)
+  assert found[0]['text'] == found[1]['text'] == found[2]['text'] and found[0]['tokens'] == found[0]['forwards'] == 24
+  code, out, _ = run(*GENERATE, '--max_tokens=24', '--draft=1')
+  assert code == 0 and 'tokens per forward' in out[-1]
+
+
+def test_inspect_prints_what_a_checkpoint_holds(run, place):
+  found = last_line(run, 'inspect', '--workdir=run')
+  assert {'step', 'parameters_sha256', 'parameters', 'flops_per_token', 'conventions'} <= found.keys()
+  assert found['step'] == 3 and len(found['parameters_sha256']) == 64
+  config = last_line(run, 'inspect', '--config=tiny.py')
+  assert config['parameters'] == found['parameters'] and config['parameters_sha256'] is None
+  model = random_state(experiment(place)).model
+  assert found['parameters']['total'] == sum(x.size for x in jax.tree.leaves(model)) == found['twin']['parameters']['total']
+  code, out, _ = run('inspect', '--workdir=run')
+  assert code == 0 and found['parameters_sha256'] in out[-1]
+
+
+def test_an_override_reaches_the_config(run):
+  found = last_line(run, 'inspect', '--config=tiny.py', '--config.model.width=32', '--config.optimizer.clip=2', '--config.objective.weights=1,0.3',
+                    '--noconfig.train.tensorboard')
+  assert (found['config']['model']['width'], found['config']['optimizer']['clip'], found['config']['objective']['weights']) == (32, 2.0, [1.0, 0.3])
+  assert found['config']['train']['tensorboard'] is False
+
+
+@pytest.mark.slow
+def test_train_and_both_benchmarks_print_one_object(run, place):
+  found = last_line(run, *TRAIN, '--config.train.steps=3', '--config.train.tensorboard=true')
+  assert (found['step'], found['signal'], len(found['validation']['nats'])) == (3, 0, 2)
+  assert list((place / 'new' / 'tensorboard').glob('events.out.tfevents.*'))
+  shutil.rmtree(place / 'new')
+  found = last_line(run, 'benchmark', 'train', '--config=tiny.py', '--steps=2')
+  assert {'seconds_to_first_step', 'step_seconds', 'tokens_per_second', 'mfu'} <= found.keys()
+  found = last_line(run, 'benchmark', 'decode', '--workdir=run', '--prompts=2', '--prompt_tokens=8', '--max_tokens=8', '--repeats=1')
+  assert [row['draft'] for row in found['drafts']] == [0, 1] and found['drafts'][0]['tokens_per_forward'] == 1.0
