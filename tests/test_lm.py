@@ -2,10 +2,10 @@
 import jax
 import numpy as np
 import pytest
+from test_checkpoint import experiment, random_state, write
 
 import mtp_jax
 from mtp_jax.config import BadInput
-from test_checkpoint import experiment, random_state, write
 
 PROMPTS = ['a', 'the 12 é', '']
 

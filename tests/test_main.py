@@ -7,10 +7,10 @@ import sys
 
 import jax
 import pytest
+from test_checkpoint import experiment, random_state, write
 
 from mtp_jax import checkpoint, data, tokenizer
 from mtp_jax.__main__ import COMMANDS, main
-from test_checkpoint import experiment, random_state, write
 
 # ml_collections 1.1.0 loads a config file by a deprecated method of importlib.
 pytestmark = pytest.mark.filterwarnings(r'ignore:the load_module\(\) method is deprecated:DeprecationWarning')

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from mtp_jax.layers import document_mask, rms_norm
 from mtp_jax.objective import loss, targets

@@ -12,7 +12,7 @@ from mtp_jax import objective, optimizer, train
 from mtp_jax.config import Config, DataConfig, MeshConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from mtp_jax.model import Model
 from mtp_jax.objective import cross_entropy
-from mtp_jax.sharding import make_mesh, shardings, spec
+from mtp_jax.sharding import make_mesh, shardings
 
 
 @pytest.mark.parametrize('seed', range(4))

@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_checkpoint import experiment, random_state, same_bits
 
 import mtp_jax
 from mtp_jax import checkpoint, data, metrics, objective, tokenizer, train
 from mtp_jax.__main__ import main
 from mtp_jax.config import Config, MeshConfig
-from mtp_jax.model import Model
 from mtp_jax.sharding import make_mesh
-from test_checkpoint import experiment, random_state, same_bits
 
 SPEEDS = {'tokens_per_second', 'mfu', 'data_wait', 'eta_seconds'}  # all else in the log is a function of config and documents
 FAMILY = {
@@ -200,7 +199,7 @@ def test_too_many_non_finite_steps_end_the_run_with_evidence_and_a_good_checkpoi
   assert checkpoint.steps(tmp_path / 'run') == [3]
   assert same_bits(mtp_jax.load(tmp_path / 'run').model, mtp_jax.load(workdir, 3).model)
   evidence = np.load(tmp_path / 'run' / 'nonfinite' / 'step-5.npz')
-  assert {name: evidence[name].shape for name in evidence} == {name: (8, 18) for name in ('tokens', 'segments', 'positions')}
+  assert {name: evidence[name].shape for name in evidence} == dict.fromkeys(('tokens', 'segments', 'positions'), (8, 18))
   assert json.loads((tmp_path / 'run' / 'nonfinite' / 'step-5.json').read_text())['skipped_in_a_row'] == 2
 
   (tmp_path / 'config.py').write_text(f'from mtp_jax.config import Config\n\ndef get_config():\n  return Config.from_dict({config.to_dict()!r}).to_config_dict()\n')

@@ -48,8 +48,9 @@ def train(f) -> int:
   except NotFinite as error:
     print(f'mtp_jax: {error}', file=sys.stderr)
     return 1
+  stopped = f'; stopped by signal {outcome.signal}, run the same command to resume' if outcome.signal else ''
   _report(f, {'step': outcome.step, 'validation': outcome.validation, 'signal': outcome.signal},
-          [f'step {outcome.step} of {config.train.steps}, checkpoint in {f.workdir}' + (f'; stopped by signal {outcome.signal}, run the same command to resume' if outcome.signal else '')])
+          [f'step {outcome.step} of {config.train.steps}, checkpoint in {f.workdir}{stopped}'])
   return 128 + outcome.signal if outcome.signal else 0
 
 
@@ -58,7 +59,7 @@ def evaluate(f) -> int:
   _need_at_least(f, rows=0)
   lm = _load(f)
   if lm.prepared.fingerprint != lm.record['fingerprint']:
-    print(f"note: the documents here differ from those of the training run, so some held-out ones may have been trained on", file=sys.stderr)
+    print("note: the documents here differ from those of the training run, so some held-out ones may have been trained on", file=sys.stderr)
   found = lm.evaluate(f.rows or None)
   table = [(m, f'{nats:.4f}', f'{accuracy:.4f}', count) for m, (nats, accuracy, count) in enumerate(zip(found['nats'], found['accuracy'], found['count']))]
   _report(f, {'step': lm.step, **found}, [*_table(('future', 'nats', 'accuracy', 'count'), table), f'bits per byte of future 0: {found["bits_per_byte"]:.4f}'])
@@ -83,6 +84,7 @@ def inspect(f) -> int:
   if (f.workdir is None) == (f.config is None):
     raise BadInput('inspect: pass either --workdir=DIR or --config=FILE')
   import jax
+
   from mtp_jax import metrics, model
   lm = _load(f) if f.workdir else None
   config = lm.config if lm else _config(f)
@@ -121,23 +123,40 @@ def benchmark_decode(f) -> int:
                  [(d['draft'], f'{d["tokens_per_forward"]:.2f}', f'{d["speed_up"]:.2f}', f'{d["overhead"]:.2f}', f'{d["tokens_per_second"]:,.0f}',
                    ' '.join(f'{a:.2f}' for a in d['acceptance'])) for d in found['drafts']])
   sample = found['sample']
-  _report(f, found, [f'{f.prompts} held-out prompts of {f.prompt_tokens} tokens, {f.max_tokens} new tokens each, one at a time, greedy; the texts are equal', *lines, '',
-                     'a sample, from the bar on:', sample['prompt'][-200:] + '|' + sample['text'][:300]])
+  about = f'{f.prompts} held-out prompts of {f.prompt_tokens} tokens, {f.max_tokens} new tokens each, one at a time, greedy; the texts are equal'
+  _report(f, found, [about, *lines, '', 'a sample, from the bar on:', sample['prompt'][-200:] + '|' + sample['text'][:300]])
   return 0
 
 
 COMMANDS = {
-    'train': Command(train, 'pretrain, or resume', (CONFIG, WORKDIR, ('profile_steps', '', 'a:b writes a jax.profiler trace of the steps a to b-1'), JSON),
-                     'train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=200'),
-    'evaluate': Command(evaluate, 'held-out nats, accuracy, bits per byte', (WORKDIR, STEP, ('rows', 0, 'only the first rows; 0 is all'), JSON), 'evaluate --workdir=runs/tiny'),
-    'generate': Command(generate, 'continue a prompt, drafting with the futures', (WORKDIR, STEP, ('prompt', None, 'text to continue'), ('max_tokens', 256, 'new tokens at most'),
-                        ('draft', -1, 'futures that draft: 0 is plain autoregression, -1 all'), ('temperature', 0.0, '0 is greedy'), ('seed', 0, 'of the sampling'), JSON),
-                        "generate --workdir=runs/tiny --prompt='def main():' --max_tokens=200"),
+    'train': Command(train, 'pretrain, or resume', (
+        CONFIG, WORKDIR,
+        ('profile_steps', '', 'a:b writes a jax.profiler trace of the steps a to b-1'), JSON),
+        'train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=200'),
+    'evaluate': Command(evaluate, 'held-out nats, accuracy, bits per byte', (
+        WORKDIR, STEP,
+        ('rows', 0, 'only so many rows, at even distances; 0 is all'), JSON),
+        'evaluate --workdir=runs/tiny'),
+    'generate': Command(generate, 'continue a prompt, drafting with the futures', (
+        WORKDIR, STEP,
+        ('prompt', None, 'text to continue'),
+        ('max_tokens', 256, 'new tokens at most'),
+        ('draft', -1, 'futures that draft: 0 is plain autoregression, -1 all'),
+        ('temperature', 0.0, '0 is greedy'),
+        ('seed', 0, 'of the sampling'), JSON),
+        "generate --workdir=runs/tiny --prompt='def main():' --max_tokens=200"),
     'inspect': Command(inspect, 'parameters, FLOPs, conventions, digest', (WORKDIR, STEP, CONFIG, JSON), 'inspect --config=configs/tiny.py'),
-    'benchmark train': Command(benchmark_train, 'speed and utilisation of the train step', (CONFIG, ('steps', 20, 'steps timed'), JSON), 'benchmark train --config=configs/tiny.py'),
-    'benchmark decode': Command(benchmark_decode, 'speed-up by draft length', (WORKDIR, STEP, ('prompts', 8, 'held-out prompts'), ('prompt_tokens', 128, 'tokens of each'),
-                                ('max_tokens', 128, 'new tokens of each'), ('repeats', 3, 'timed runs of each draft length; the median counts'), JSON),
-                                'benchmark decode --workdir=runs/tiny'),
+    'benchmark train': Command(benchmark_train, 'speed and utilisation of the train step', (
+        CONFIG,
+        ('steps', 20, 'steps timed'), JSON),
+        'benchmark train --config=configs/small.py'),
+    'benchmark decode': Command(benchmark_decode, 'speed-up by draft length', (
+        WORKDIR, STEP,
+        ('prompts', 8, 'held-out prompts'),
+        ('prompt_tokens', 128, 'tokens of each'),
+        ('max_tokens', 128, 'new tokens of each'),
+        ('repeats', 3, 'timed runs of each draft length; the median counts'), JSON),
+        'benchmark decode --workdir=runs/tiny'),
 }
 
 
@@ -252,8 +271,10 @@ def _overview() -> str:
 
 
 def _help(name: str, command: Command) -> str:
-  rows = _table(('', '', ''), [(f'--{flag}', '' if default in (None, '') else f'[{default}]', meaning) for flag, default, meaning in command.flags])[1:]
-  lines = [f'python -m mtp_jax {name}: {command.summary}', '', command.run.__doc__, '', *('  ' + row for row in rows), '', f'python -m mtp_jax {command.example}']
+  shown = lambda default: '' if default in (None, '') else f'[{default}]'
+  rows = _table(('', '', ''), [(f'--{flag}', shown(default), meaning) for flag, default, meaning in command.flags])[1:]
+  lines = [f'python -m mtp_jax {name}: {command.summary}', '', command.run.__doc__, '', *('  ' + row for row in rows), '',
+           f'python -m mtp_jax {command.example}']
   if name == 'train':
     fields = []
     for section, kind in typing.get_type_hints(Config).items():

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import data, metrics, tokenizer, train as training
+from mtp_jax import data, metrics, tokenizer
+from mtp_jax import train as training
 from mtp_jax.config import Config
 from mtp_jax.lm import LanguageModel
 from mtp_jax.sharding import make_mesh
@@ -59,7 +60,7 @@ def decode(lm: LanguageModel, prompts: int, prompt_tokens: int, max_tokens: int,
   lengths = range(lm.config.model.futures)
   run = lambda prompt, draft: lm.generate([prompt], max_tokens, draft)
   texts = {draft: run(held_out[0], draft).ids for draft in lengths}  # compiles
-  seconds, found = {draft: 0.0 for draft in lengths}, {draft: [] for draft in lengths}
+  seconds, found = dict.fromkeys(lengths, 0.0), {draft: [] for draft in lengths}
   for prompt in held_out:
     timed = {draft: [] for draft in lengths}
     for _ in range(repeats):

@@ -255,7 +255,9 @@ def _check(c: Config) -> None:
 
   rows = x.data * x.fsdp
   divides('train.batch', 'train.accumulate')
-  need(t.batch // t.accumulate % rows == 0, 'train.batch', f'a microbatch must be a multiple of data x fsdp = {rows} rows, such as {-(-t.batch // (rows * t.accumulate)) * rows * t.accumulate} in all')
+  step_rows = rows * t.accumulate
+  need(t.batch % step_rows == 0, 'train.batch', f'a microbatch must be a multiple of data x fsdp = {rows} rows, '
+       f'such as {-(-t.batch // step_rows) * step_rows} in all')
   need(t.evaluate_rows % rows == 0, 'train.evaluate_rows', f'must be a multiple of data x fsdp = {rows}')
   divides('data.length', 'mesh.context')
   need(d.length // x.context % o.chunk == 0, 'objective.chunk', f'must divide config.data.length / config.mesh.context = {d.length // x.context}')

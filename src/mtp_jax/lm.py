@@ -93,12 +93,13 @@ class LanguageModel:
                       int((end.length_B - length_B).sum()), int(end.forwards_B.sum()), (accepted / np.maximum(offered, 1)).tolist(), seconds)
 
   def evaluate(self, rows: int | None = None) -> dict:
-    """nats, accuracy and count of each future, bits_per_byte of future 0, over the held-out documents, or their first `rows` rows."""
+    """nats, accuracy and count of each future, bits_per_byte of future 0, over the held-out documents, or `rows` rows of them at even distances."""
     batch = self.config.train.evaluate_rows
     with jax.set_mesh(self.mesh):
       byte_length_V = np.pad(self.tokenizer.byte_lengths, (0, self.config.model.vocab - self.tokenizer.size))
       held_out = data.Rows(self.prepared.validation, self.config.data.length, self.config.model.futures, self.tokenizer.pad)
-      return train.evaluate(self.config, self.model, data.validation_batches(held_out, batch, rows, jax.process_index(), jax.process_count()), byte_length_V, self.mesh)
+      batches = data.validation_batches(held_out, batch, rows, jax.process_index(), jax.process_count())
+      return train.evaluate(self.config, self.model, batches, byte_length_V, self.mesh)
 
   @functools.cached_property
   def prepared(self) -> data.Prepared:
