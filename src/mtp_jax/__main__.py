@@ -166,6 +166,9 @@ def main(arguments: list[str]) -> int:
   except BadInput as error:
     print(f'mtp_jax: {error}', file=sys.stderr)
     return 2
+  except OSError as error:
+    print(f'mtp_jax: {error}', file=sys.stderr)
+    return 1
   except KeyboardInterrupt:
     print('mtp_jax: interrupted', file=sys.stderr)
     return 130

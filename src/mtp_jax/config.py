@@ -253,6 +253,7 @@ def _check(c: Config) -> None:
     need(getattr(p, name) > 0, f'optimizer.{name}', 'must be positive')
   need(p.weight_decay >= 0, 'optimizer.weight_decay', 'must not be negative')
 
+  need(x.expert == 1, 'mesh.expert', 'must be 1, this model has no experts')
   rows = x.data * x.fsdp
   divides('train.batch', 'train.accumulate')
   step_rows = rows * t.accumulate

@@ -46,7 +46,7 @@ class Progress:
   depth_BS: jax.Array
   length_B: jax.Array    # tokens known
   done_B: jax.Array
-  drafts_BK: jax.Array   # of the tokens after those known
+  drafts_BK: jax.Array   # of the tokens after those known; -1, which nothing equals, before the first pass
   forwards_B: jax.Array  # passes in which the row took part
   accepted_BK: jax.Array  # passes in which its draft k+1 was accepted
 
@@ -75,7 +75,7 @@ def generate(model: Model, prompts_BP, length_B, limit_B, seed_B, temperature, a
   drafters = _drafters(model, draft)
   first = _take(model.futures, 0) if model.config.kind == 'parallel' else None
   memory = _prefill(model, first, drafters, prompts_BP, slots)
-  start = Progress(memory, tokens_BS, jnp.zeros((B, slots), jnp.int32), length_B, length_B >= limit_B, jnp.zeros((B, draft), jnp.int32),
+  start = Progress(memory, tokens_BS, jnp.zeros((B, slots), jnp.int32), length_B, length_B >= limit_B, jnp.full((B, draft), -1),
                    jnp.zeros(B, jnp.int32), jnp.zeros((B, draft), jnp.int32))
   return jax.lax.while_loop(lambda p: ~jnp.all(p.done_B), functools.partial(_advance, model, first, drafters, choose, limit_B, eos), start)
 

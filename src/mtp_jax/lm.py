@@ -88,7 +88,7 @@ class LanguageModel:
     seconds = time.perf_counter() - start
     new = lambda x_BS: [row[a:b].tolist() for row, a, b in zip(x_BS, length_B, end.length_B)]
     accepted = end.accepted_BK.sum(0)
-    offered = np.concatenate([[end.forwards_B.sum()], accepted[:-1]]) if draft else accepted
+    offered = np.concatenate([[np.maximum(end.forwards_B - 1, 0).sum()], accepted[:-1]]) if draft else accepted  # the first pass has no drafts yet
     return Generation(new(end.tokens_BS), new(end.depth_BS), [self.tokenizer.text(ids) for ids in new(end.tokens_BS)],
                       int((end.length_B - length_B).sum()), int(end.forwards_B.sum()), (accepted / np.maximum(offered, 1)).tolist(), seconds)
 

@@ -107,8 +107,9 @@ class Log:
       self.board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
 
   def write(self, step: int, kind: str, values: dict) -> None:
-    """values: numbers, or lists of one number a future."""
-    self.file.write(json.dumps({'step': step, 'kind': kind, **values}) + '\n')
+    """values: numbers, or lists of one number a future; one that is not finite is null in the file."""
+    finite = lambda value: [finite(v) for v in value] if isinstance(value, list) else value if math.isfinite(value) else None
+    self.file.write(json.dumps({'step': step, 'kind': kind, **{key: finite(value) for key, value in values.items()}}) + '\n')
     if self.board:
       for key, value in values.items():
         for m, number in enumerate(value) if isinstance(value, list) else [(None, value)]:

@@ -25,8 +25,8 @@ from mtp_jax.layers import Block, Cache, normal, rms_norm, stack
 from mtp_jax.sharding import einsum, lookup, place
 
 REMAT = {'none': lambda f: f,
-         'dots': functools.partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-         'full': functools.partial(jax.checkpoint, prevent_cse=False)}
+         'dots': functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+         'full': jax.checkpoint}
 
 
 class Module(nnx.Module):
