@@ -91,14 +91,17 @@ def rows(end) -> list[list[int]]:
 def test_every_draft_length_says_what_an_uncached_forward_says(trained, variant, prompts_BP):
   model = trained(variant)
   free = uncached(model, prompts_BP, LENGTHS_B, LIMITS_B, NEVER)
-  eos = free[0][12]  # ends the first row early, perhaps others
-  stopped = uncached(model, prompts_BP, LENGTHS_B, LIMITS_B, eos)
-  assert [len(row) for row in free] == LIMITS_B.tolist() and 1 < len(stopped[0]) <= 13
+  ends = {eos: [row[:next((i + 1 for i in range(n, len(row)) if row[i] == eos), None)] for row, n in zip(free, LENGTHS_B)]
+          for eos in sorted({token for row, n in zip(free, LENGTHS_B) for token in row[n:]})}
+  assert [len(row) for row in free] == LIMITS_B.tolist()
+  inside = 0  # an accepted draft
   forwards = []
   for draft in range(M):
     end = generate(model, prompts_BP, draft=draft)
     assert rows(end) == free
-    assert rows(generate(model, prompts_BP, draft=draft, eos=eos)) == stopped
+    for eos, stopped in ends.items():
+      assert rows(generate(model, prompts_BP, draft=draft, eos=eos)) == stopped
+      inside += sum(np.asarray(end.depth_BS)[b, len(row) - 1] > 0 and row[-1] == eos for b, row in enumerate(stopped))
     assert end.done_B.all()
     new = np.arange(S) < LIMITS_B[:, None]
     new &= np.arange(S) >= LENGTHS_B[:, None]
@@ -108,6 +111,7 @@ def test_every_draft_length_says_what_an_uncached_forward_says(trained, variant,
     np.testing.assert_array_equal(end.accepted_BK.sum(1) + end.forwards_B >= LIMITS_B - LENGTHS_B, True)
     forwards.append(int(end.forwards_B.sum()))
   assert forwards[0] == (LIMITS_B - LENGTHS_B).sum() and forwards[3] < 0.8 * forwards[0]
+  assert inside > 0  # some row ended within an accepted draft
 
 
 def test_nothing_is_accepted_before_anything_was_drafted(trained, family, prompts_BP):

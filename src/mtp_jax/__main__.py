@@ -67,9 +67,10 @@ def evaluate(f) -> int:
 
 
 def generate(f) -> int:
-  """Continues --prompt; the text does not depend on --draft, only the number of forwards does."""
+  """Continues --prompt; in float32 the text does not depend on --draft, only the number of forwards does."""
   if f.prompt is None:
     raise BadInput("--prompt: missing; such as --prompt='def main():'")
+  _need_at_least(f, draft=-1)
   lm = _load(f)
   found = lm.generate(f.prompt, f.max_tokens, None if f.draft < 0 else f.draft, f.temperature, f.seed)
   values = {'text': found.text[0], 'tokens': found.tokens, 'forwards': found.forwards, 'tokens_per_forward': found.tokens_per_forward,
@@ -123,7 +124,9 @@ def benchmark_decode(f) -> int:
                  [(d['draft'], f'{d["tokens_per_forward"]:.2f}', f'{d["speed_up"]:.2f}', f'{d["overhead"]:.2f}', f'{d["tokens_per_second"]:,.0f}',
                    ' '.join(f'{a:.2f}' for a in d['acceptance'])) for d in found['drafts']])
   sample = found['sample']
-  about = f'{f.prompts} held-out prompts of {f.prompt_tokens} tokens, {f.max_tokens} new tokens each, one at a time, greedy; the texts are equal'
+  about = f'{f.prompts} held-out prompts of {f.prompt_tokens} tokens, {f.max_tokens} new tokens each, one at a time, greedy'
+  differing = sum(d['differing'] for d in found['drafts'])
+  about += f'; {differing} differ from plain decoding' if differing else '; every text is that of plain decoding'
   _report(f, found, [about, *lines, '', 'a sample, from the bar on:', sample['prompt'][-200:] + '|' + sample['text'][:300]])
   return 0
 
@@ -214,6 +217,10 @@ def _run(arguments: list[str]) -> int:
 
 def _check_overrides(arguments: list[str]) -> None:
   """Names of --config.section.field=value, and the config file, before anything is loaded."""
+  names = [argument.lstrip('-').partition('=')[0] for argument in arguments]
+  for name in names:
+    if name.startswith('config.') and names.count(name) > 1:
+      raise BadInput(f'--{name}: given {names.count(name)} times; say it once')
   for argument in arguments:
     flag, equals, value = argument.lstrip('-').partition('=')
     if flag.removeprefix('no').startswith('config.'):
@@ -252,6 +259,7 @@ def _need_at_least(f, **least) -> None:
 
 def _load(f):
   _need(f, 'workdir')
+  _need_at_least(f, step=-1)
   from mtp_jax import checkpoint
   checkpoint.metadata(f.workdir, None if f.step < 0 else f.step)  # complains before JAX starts
   from mtp_jax.lm import load
@@ -259,7 +267,8 @@ def _load(f):
 
 
 def _report(f, values: dict, lines: list[str]) -> None:
-  print(json.dumps(values) if f.json else '\n'.join(lines))
+  from mtp_jax import metrics
+  print(json.dumps(metrics.finite(values)) if f.json else '\n'.join(lines))
 
 
 def _table(head, rows) -> list[str]:

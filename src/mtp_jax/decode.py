@@ -3,7 +3,7 @@
 Each pass of the loop runs the trunk on the last known token and K drafts after it (Stern et al. 2018, arXiv:1811.03115,
 section 4; K = 0 is plain autoregression). Future 0 says which token follows each of them. Drafts are accepted while they
 equal what future 0 says; then comes one token of its own. So every token is future 0's, and the output is that of plain
-autoregression, token for token.
+autoregression, token for token, in float32. (In bfloat16 a pass over several tokens may round a near-tie the other way.)
 
 With a temperature, a token is argmax(logits / temperature + Gumbel noise), a sample of the model's law, and the noise
 depends only on the row's seed and the position. Drafts use the same noise, so they often agree, and the output is again that
@@ -69,7 +69,7 @@ def generate(model: Model, prompts_BP, length_B, limit_B, seed_B, temperature, a
     The Progress at the end. The pass over the prompt is not among `forwards_B`.
   """
   B, P = prompts_BP.shape
-  unembed_DV = model.unembedding().T  # laid out once for all passes
+  unembed_DV = model.unembedding().T.astype(model.config.dtype)  # laid out once for all passes
   choose = functools.partial(_choose, unembed_DV=unembed_DV, seed_B=seed_B, temperature=temperature, allowed_V=allowed_V, sample=sample)
   tokens_BS = jnp.pad(prompts_BP, ((0, 0), (0, slots - P)))
   drafters = _drafters(model, draft)
@@ -174,11 +174,11 @@ def _draft_parallel(model: Model, drafters: tuple, choose, z_BTD, positions_BT, 
 def _draft_sequential(model: Model, drafters: tuple, choose, tokens_BS, last_B1, memory: Memory):
   """Modules 1..K on a window that ends at `last_B1`, the last position whose next token is known: (int32[B, K], memory).
 
-  Module k's state at position t is final once token t+k is known, so the last K positions seen before and the new ones,
-  2K at most, are run again; what they leave in a cache is overwritten or final.
+  Module k's state at position t is final once token t+k is known. An accepted draft is such a token, so what earlier passes
+  left is final at all but the last K positions and the new one; these are run again.
   """
   K = len(drafters)
-  window_BW = last_B1 + jnp.arange(1 - 2 * K, 1)
+  window_BW = last_B1 + jnp.arange(-K, 1)
   h_BWD = jnp.take_along_axis(memory.state_BSD, jnp.maximum(window_BW, 0)[..., None], 1)
 
   def extend(k, h_B1D, tokens_BS):

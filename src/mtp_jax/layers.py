@@ -80,7 +80,7 @@ def _attend_backward(residual, do_BGLK):
   dtype = q_BGLK.dtype
   p_BGLS = jnp.exp(_scores(q_BGLK, k_BSGK, mask_BLS) - lse_BGL1)
   dp_BGLS = einsum('BGLK,BSGK->BGLS', do_BGLK, v_BSGK, jnp.float32)
-  delta_BGL1 = jnp.sum(do_BGLK * o_BGLK, -1, keepdims=True, dtype=jnp.float32)
+  delta_BGL1 = jnp.sum(do_BGLK.astype(jnp.float32) * o_BGLK, -1, keepdims=True)
   ds_BGLS = (p_BGLS * (dp_BGLS - delta_BGL1)).astype(dtype)
   return (einsum('BGLS,BSGK->BGLK', ds_BGLS, k_BSGK), einsum('BGLS,BGLK->BSGK', ds_BGLS, q_BGLK),
           einsum('BGLS,BGLK->BSGK', p_BGLS.astype(dtype), do_BGLK), None)

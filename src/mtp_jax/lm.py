@@ -1,6 +1,7 @@
 """A trained language model, for notebooks and the command line: load it, generate, evaluate."""
 import dataclasses
 import functools
+import math
 import pathlib
 import time
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ class Generation:
 
   ids: the new tokens, without the prompt. depths: for each of them 0 if future 0 spoke, m if a draft of future m was accepted.
   text: the new tokens as text. tokens: how many. forwards: passes of the decode loop in which the rows took part, the pass over
-  the prompts not counted. acceptance: of draft depth m, given that all before it were accepted. seconds: of wall-clock time,
+  the prompts not counted. offered and accepted: by draft depth, the passes in which all drafts before it were accepted, and those in
+  which it was as well. seconds: of wall-clock time,
   compilation included on the first call of a shape.
   """
   ids: list[list[int]]
@@ -28,8 +30,14 @@ class Generation:
   text: list[str]
   tokens: int
   forwards: int
-  acceptance: list[float]
+  offered: list[int]
+  accepted: list[int]
   seconds: float
+
+  @property
+  def acceptance(self) -> list[float]:
+    """Of draft depth m, given that all before it were accepted; nan where none was offered."""
+    return [a / n if n else math.nan for a, n in zip(self.accepted, self.offered)]
 
   @property
   def tokens_per_forward(self) -> float:
@@ -47,7 +55,7 @@ class LanguageModel:
   mesh: jax.sharding.Mesh
 
   def generate(self, prompts: str | bytes | Sequence, max_tokens: int = 256, draft: int | None = None, temperature: float = 0.0, seed: int = 0) -> Generation:
-    """Continues one prompt or several; the output does not depend on `draft`, only the number of forwards does.
+    """Continues one prompt or several; in float32 the output does not depend on `draft`, only the number of forwards does.
 
     Args:
       prompts: text, bytes, or a sequence of them, or of token ids.
@@ -77,8 +85,9 @@ class LanguageModel:
     prompts_BP = np.full((len(rows), P), self.tokenizer.pad, np.int32)
     for row, ids in zip(prompts_BP, rows):
       row[:len(ids)] = ids
-    ids_V = np.arange(self.config.model.vocab)
-    allowed_V = (ids_V < self.tokenizer.size) & (ids_V != self.tokenizer.bos) & (ids_V != self.tokenizer.pad)
+    allowed_V = np.zeros(self.config.model.vocab, bool)  # eos, and whatever stands for bytes
+    allowed_V[:self.tokenizer.size] = self.tokenizer.byte_lengths > 0
+    allowed_V[self.tokenizer.eos] = True
 
     start = time.perf_counter()
     end = decode.generate(self._on_one_device, prompts_BP, length_B, length_B + max_tokens, (np.arange(len(rows)) + seed).astype(np.uint32),
@@ -90,7 +99,7 @@ class LanguageModel:
     accepted = end.accepted_BK.sum(0)
     offered = np.concatenate([[np.maximum(end.forwards_B - 1, 0).sum()], accepted[:-1]]) if draft else accepted  # the first pass has no drafts yet
     return Generation(new(end.tokens_BS), new(end.depth_BS), [self.tokenizer.text(ids) for ids in new(end.tokens_BS)],
-                      int((end.length_B - length_B).sum()), int(end.forwards_B.sum()), (accepted / np.maximum(offered, 1)).tolist(), seconds)
+                      int((end.length_B - length_B).sum()), int(end.forwards_B.sum()), offered.tolist(), accepted.tolist(), seconds)
 
   def evaluate(self, rows: int | None = None) -> dict:
     """nats, accuracy and count of each future, bits_per_byte of future 0, over the held-out documents, or `rows` rows of them at even distances."""

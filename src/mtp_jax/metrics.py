@@ -75,7 +75,7 @@ def peak_flops(seconds: float = 0.5) -> float:
   if device.platform != 'cpu':
     return PEAK_FLOPS.get(device.device_kind, math.nan)
   n = 2048
-  x = jax.device_put(jnp.ones((n, n), jnp.float32), device)
+  x = jnp.ones((n, n), jnp.float32)  # on every device of the mesh at once, so that fake ones measure their share of the machine
   matmul = jax.jit(lambda x: x @ x)
   matmul(x).block_until_ready()
   best, end = math.inf, time.perf_counter() + seconds
@@ -108,8 +108,7 @@ class Log:
 
   def write(self, step: int, kind: str, values: dict) -> None:
     """values: numbers, or lists of one number a future; one that is not finite is null in the file."""
-    finite = lambda value: [finite(v) for v in value] if isinstance(value, list) else value if math.isfinite(value) else None
-    self.file.write(json.dumps({'step': step, 'kind': kind, **{key: finite(value) for key, value in values.items()}}) + '\n')
+    self.file.write(json.dumps(finite({'step': step, 'kind': kind, **values})) + '\n')
     if self.board:
       for key, value in values.items():
         for m, number in enumerate(value) if isinstance(value, list) else [(None, value)]:
@@ -119,6 +118,15 @@ class Log:
     self.file.close()
     if self.board:
       self.board.close()
+
+
+def finite(value):
+  """The same, with None, JSON's null, for every number that is not finite."""
+  if isinstance(value, dict):
+    return {key: finite(v) for key, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [finite(v) for v in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _place_of(line: str) -> tuple[float, bool]:

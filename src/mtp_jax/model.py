@@ -63,7 +63,7 @@ class Model(nnx.Module):
 
   def embed(self, tokens_BL):
     """float[B, L, D] in the compute type."""
-    return lookup(place(self.embed_VD[...].astype(self.config.dtype), 'Vd'), tokens_BL)
+    return lookup(place(self.embed_VD[...], 'Vd'), tokens_BL).astype(self.config.dtype)
 
   def run_trunk(self, x_BLD, positions_BL, mask_BLS, cache: Cache | None = None):
     """(residual stream after N blocks, not normed; cache)."""
@@ -78,9 +78,9 @@ class Model(nnx.Module):
     return rms_norm(x_BLD, self.final_norm_D[...], self.config.norm_epsilon)
 
   def unembedding(self):
-    """float[V, D] in the compute type, its width gathered once for all futures."""
+    """float32[V, D], its width gathered once for all futures; cast where it is used, so that its gradient adds up in float32."""
     table_VD = self.embed_VD if self.config.tie_embeddings else self.unembed_VD
-    return place(table_VD[...].astype(self.config.dtype), 'Vd')
+    return place(table_VD[...], 'Vd')
 
   def module(self, k):
     """The sequential module of future k >= 1; k may be traced."""

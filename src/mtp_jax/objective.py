@@ -74,7 +74,7 @@ def cross_entropy(h_BLD, unembed_VD, y_BL, counted_BL, chunk: int) -> Sums:
   """
   def step(total, inputs):
     h_BLD, y_BL, counted_BL = inputs
-    logits_BLV = einsum('BLD,VD->BLV', h_BLD, unembed_VD, jnp.float32)
+    logits_BLV = einsum('BLD,VD->BLV', h_BLD, unembed_VD.astype(h_BLD.dtype), jnp.float32)
     hit_BLV = jnp.arange(logits_BLV.shape[-1]) == y_BL[..., None]
     nats_BL = jax.nn.logsumexp(logits_BLV, -1) - jnp.sum(logits_BLV, -1, where=hit_BLV)
     correct_BL = jnp.argmax(logits_BLV, -1) == y_BL

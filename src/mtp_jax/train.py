@@ -60,7 +60,7 @@ def step(config: Config, state: State, batch, byte_length_V) -> tuple[State, dic
     byte_length_V: int32, bytes that each id stands for.
 
   Returns:
-    The next state, and metrics: scalars and [M] arrays, each a sum divided once by its count.
+    The next state, and metrics: scalars and [M] arrays, each a sum divided once by its count; nan where nothing counted.
   """
   M, k = config.model.futures, config.train.accumulate
   count_M = objective.counts(batch, M)
@@ -89,10 +89,10 @@ def step(config: Config, state: State, batch, byte_length_V) -> tuple[State, dic
                       keep(optax.apply_updates(state.model, updates), state.model), keep(moments, state.optimizer))
   return following, {
       'loss': loss,
-      'nats': sums.nats_M / jnp.maximum(sums.count_M, 1),
-      'accuracy': sums.correct_M / jnp.maximum(sums.count_M, 1),
+      'nats': sums.nats_M / sums.count_M,
+      'accuracy': sums.correct_M / sums.count_M,
       'count': sums.count_M,
-      'bits_per_byte': sums.nats_M[0] / math.log(2) / jnp.maximum(target_bytes(batch, byte_length_V, M), 1),
+      'bits_per_byte': sums.nats_M[0] / math.log(2) / target_bytes(batch, byte_length_V, M),
       'gradient_norm': norm,
       'update_norm': jnp.where(ok, optax.tree.norm(updates), 0.0),
       'learning_rate': jnp.asarray(optimizer.schedule(config.optimizer, config.train.steps)(state.optimizer[-1].count), jnp.float32),
@@ -125,16 +125,18 @@ def _evaluate_step(config: Config, model: Model, batch, byte_length_V):
 
 
 def evaluate(config: Config, model: Model, batches, byte_length_V, mesh) -> dict:
-  """Over held-out batches: nats, accuracy and count of each future, bits per byte of future 0. Sums, divided once, in float64."""
+  """Over held-out batches: nats, accuracy and count of each future, bits per byte of future 0.
+
+  Sums, divided once, in float64; nan for a future that no held-out document is long enough for.
+  """
   M = config.model.futures
   nats, correct, count, size = np.zeros(M), np.zeros(M, int), np.zeros(M, int), 0
   for batch in batches:
     sums, bytes_ = jax.device_get(_evaluate_step(config, model, put(batch, mesh), byte_length_V))
     nats, correct, count, size = nats + sums.nats_M, correct + sums.correct_M, count + sums.count_M, size + int(bytes_)
-  if not count.all():
-    raise BadInput(f'config.data.length={config.data.length}: some future has no target in the held-out documents; they are shorter than {M + 1} tokens')
-  return {'nats': (nats / count).tolist(), 'accuracy': (correct / count).tolist(), 'count': count.tolist(),
-          'bits_per_byte': float(nats[0] / math.log(2) / size)}
+  with np.errstate(divide='ignore', invalid='ignore'):
+    return {'nats': (nats / count).tolist(), 'accuracy': (correct / count).tolist(), 'count': count.tolist(),
+            'bits_per_byte': float(np.float64(nats[0]) / math.log(2) / size)}
 
 
 def put(batch, mesh):
@@ -183,6 +185,10 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=lambda li
 
 def _open(config: Config, workdir: pathlib.Path, note):
   """Tokenizer, documents, and the record of the newest checkpoint or None, all found to agree with the config."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise BadInput(f'--workdir={workdir}: cannot be a folder ({error.strerror}); choose another') from None
   record = checkpoint.metadata(workdir) if checkpoint.steps(workdir) else None
   changes = checkpoint.check_resumes(config, record, workdir) if record else []
   if record:
