@@ -81,14 +81,14 @@ def agreeing(lm):
 @pytest.mark.parametrize('max_tokens', [1, 13, 14, 15])
 @pytest.mark.parametrize('name', ['lm', 'agreeing'])
 def test_tokens_are_forwards_and_accepted_drafts(request, name, max_tokens):
-  """Depths count the accepted drafts, acceptance gives them as ratios to the forwards that had drafts, all but the first.
+  """Depths count the accepted drafts; all forwards but the first had drafts.
 
   A row that is cut off lacks its last forward's own token.
   """
   found = request.getfixturevalue(name).generate('ab', max_tokens=max_tokens)
   depths = np.bincount(found.depths[0], minlength=3)
   assert found.tokens == depths.sum() and found.forwards - depths[0] in (0, 1)
-  np.testing.assert_allclose(np.cumprod(found.acceptance) * (found.forwards - 1), depths[1:], atol=1e-9)
+  assert found.accepted == depths[1:].tolist() and found.offered == [found.forwards - 1, *found.accepted[:-1]]
   assert found.tokens_per_forward == found.tokens / found.forwards
 
 

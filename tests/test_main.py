@@ -85,6 +85,7 @@ BAD = {
     'config without get_config': (['train', '--config=lacks.py', '--workdir=new'], "has no attribute 'get_config'"),
     'config not converted': (['train', '--config=forgets.py', '--workdir=new'], 'get_config() returned Config, but must return Config(...).to_config_dict()'),
     'profile': ([*TRAIN, '--profile_steps=3'], '--profile_steps=3: must be a:b with 0 < a < b'),
+    'field said twice': ([*TRAIN, '--config.train.steps=3', '--config.train.steps=4'], '--config.train.steps: given 2 times; say it once'),
     'mesh too large': ([*TRAIN, '--config.mesh.data=16', '--config.train.batch=32'], 'data 16 x fsdp 1 x context 1 x tensor 1 x expert 1 = 16 devices, but there are 8'),
     'no documents': ([*TRAIN, '--config.data.paths=nowhere'], "config.data.paths: 'nowhere' holds no file"),
     'no tokenizer': ([*TRAIN, '--config.data.tokenizer=nowhere.model'], "config.data.tokenizer='nowhere.model': No such file or directory"),

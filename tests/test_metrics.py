@@ -120,3 +120,9 @@ def test_tensorboard_files_are_written(tmp_path):
   log.close()
   events, = (tmp_path / 'tensorboard').glob('events.out.tfevents.*')
   assert all(tag in events.read_bytes() for tag in (b'train/loss', b'train/nats/0', b'train/nats/1'))
+
+
+@pytest.mark.parametrize('sizes', [MeshConfig(), MeshConfig(fsdp=2, tensor=2)], ids=str)
+def test_the_peak_can_be_measured_on_any_mesh(sizes):
+  with jax.set_mesh(make_mesh(sizes)):
+    assert 0 < metrics.peak_flops(seconds=0.01) < math.inf

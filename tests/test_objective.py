@@ -148,3 +148,21 @@ def test_eight_futures_take_the_memory_of_one():
   c = ModelConfig(vocab=1024, width=64, layers=5, heads=4, kv_heads=2, head_width=16, feed_forward=176, futures=1, placement='appended')
   one, eight = (temporary_bytes(dataclasses.replace(c, futures=futures)) for futures in (1, 8))
   assert eight <= 1.15 * one, f'{eight} bytes are {eight / one:.3f} x {one}'
+
+
+def test_bfloat16_gradients_add_up_in_float32():
+  """A token that stands everywhere, and many chunks: sums that bfloat16 could not hold."""
+  c = ModelConfig(vocab=8, width=16, layers=3, heads=2, kv_heads=2, head_width=8, feed_forward=16, futures=2)
+  model = Model(c, jax.random.key(0))
+  tokens = np.minimum(np.random.default_rng(0).integers(0, 60, (8, 258)), 2).astype(np.int32)
+  batch = {'tokens': tokens, 'segments': np.ones_like(tokens), 'positions': np.broadcast_to(np.arange(258, dtype=np.int32), tokens.shape)}
+
+  def gradient(dtype):
+    cast = jax.tree.map(lambda x: x, model)
+    cast.config = dataclasses.replace(c, dtype=dtype)
+    return jax.jit(jax.grad(lambda m: objective.loss(m, batch, jnp.ones(2) / 2000, 4)[0]))(cast)
+
+  wide, narrow = gradient('float32'), gradient('bfloat16')
+  for name in ('embed_VD', 'unembed_VD'):
+    exact, rounded = (np.asarray(getattr(g, name)[...]) for g in (wide, narrow))
+    assert np.linalg.norm(rounded - exact) < 0.02 * np.linalg.norm(exact), name  # each term is rounded to 8 bits, their sum is not

@@ -21,7 +21,7 @@ from test_checkpoint import experiment, random_state, same_bits
 import mtp_jax
 from mtp_jax import checkpoint, data, metrics, objective, tokenizer, train
 from mtp_jax.__main__ import main
-from mtp_jax.config import Config, MeshConfig
+from mtp_jax.config import BadInput, Config, MeshConfig
 from mtp_jax.sharding import make_mesh
 
 SPEEDS = {'tokens_per_second', 'mfu', 'data_wait', 'eta_seconds'}  # all else in the log is a function of config and documents
@@ -315,3 +315,30 @@ def test_bits_per_byte_of_a_uniform_model_are_log2_of_its_vocabulary_times_token
     found = train.evaluate(config, model, data.validation_batches(rows, 16), np.pad(tokens.byte_lengths, (0, 5)), mesh)
   assert held_out.bytes % len(text.encode()) == 0
   assert found['bits_per_byte'] == pytest.approx(math.log2(264) * (held_out.bytes + held_out.documents) / held_out.bytes, rel=1e-6)
+
+
+def test_a_run_on_a_mesh_is_the_run_on_one_device(uninterrupted, tmp_path):
+  config, workdir = uninterrupted('parallel')
+  train.fit(dataclasses.replace(config, mesh=MeshConfig(fsdp=2, tensor=2)), tmp_path, note=lambda line: None)
+  for mine, other in zip(log_of(tmp_path), log_of(workdir), strict=True):
+    assert mine.keys() == other.keys()
+    for key, value in mine.items():
+      if key != 'kind':
+        np.testing.assert_allclose(value, other[key], rtol=1e-4, err_msg=key)  # float32, sums in another order over six Adam steps
+
+
+def test_a_future_that_no_document_is_long_enough_for_is_nan_and_the_run_goes_on(folder, tmp_path):
+  documents = [tmp_path / f'{i}.txt' for i in range(20)]
+  for path in documents:
+    path.write_text('a')  # <bos> a <eos>: two targets of future 0, one of future 1
+  config = experiment(folder, data={'paths': tuple(map(str, documents))}, model={'futures': 3, 'layers': 5})
+  outcome = train.fit(config, tmp_path / 'run', note=lambda line: None)
+  assert outcome.step == config.train.steps
+  for record in log_of(tmp_path / 'run'):
+    assert record['nats'][2] is None and record['accuracy'][2] is None and record['count'][2] == 0 and record['nats'][1] > 0
+
+
+def test_a_workdir_that_cannot_be_a_folder_is_refused_before_anything_is_done(folder, tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(BadInput, match=r'^--workdir=.*file: cannot be a folder'):
+    train.fit(experiment(folder), tmp_path / 'file')

@@ -168,6 +168,10 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=lambda li
   workdir = pathlib.Path(workdir).expanduser().absolute()
   tokens, prepared, record = _open(config, workdir, note)
   mesh = make_mesh(config.mesh)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise BadInput(f'--workdir={workdir}: cannot be a folder ({error.strerror}); choose another') from None
   with Interrupts() as interrupts, jax.set_mesh(mesh), contextlib.closing(_Run(config, workdir, tokens, prepared, record, mesh, note)) as run:
     if record and run.evaluates(run.step):  # a run may end between a checkpoint and its validation
       run.validate()
@@ -185,10 +189,8 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=lambda li
 
 def _open(config: Config, workdir: pathlib.Path, note):
   """Tokenizer, documents, and the record of the newest checkpoint or None, all found to agree with the config."""
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise BadInput(f'--workdir={workdir}: cannot be a folder ({error.strerror}); choose another') from None
+  if workdir.exists() and not workdir.is_dir():
+    raise BadInput(f'--workdir={workdir}: cannot be a folder, it is a file; choose another')
   record = checkpoint.metadata(workdir) if checkpoint.steps(workdir) else None
   changes = checkpoint.check_resumes(config, record, workdir) if record else []
   if record:
