@@ -146,8 +146,9 @@ def temporary_bytes(c: ModelConfig) -> int:
 
 def test_eight_futures_take_the_memory_of_one():
   c = ModelConfig(vocab=1024, width=64, layers=5, heads=4, kv_heads=2, head_width=16, feed_forward=176, futures=1, placement='appended')
-  one, eight = (temporary_bytes(dataclasses.replace(c, futures=futures)) for futures in (1, 8))
+  one, two, eight = (temporary_bytes(dataclasses.replace(c, futures=futures)) for futures in (1, 2, 8))
   assert eight <= 1.15 * one, f'{eight} bytes are {eight / one:.3f} x {one}'
+  assert eight <= 1.01 * two, f'{eight} bytes are {eight / two:.3f} x {two}'
 
 
 def test_bfloat16_gradients_add_up_in_float32():
