@@ -5,7 +5,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mtp_jax import data, metrics, tokenizer
 from mtp_jax import train as training
@@ -31,7 +30,7 @@ def train(config: Config, steps: int, started: float) -> dict:
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     state = jax.jit(lambda key: training.init(config, key))(jax.random.key(config.train.seed))
-    byte_length_V = jnp.asarray(np.pad(tokens.byte_lengths, (0, config.model.vocab - tokens.size)))
+    byte_length_V = jnp.asarray(training.byte_lengths(config, tokens))
     advance = training.compiled_step(config)
     state, _ = jax.block_until_ready(advance(state, training.put(next(batches), mesh), byte_length_V))
     first = time.perf_counter() - started

@@ -85,8 +85,7 @@ class LanguageModel:
     prompts_BP = np.full((len(rows), P), self.tokenizer.pad, np.int32)
     for row, ids in zip(prompts_BP, rows):
       row[:len(ids)] = ids
-    allowed_V = np.zeros(self.config.model.vocab, bool)  # eos, and whatever stands for bytes
-    allowed_V[:self.tokenizer.size] = self.tokenizer.byte_lengths > 0
+    allowed_V = train.byte_lengths(self.config, self.tokenizer) > 0  # whatever stands for bytes, and eos
     allowed_V[self.tokenizer.eos] = True
 
     start = time.perf_counter()
@@ -105,10 +104,9 @@ class LanguageModel:
     """nats, accuracy and count of each future, bits_per_byte of future 0, over the held-out documents, or `rows` rows of them at even distances."""
     batch = self.config.train.evaluate_rows
     with jax.set_mesh(self.mesh):
-      byte_length_V = np.pad(self.tokenizer.byte_lengths, (0, self.config.model.vocab - self.tokenizer.size))
       held_out = data.Rows(self.prepared.validation, self.config.data.length, self.config.model.futures, self.tokenizer.pad)
       batches = data.validation_batches(held_out, batch, rows, jax.process_index(), jax.process_count())
-      return train.evaluate(self.config, self.model, batches, byte_length_V, self.mesh)
+      return train.evaluate(self.config, self.model, batches, train.byte_lengths(self.config, self.tokenizer), self.mesh)
 
   @functools.cached_property
   def prepared(self) -> data.Prepared:

@@ -226,8 +226,7 @@ class _Run:
     self.step = record['step'] if record else 0
     self.record = {'config': config.to_dict(), 'conventions': conventions(config.model), 'tokenizer': tokens.digest,
                    'fingerprint': prepared.fingerprint}
-    byte_length_V = np.pad(tokens.byte_lengths, (0, config.model.vocab - tokens.size))
-    self.byte_length_V = jax.device_put(byte_length_V, jax.NamedSharding(mesh, jax.P()))
+    self.byte_length_V = jax.device_put(byte_lengths(config, tokens), jax.NamedSharding(mesh, jax.P()))
     self.compiled = compiled_step(config)
     self.speed = Speed(self.step, t.batch * config.data.length, metrics.flops_per_token(self.state.model, config.data.length)['total'],
                        metrics.peak_flops() * mesh.size)
@@ -310,6 +309,11 @@ class _Run:
 def check_vocabulary(config: Config, tokens) -> None:
   if config.model.vocab < tokens.size:
     raise BadInput(f'config.model.vocab={config.model.vocab}: the tokenizer {config.data.tokenizer} has {tokens.size} ids; set at least that')
+
+
+def byte_lengths(config: Config, tokens) -> np.ndarray:
+  """int32[V]: the bytes each id stands for, 0 for rows of the embedding past the tokenizer's ids."""
+  return np.pad(tokens.byte_lengths, (0, config.model.vocab - tokens.size))
 
 
 def restore(config: Config, workdir, step: int, mesh) -> State:
