@@ -17,6 +17,9 @@ from mtp_jax.model import Model
 
 FAMILIES = {
     'parallel': {'kind': 'parallel'},
+    'linear': {'kind': 'linear'},
+    'causal': {'kind': 'causal'},
+    'anticausal': {'kind': 'anticausal'},
     'post_norm': {'kind': 'sequential'},
     'pre_norm': {'kind': 'sequential', 'hidden_input': 'pre_norm'},
     'shared': {'kind': 'sequential', 'share_modules': True},
@@ -31,7 +34,7 @@ def family(request) -> dict:
 
 @pytest.fixture(params=FAMILIES)
 def variant(request) -> dict:
-  """Both families and each convention of the sequential one."""
+  """Every kind of model, and each convention of the sequential one."""
   return FAMILIES[request.param]
 
 
@@ -82,5 +85,5 @@ def assert_close():
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted)):
       a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-      np.testing.assert_allclose(a, b, rtol=0, atol=relative * np.abs(b).max(initial=0), err_msg=jax.tree_util.keystr(path))
+      np.testing.assert_allclose(a, b, rtol=0, atol=relative * np.abs(b).max(initial=0, where=np.isfinite(b)), err_msg=jax.tree_util.keystr(path))
   return check

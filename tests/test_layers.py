@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from mtp_jax import layers
-from mtp_jax.layers import Cache, attend, document_mask, rms_norm, rotary, stack
+from mtp_jax.layers import Cache, attend, documents, rms_norm, rotary, stack
 
 
 def attend_numpy(q_BLHK, k_BSGK, v_BSGK, mask_BLS):
@@ -42,10 +42,12 @@ def mask_numpy(segments_BL):
 SEGMENTS_BL = np.array([[1, 1, 1, 2, 3, 3], [1, 2, 2, 2, 0, 0]])
 
 
-def test_a_document_mask_is_causal_and_ends_at_documents():
+def test_documents_are_seen_causally_and_end_where_they_end():
   wanted = np.array([[[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]],
                      [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]]], bool)
-  np.testing.assert_array_equal(document_mask(jnp.asarray(SEGMENTS_BL)), wanted)
+  found = documents(jnp.asarray(SEGMENTS_BL))
+  np.testing.assert_array_equal(found.mask_BLS, wanted)
+  np.testing.assert_array_equal(found.segments_BL, SEGMENTS_BL)
 
 
 @pytest.mark.parametrize('G', [4, 2, 1])
@@ -114,7 +116,7 @@ def test_a_block_is_its_equations(tiny, random_model, qk_norm, assert_close):
   block = jax.tree.map(lambda x: x[0], random_model(c).trunk)
   x = np.random.default_rng(0).standard_normal((2, 6, 16))
   positions = np.array([[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 0, 0]])
-  found, cache = jax.jit(block.__call__)(jnp.asarray(x, jnp.float32), positions, document_mask(jnp.asarray(SEGMENTS_BL)))
+  found, cache = jax.jit(block.__call__)(jnp.asarray(x, jnp.float32), positions, documents(jnp.asarray(SEGMENTS_BL)))
   assert cache is None
 
   w = {name: np.float64(getattr(block, name)[...]) for name in vars(block) if name[-1].isupper()}

@@ -5,11 +5,13 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from mtp_jax import metrics, objective
-from mtp_jax.config import MeshConfig, ModelConfig
+from mtp_jax.config import MeshConfig, ModelConfig, ObjectiveConfig
 from mtp_jax.model import Model
 from mtp_jax.sharding import make_mesh, shardings
 
@@ -20,31 +22,59 @@ def shapes(c: ModelConfig):
   return jax.eval_shape(functools.partial(Model, c), jax.random.key(0))
 
 
-def dot_flops(jaxpr) -> int:
-  """2 x the multiply-adds of every dot_general, those in a scan times its length. Sees into every inner jaxpr."""
-  total = 0
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == 'dot_general':
-      ((contracted, _), _), left = equation.params['dimension_numbers'], equation.invars[0].aval
-      total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left.shape[i] for i in contracted)
-    times = equation.params.get('length', 1) if equation.primitive.name == 'scan' else 1
-    for value in equation.params.values():
-      inner = getattr(value, 'jaxpr', value)
-      total += times * dot_flops(inner) if hasattr(inner, 'eqns') else 0
-  return total
+def unrolled_flops(function, *arguments) -> int:
+  """2 x the multiply-adds of every matrix product, counted from its operands, of a function traced with its scans unrolled."""
+  def walk(jaxpr):
+    total = 0
+    for equation in jaxpr.eqns:
+      assert equation.primitive.name not in ('scan', 'while'), equation
+      if equation.primitive.name == 'dot_general':
+        (contracted, _), (shared, _) = equation.params['dimension_numbers']
+        left, right = (x.aval.shape for x in equation.invars)
+        total += 2 * math.prod(left) * math.prod(right) // math.prod(left[i] for i in contracted + shared)
+      total += sum(walk(inner) for inner in jaxprs_in_params(equation.params))
+    return total
+
+  with jax.disable_jit():
+    return walk(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def test_matrix_products_are_counted_as_often_as_they_run():
+  @jax.checkpoint
+  def body(x, w):
+    return jax.jit(jnp.matmul)(x, w), jnp.einsum('ij,kj->ik', x, x)
+
+  def function(x, w_nij, a, b):
+    return jax.lax.scan(body, x, w_nij), jax.vmap(jnp.matmul)(a, b), jnp.sum(x * x)
+
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
+  arguments = shape(2, 3), shape(7, 3, 3), shape(4, 2, 5), shape(4, 5, 3)
+  wanted = 2 * (7 * (2 * 3 * 3 + 2 * 3 * 2) + 4 * 2 * 5 * 3)
+  assert metrics.matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr) == unrolled_flops(function, *arguments) == wanted
+
+
+def loss_of(c: ModelConfig):
+  """(function of a model, its gradient, arguments) of the loss."""
+  batch = {name: jax.ShapeDtypeStruct((2, LENGTH + c.futures), np.int32) for name in ('tokens', 'segments', 'positions')}
+  forward = lambda model, batch: objective.loss(model, batch, jnp.ones(c.futures), ObjectiveConfig(chunk=8))
+  return forward, jax.value_and_grad(forward, has_aux=True), (shapes(c), batch)
 
 
 @pytest.mark.parametrize('futures', [1, 4])
 @pytest.mark.parametrize('placement', ['matched', 'appended'])
 def test_flops_are_those_of_the_operations_traced(tiny, variant, placement, futures):
   c = tiny(layers=6, futures=futures, placement=placement, **variant)
-  batch = {name: jax.ShapeDtypeStruct((2, LENGTH + futures), np.int32) for name in ('tokens', 'segments', 'positions')}
-  coefficient_M = jax.ShapeDtypeStruct((futures,), np.float32)
-  forward = jax.make_jaxpr(functools.partial(objective.loss, chunk=LENGTH))(shapes(c), batch, coefficient_M)
-  counted = dot_flops(forward.jaxpr) / (2 * LENGTH)
-  claimed = metrics.flops_per_token(shapes(c), LENGTH)
-  assert claimed['total'] / 3 == pytest.approx(counted, rel=0.01)  # what is left over is the sum of the M losses
+  forward, gradient, arguments = loss_of(dataclasses.replace(c, remat='none'))
+  count = lambda function: metrics.matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr) / (2 * LENGTH)
+  claimed, again = metrics.flops_per_token(arguments[0], LENGTH), metrics.recomputed_flops_per_token(arguments[0], LENGTH)
+  assert 3 * count(forward) == claimed['total']
+  assert count(gradient) == claimed['total'] + again
   assert claimed['total'] == claimed['trunk'] + claimed['futures'] + claimed['unembedding']
+
+
+def test_a_train_steps_count_is_that_of_its_scans_unrolled(tiny, variant):
+  _, gradient, arguments = loss_of(tiny(layers=6, **variant))
+  assert metrics.matmul_flops(jax.make_jaxpr(gradient)(*arguments).jaxpr) == unrolled_flops(gradient, *arguments)
 
 
 @pytest.mark.parametrize('changes', [{}, {'tie_embeddings': True}, {'qk_norm': True}, {'futures': 1}, {'kind': 'sequential', 'futures': 1}], ids=str)

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.layers import document_mask, rms_norm
-from mtp_jax.objective import loss, targets
+from mtp_jax.config import ObjectiveConfig
+from mtp_jax.layers import documents, rms_norm
+from mtp_jax.objective import loss, states, targets
 
 LENGTH = 12
 
@@ -15,16 +16,14 @@ LENGTH = 12
 def nats_MBL(model, batch):
   """-log p of each future's target at each position, 0 where it does not count."""
   c = model.config
-  L = batch['tokens'].shape[1] - c.futures
-  positions_BL, mask_BLS = batch['positions'][:, :L], document_mask(batch['segments'][:, :L])
-  z_BLD, _ = model.run_trunk(model.embed(batch['tokens'][:, :L]), positions_BL, mask_BLS)
+  readout = model.readout()
 
   def future(m, h_BLD):
     y_BL, counted_BL = targets(batch, m, c.futures)
-    logp_BLV = jax.nn.log_softmax(h_BLD @ model.unembedding().T)
+    logp_BLV = jax.nn.log_softmax(h_BLD @ readout.table().T)
     return jnp.where(counted_BL, -jnp.take_along_axis(logp_BLV, y_BL[..., None], -1)[..., 0], 0.0)
 
-  return model.map_futures(future, z_BLD, batch['tokens'], positions_BL, mask_BLS)
+  return readout.map(future, *states(model, batch))
 
 
 def test_a_token_influences_exactly_the_predictions_it_should(tiny, random_model, variant):
@@ -51,7 +50,7 @@ def test_a_token_influences_exactly_the_predictions_it_should(tiny, random_model
 def gradients(model, batch, chunk=4):
   """(loss, sums, gradients), each future weighted differently."""
   coefficient_M = 1.0 / (1 + jnp.arange(model.config.futures))
-  (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(model, batch, coefficient_M, chunk)
+  (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(model, batch, coefficient_M, ObjectiveConfig(chunk=chunk))
   return value, sums, grads
 
 
@@ -67,8 +66,14 @@ def unrolled(model, batch):
   for i in range(c.trunk_layers):
     x_BLD, _ = take(model.trunk, i)(x_BLD, positions_BL, mask_BLS)
   states = [norm(x_BLD, model.final_norm_D)]
-  if c.kind == 'parallel':
-    states = [norm(take(model.futures, m)(x_BLD, positions_BL, mask_BLS)[0], model.final_norm_D) for m in range(c.futures)]
+  if c.kind == 'linear':
+    states = [norm(x_BLD @ model.futures.map_Dd[m], model.final_norm_D) for m in range(c.futures)]
+  elif c.kind in ('parallel', 'causal', 'anticausal'):
+    states = [None] * c.futures
+    for m in range(c.futures)[::-1 if c.kind == 'anticausal' else 1]:
+      y_BLD, _ = take(model.futures, m)(x_BLD, positions_BL, mask_BLS)
+      states[m] = norm(y_BLD, model.final_norm_D)
+      x_BLD = x_BLD if c.kind == 'parallel' else y_BLD
   else:
     read = states[0] if c.hidden_input == 'post_norm' else x_BLD
     for k in range(1, c.futures):
@@ -88,6 +93,7 @@ def unrolled(model, batch):
 
 
 RUNS = {'parallel': [{}, {'remat': 'none'}, {'remat': 'dots', 'head_batch': 2}, {'head_batch': 4}],
+        'linear': [{}, {'head_batch': 2}], 'causal': [{}, {'remat': 'none'}], 'anticausal': [{}],
         'post_norm': [{}, {'remat': 'none'}, {'remat': 'dots'}], 'pre_norm': [{}], 'shared': [{}]}
 
 
@@ -118,19 +124,35 @@ def test_remat_saves_the_matmuls_or_only_a_blocks_input(tiny, random_model):
 def plain(model, batch):
   """A next-token model and its loss: embedding, blocks, norm, unembedding, cross-entropy."""
   x_BLD = model['embed_VD'][batch['tokens'][:, :-1]]
-  positions_BL, mask_BLS = batch['positions'][:, :-1], document_mask(batch['segments'][:, :-1])
-  x_BLD, _ = jax.lax.scan(lambda x_BLD, block: (block(x_BLD, positions_BL, mask_BLS)[0], None), x_BLD, model['blocks'])
-  logits_BLV = jnp.einsum('BLD,VD->BLV', rms_norm(x_BLD, model['norm_D'], 1e-6), model['unembed_VD'])
-  target_BL = batch['tokens'][:, 1:]
-  nats_BL = jax.nn.logsumexp(logits_BLV, -1) - jnp.take_along_axis(logits_BLV, target_BL[..., None], -1)[..., 0]
+  positions_BL, seen = batch['positions'][:, :-1], documents(batch['segments'][:, :-1])
+  x_BLD, _ = jax.lax.scan(lambda x_BLD, block: (block(x_BLD, positions_BL, seen)[0], None), x_BLD, model['blocks'])
+  h_TD = rms_norm(x_BLD, model['norm_D'], 1e-6).reshape(-1, x_BLD.shape[-1])
   same_BL = (batch['segments'][:, 1:] == batch['segments'][:, :-1]) & (batch['segments'][:, :-1] > 0)
-  return jnp.sum(nats_BL, where=same_BL)
+  return nats_of(h_TD @ model['unembed_VD'].T, batch['tokens'][:, 1:].ravel(), same_BL.ravel())
+
+
+@jax.custom_vjp
+def nats_of(logits_TV, target_T, same_T):
+  return nats_and_slopes(logits_TV, target_T, same_T)[0]
+
+
+def nats_and_slopes(logits_TV, target_T, same_T):
+  """The gradient is that of a textbook, softmax - one-hot, its one division made before the product: in that order of roundings."""
+  top_T1 = jnp.max(logits_TV, -1, keepdims=True)
+  e_TV = jnp.exp(logits_TV - top_T1)
+  sum_T1 = jnp.sum(e_TV, -1, keepdims=True)
+  hit_TV = jnp.arange(logits_TV.shape[-1]) == target_T[..., None]
+  nats_T = (top_T1 + jnp.log(sum_T1))[..., 0] - jnp.take_along_axis(logits_TV, target_T[..., None], -1)[..., 0]
+  return jnp.sum(nats_T, where=same_T), jnp.where(same_T[..., None], 1 / sum_T1 * e_TV - hit_TV, 0.0)
+
+
+nats_of.defvjp(nats_and_slopes, lambda slope_TV, gradient: (gradient * slope_TV, None, None))
 
 
 def as_plain(tree):
   """The leaves of a model of one future, or of its gradients, in the plain model's layout."""
   blocks = tree.trunk
-  if tree.config.kind == 'parallel':
+  if tree.config.kind in ('parallel', 'causal', 'anticausal'):
     blocks = jax.tree.map(lambda trunk, last: jnp.concatenate([trunk, last]), tree.trunk, tree.futures)
   return {'embed_VD': tree.embed_VD[...], 'blocks': blocks, 'norm_D': tree.final_norm_D[...], 'unembed_VD': tree.unembed_VD[...]}
 
@@ -143,13 +165,13 @@ def assert_bitwise(found, wanted):
 def test_one_future_is_the_plain_language_model_bitwise(tiny, random_model, packed, family):
   model = random_model(tiny(futures=1, **family))
   batch = packed(model.config, 3, LENGTH)
-  value, sums, grads = jax.jit(functools.partial(gradients, chunk=LENGTH))(model, batch)
+  value, sums, grads = jax.jit(functools.partial(gradients, chunk=3 * LENGTH))(model, batch)
   wanted, wanted_grads = jax.jit(jax.value_and_grad(plain))(as_plain(model), batch)
   assert float(value) == float(sums.nats_M[0]) == float(wanted)
   assert_bitwise(as_plain(grads), wanted_grads)
 
 
-def test_with_one_future_both_families_are_one_bitwise(tiny, random_model, packed):
+def test_with_one_future_all_kinds_of_blocks_are_one_bitwise(tiny, random_model, packed):
   parallel = random_model(tiny(futures=1))
   batch = packed(parallel.config, 3, LENGTH)
   sequential = random_model(tiny(futures=1, kind='sequential'))
@@ -157,8 +179,10 @@ def test_with_one_future_both_families_are_one_bitwise(tiny, random_model, packe
   sequential.trunk, sequential.embed_VD, sequential.unembed_VD, sequential.final_norm_D = (
       moved['blocks'], parallel.embed_VD, parallel.unembed_VD, parallel.final_norm_D)
   run = jax.jit(gradients)
-  (value, sums, grads), (other_value, other_sums, other_grads) = run(parallel, batch), run(sequential, batch)
-  assert_bitwise((value, sums, as_plain(grads)), (other_value, other_sums, as_plain(other_grads)))
+  value, sums, grads = run(parallel, batch)
+  for other in (sequential, *(random_model(tiny(futures=1, kind=kind)) for kind in ('causal', 'anticausal'))):
+    other_value, other_sums, other_grads = run(other, batch)
+    assert_bitwise((value, sums, as_plain(grads)), (other_value, other_sums, as_plain(other_grads)))
 
 
 def test_packed_documents_equal_documents_in_rows_of_their_own(tiny, random_model, variant, assert_close):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mtp_jax import objective, optimizer
-from mtp_jax.config import OptimizerConfig
+from mtp_jax.config import ObjectiveConfig, OptimizerConfig
 
-DECAYED = {'embed_VD', 'unembed_VD', 'wq_DHK', 'wk_DGK', 'wv_DGK', 'wo_HKD', 'gate_DF', 'up_DF', 'down_FD', 'join_CD'}
+DECAYED = {'embed_VD', 'unembed_VD', 'wq_DHK', 'wk_DGK', 'wv_DGK', 'wo_HKD', 'gate_DF', 'up_DF', 'down_FD', 'join_CD', 'map_Dd'}
 PLAIN = {'final_norm_D', 'attention_norm_D', 'mlp_norm_D', 'q_norm_K', 'k_norm_K', 'embedding_norm_D', 'hidden_norm_D', 'out_norm_D'}
 
 
@@ -70,7 +70,7 @@ def test_updates_are_adamw_as_written(tiny, random_model, clip, assert_close):
 def test_every_parameter_learns_and_stands_in_the_group_of_its_kind(tiny, random_model, packed, variant, changes):
   model = random_model(tiny(qk_norm=True, layers=4, **variant, **changes))
   M = model.config.futures
-  run = jax.jit(jax.grad(lambda model, batch: objective.loss(model, batch, jnp.ones(M), 8)[0]))
+  run = jax.jit(jax.grad(lambda model, batch: objective.loss(model, batch, jnp.ones(M), ObjectiveConfig(chunk=8))[0]))
   grads = run(model, packed(model.config, 2, 8))
   groups = jax.tree_util.tree_leaves_with_path(optimizer.groups(model))
   assert len(groups) == len(jax.tree.leaves(model)) > 0

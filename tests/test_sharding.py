@@ -17,7 +17,7 @@ from mtp_jax.sharding import einsum, make_mesh, spec
 
 SUBSCRIPTS = sorted({found for path in pathlib.Path(mtp_jax.__file__).parent.glob('*.py') if path.name != 'sharding.py'
                      for found in re.findall(r"einsum\('([A-Za-z,]+->[A-Za-z]*)'", path.read_text())})
-SIZES = {'B': 4, 'L': 6, 'S': 10, 'D': 8, 'C': 16, 'H': 4, 'G': 2, 'K': 6, 'F': 12, 'V': 14}
+SIZES = {'B': 4, 'L': 6, 'S': 10, 'D': 8, 'C': 16, 'H': 4, 'G': 2, 'K': 6, 'F': 12, 'V': 14, 'P': 4, 'T': 10, 'd': 8}
 PARAMETERS = {
     'embed_VD': P('tensor', 'fsdp'), 'unembed_VD': P('tensor', 'fsdp'), 'final_norm_D': P(None),
     'attention_norm_D': P(None, None), 'mlp_norm_D': P(None, None), 'q_norm_K': P(None, None), 'k_norm_K': P(None, None),
@@ -25,6 +25,7 @@ PARAMETERS = {
     'wo_HKD': P(None, 'tensor', None, 'fsdp'),
     'gate_DF': P(None, 'fsdp', 'tensor'), 'up_DF': P(None, 'fsdp', 'tensor'), 'down_FD': P(None, 'tensor', 'fsdp'),
     'embedding_norm_D': P(None, None), 'hidden_norm_D': P(None, None), 'out_norm_D': P(None, None), 'join_CD': P(None, 'fsdp', None),
+    'map_Dd': P(None, 'fsdp', None),
 }
 
 
@@ -49,17 +50,17 @@ def test_letters_choose_mesh_axes_and_the_first_to_ask_gets_one():
 @pytest.mark.parametrize('changes', [{}, {'qk_norm': True}, {'tie_embeddings': True}, {'placement': 'appended'}, {'futures': 1}], ids=str)
 def test_a_parameters_suffix_is_its_shape_and_stacked_axes_lead(tiny, variant, changes):
   c = tiny(**variant | changes)
-  size = {'D': 16, 'C': 32, 'H': 4, 'G': 2, 'K': 8, 'F': 20, 'V': 24}
-  N = {True: {'parallel': 5 - c.futures, 'sequential': 5 - (1 if c.share_modules and c.futures > 1 else c.futures - 1)},
-       False: {'parallel': 4, 'sequential': 5}}[c.placement == 'matched'][c.kind]
-  M = c.futures if c.kind == 'parallel' else min(1, c.futures - 1) if c.share_modules else c.futures - 1
+  size = {'D': 16, 'C': 32, 'H': 4, 'G': 2, 'K': 8, 'F': 20, 'V': 24, 'd': 16}
+  modules = min(1, c.futures - 1) if c.share_modules else c.futures - 1
+  M = modules if c.kind == 'sequential' else c.futures
+  N = 5 if c.kind == 'linear' else 5 - M if c.placement == 'matched' else 5 if c.kind == 'sequential' else 4
   stacks = {'trunk': (N,), 'futures': (M,)}
   leaves = names(jax.eval_shape(functools.partial(Model, c), jax.random.key(0)))
   for first, last, leaf in leaves:
     assert leaf.shape == stacks.get(first, ()) + tuple(size[letter] for letter in last.rpartition('_')[2]), (first, last)
     assert leaf.dtype == jnp.float32
   block = 9 + 2 * c.qk_norm
-  futures = 0 if M == 0 else block + 4 * (c.kind == 'sequential')
+  futures = 0 if M == 0 else 1 if c.kind == 'linear' else block + 4 * (c.kind == 'sequential')
   assert len(leaves) == 2 + (not c.tie_embeddings) + block + futures
 
 

@@ -55,14 +55,34 @@ def train(f) -> int:
 
 
 def evaluate(f) -> int:
-  """On held-out documents: nats, accuracy and count of each future, bits per byte of future 0."""
+  """On held-out documents: nats, accuracy and count of each future, bits per byte of future 0; how many drafts future 0 accepts."""
   _need_at_least(f, rows=0)
   lm = _load(f)
   if lm.prepared.fingerprint != lm.record['fingerprint']:
     print("note: the documents here differ from those of the training run, so some held-out ones may have been trained on", file=sys.stderr)
   found = lm.evaluate(f.rows or None)
   table = [(m, f'{nats:.4f}', f'{accuracy:.4f}', count) for m, (nats, accuracy, count) in enumerate(zip(found['nats'], found['accuracy'], found['count']))]
-  _report(f, {'step': lm.step, **found}, [*_table(('future', 'nats', 'accuracy', 'count'), table), f'bits per byte of future 0: {found["bits_per_byte"]:.4f}'])
+  lines = [*_table(('future', 'nats', 'accuracy', 'count'), table), f'bits per byte of future 0: {found["bits_per_byte"]:.4f}']
+  if lm.config.model.futures > 1:
+    costs = lm.seconds_per_forward() if f.speed else None
+    head, rows = ['draft'], [[draft] for draft in range(lm.config.model.futures)]
+    for way, said in (('greedy', 'greedy'), ('sampled', 'temperature 1')):
+      per_forward = found[f'tokens_per_forward_{way}']
+      head += [f'{said}: acceptance', 'tokens/forward']
+      for row, a, n in zip(rows, [None, *found[f'acceptance_{way}']], per_forward):
+        row += ['' if a is None else f'{a:.3f}', f'{n:.3f}']
+      if costs:
+        found[f'speed_up_{way}'] = [n * costs[0] / cost for n, cost in zip(per_forward, costs)]
+        head.append('speed-up')
+        for row, gain in zip(rows, found[f'speed_up_{way}']):
+          row.append(f'{gain:.2f}')
+    lines += ['', 'what decoding the held-out documents would take, by draft length; acceptance is that of the draft of this depth, all before it accepted',
+              *_table(head, rows)]
+    if costs:
+      found['seconds_per_forward'] = costs
+      lines.append('speed-up: tokens per forward over the cost of a forward, measured here on one prompt: '
+                   + ' '.join(f'{cost / costs[0]:.2f}' for cost in costs))
+  _report(f, {'step': lm.step, **found}, lines)
   return 0
 
 
@@ -109,8 +129,46 @@ def benchmark_train(f) -> int:
   config = _config(f)
   _need_at_least(f, steps=1)
   from mtp_jax import benchmark
-  found = benchmark.train(config, f.steps, STARTED)
-  _report(f, found, [f'{key}: {value:,.4g}' for key, value in found.items()])
+  if f.against is None:
+    found = benchmark.train(config, f.steps, STARTED)
+    _report(f, found, [f'{key}: {value:,.4g}' for key, value in found.items()])
+    return 0
+  found = benchmark.against(config, None if f.against == 'dense' else _load_config(f.against), f.steps)
+  rows = [(key, f'{value:,.4g}', f'{found["other"][key]:,.4g}') for key, value in found['config'].items()]
+  ratio = found['time_ratio'] / found['flops_ratio']
+  _report(f, found, [*_table(('', f'--config={_path(f)}', f.against), rows), '', f'time ratio {found["time_ratio"]:.3f}, medians of {f.steps} steps in alternation; '
+                     f'FLOPs ratio {found["flops_ratio"]:.3f}; one over the other {ratio:.3f}; memory ratio {found["memory_ratio"]:.3f}'])
+  return 0
+
+
+def certify(f) -> int:
+  """On a small twin of the config: gradients equal in every way of running, no token leaks, FLOPs as counted. Exit code 1 on any breach."""
+  config = _config(f)
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+    os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {os.environ.get("XLA_FLAGS", "")}'
+  from mtp_jax import certify as certificate
+  findings, verdict = [], {True: 'holds', False: 'BREACH'}
+  for finding in certificate.certify(config):
+    findings.append(finding)
+    if not f.json:
+      print(f'{verdict[finding.holds]:7} {finding.check:44} {finding.found:36} allowed {finding.allowed}', flush=True)
+  breaches = sum(not finding.holds for finding in findings)
+  pictures = certificate.pictures(certificate.small(config))
+  _report(f, {'holds': not breaches, 'findings': [dataclasses.asdict(finding) for finding in findings], 'influence': pictures},
+          ['', *pictures, '', f'{len(findings) - breaches} of {len(findings)} checks hold'])
+  return 1 if breaches else 0
+
+
+def plan(f) -> int:
+  """Compiles the train step for a TPU slice, on a machine without one: memory of a chip, FLOPs of a token."""
+  config = _config(f)
+  _need(f, 'topology')
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  from mtp_jax import plan as planning
+  found = dataclasses.asdict(planning.plan(config, f.topology))
+  del found['hlo']
+  _report(f, found, [f'{key}: {value / 2**30:.3f} GiB' if key.endswith('_bytes') else f'{key}: {value:,.4g}' for key, value in found.items()])
   return 0
 
 
@@ -138,7 +196,8 @@ COMMANDS = {
         'train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=200'),
     'evaluate': Command(evaluate, 'held-out nats, accuracy, bits per byte', (
         WORKDIR, STEP,
-        ('rows', 0, 'only so many rows, at even distances; 0 is all'), JSON),
+        ('rows', 0, 'only so many rows, at even distances; 0 is all'),
+        ('speed', True, 'time a forward of each draft length, for the speed-up to expect'), JSON),
         'evaluate --workdir=runs/tiny'),
     'generate': Command(generate, 'continue a prompt, drafting with the futures', (
         WORKDIR, STEP,
@@ -149,8 +208,14 @@ COMMANDS = {
         ('seed', 0, 'of the sampling'), JSON),
         "generate --workdir=runs/tiny --prompt='def main():' --max_tokens=200"),
     'inspect': Command(inspect, 'parameters, FLOPs, conventions, digest', (WORKDIR, STEP, CONFIG, JSON), 'inspect --config=configs/tiny.py'),
-    'benchmark train': Command(benchmark_train, 'speed and utilisation of the train step', (
+    'certify': Command(certify, 'prove gradients, influence and FLOPs of a config', (CONFIG, JSON), 'certify --config=configs/tiny.py'),
+    'plan': Command(plan, 'memory and FLOPs of the step on a TPU slice, without one', (
         CONFIG,
+        ('topology', None, 'chips and how they stand, such as v5p:2x2x2'), JSON),
+        'plan --config=configs/gloeckle.py:0.3b,4 --topology=v5p:2x2x2 --config.mesh.fsdp=8'),
+    'benchmark train': Command(benchmark_train, 'speed and utilisation of the train step, alone or against another', (
+        CONFIG,
+        ('against', None, "another config, its steps timed in alternation; 'dense': the same model with all logits at once"),
         ('steps', 20, 'steps timed'), JSON),
         'benchmark train --config=configs/small.py'),
     'benchmark decode': Command(benchmark_decode, 'speed-up by draft length', (
@@ -244,6 +309,22 @@ def _config(f) -> Config:
   if not isinstance(values, ml_collections.ConfigDict):
     raise BadInput(f'--config: get_config() returned {type(values).__name__}, but must return Config(...).to_config_dict()')
   return Config.from_dict(values.to_dict())
+
+
+def _load_config(path: str) -> Config:
+  """A second config file, without overrides."""
+  _check_overrides([f'--config={path}'])
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', None, '', flag_values=values, lock_config=True, sys_argv=['', f'--config={path}'])
+  try:
+    values(['', f'--config={path}'])
+  except Exception as error:  # whatever a config file, which is a program, may raise
+    raise BadInput(' '.join(f'--against={path}: {type(error).__name__}: {error}'.split())) from None
+  return _config(values)
+
+
+def _path(f) -> str:
+  return config_flags.get_config_filename(f['config'])
 
 
 def _need(f, flag: str) -> None:

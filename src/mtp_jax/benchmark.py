@@ -1,16 +1,59 @@
-"""Speed, as ratios within one run: a train step against this machine's own matmul, drafting against plain autoregression."""
+"""Speed, as ratios within one run: a train step against this machine's own matmul or another step, drafting against plain autoregression."""
+import functools
 import math
 import statistics
 import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mtp_jax import data, metrics, tokenizer
+from mtp_jax import data, metrics, objective, tokenizer
 from mtp_jax import train as training
 from mtp_jax.config import Config
 from mtp_jax.lm import LanguageModel
+from mtp_jax.model import capped
 from mtp_jax.sharding import make_mesh
+
+
+class Steps:
+  """A config's train step, compiled, and its own data: every call is one step.
+
+  bytes: what the compiled step holds besides its arguments (temporaries), on one device.
+  """
+
+  def __init__(self, config: Config, loss=objective.loss):
+    tokens = tokenizer.load(config.data.tokenizer)
+    training.check_vocabulary(config, tokens)
+    rows = data.Rows(data.prepare(config.data, tokens).train, config.data.length, config.model.futures, tokens.pad)
+    self.config, self.mesh = config, make_mesh(config.mesh)
+    self.batches = data.batches(rows, config.train.batch, config.data.seed)
+    weights = config.objective.weights_M(config.model.futures)
+    with jax.set_mesh(self.mesh):
+      self.state = jax.jit(lambda key: training.init(config, key))(jax.random.key(config.train.seed))
+      self.others = jnp.asarray(training.byte_lengths(config, tokens)), np.float32(weights)
+      step = functools.partial(training.step, config, active=tuple(weight > 0 for weight in weights), loss=loss)
+      self.compiled = jax.jit(step, donate_argnums=0).lower(self.state, training.put(next(self.batches), self.mesh), *self.others).compile()
+      self.flops_per_token = metrics.flops_per_token(self.state.model, config.data.length)['total']
+      self.parameters = metrics.parameters(self.state.model)['total']
+    self.temporary_bytes = self.compiled.memory_analysis().temp_size_in_bytes
+
+  def __call__(self) -> float:
+    """Seconds of one step, the making of its batch included."""
+    with jax.set_mesh(self.mesh):
+      start = time.perf_counter()
+      self.state, _ = jax.block_until_ready(self.compiled(self.state, training.put(next(self.batches), self.mesh), *self.others))
+      return time.perf_counter() - start
+
+  def peak_flops(self) -> float:
+    with jax.set_mesh(self.mesh):
+      return metrics.peak_flops()
+
+  def report(self, seconds: list[float], peak: float) -> dict:
+    c, step_seconds = self.config, statistics.median(seconds)
+    rate = c.train.batch * c.data.length / step_seconds
+    return {'step_seconds': step_seconds, 'tokens_per_second': rate, 'flops_per_token': self.flops_per_token, 'parameters': self.parameters,
+            'temporary_bytes': self.temporary_bytes, 'peak_flops': peak, 'mfu': rate * self.flops_per_token / (peak * self.mesh.size)}
 
 
 def train(config: Config, steps: int, started: float) -> dict:
@@ -21,31 +64,50 @@ def train(config: Config, steps: int, started: float) -> dict:
 
   Returns:
     seconds_to_first_step (imports, data, compilation included), step_seconds (median), tokens_per_second, flops_per_token,
-    peak_flops (best of measurements before and after, per device), mfu.
+    temporary_bytes of the compiled step, peak_flops (best of measurements before and after, per device), mfu.
   """
-  tokens = tokenizer.load(config.data.tokenizer)
-  training.check_vocabulary(config, tokens)
-  rows = data.Rows(data.prepare(config.data, tokens).train, config.data.length, config.model.futures, tokens.pad)
-  batches = data.batches(rows, config.train.batch, config.data.seed)
-  mesh = make_mesh(config.mesh)
-  with jax.set_mesh(mesh):
-    state = jax.jit(lambda key: training.init(config, key))(jax.random.key(config.train.seed))
-    byte_length_V = jnp.asarray(training.byte_lengths(config, tokens))
-    advance = training.compiled_step(config)
-    state, _ = jax.block_until_ready(advance(state, training.put(next(batches), mesh), byte_length_V))
-    first = time.perf_counter() - started
-    peaks, seconds = [metrics.peak_flops()], []
-    for _ in range(steps):
-      start = time.perf_counter()
-      state, _ = jax.block_until_ready(advance(state, training.put(next(batches), mesh), byte_length_V))
-      seconds.append(time.perf_counter() - start)
-    peaks.append(metrics.peak_flops())
-    flops = metrics.flops_per_token(state.model, config.data.length)['total']
-  batches.close()
-  step_seconds = statistics.median(seconds)
-  rate = config.train.batch * config.data.length / step_seconds
-  return {'seconds_to_first_step': first, 'step_seconds': step_seconds, 'tokens_per_second': rate, 'flops_per_token': flops,
-          'parameters': metrics.parameters(state.model)['total'], 'peak_flops': max(peaks), 'mfu': rate * flops / (max(peaks) * mesh.size)}
+  step = Steps(config)
+  step()
+  first = time.perf_counter() - started
+  peaks = [step.peak_flops()]
+  seconds = [step() for _ in range(steps)]
+  peaks.append(step.peak_flops())
+  step.batches.close()
+  return {'seconds_to_first_step': first, **step.report(seconds, max(peaks))}
+
+
+def against(config: Config, other: Config | None, steps: int) -> dict:
+  """Steps of two configs in alternation, in this process; without another config, against a dense objective of the same model.
+
+  Returns:
+    config and other, reports like that of `train`; time_ratio (median of the ratios of neighbouring steps), and beside it flops_ratio
+    (analytic, a step) and memory_ratio (temporary bytes of the compiled steps): config over other.
+  """
+  sides = Steps(config), Steps(other or config, objective.loss if other else dense)
+  for side in sides:
+    side()
+  seconds = [(sides[0](), sides[1]()) for _ in range(steps)]
+  peak = max(side.peak_flops() for side in sides)
+  one, two = (side.report([pair[i] for pair in seconds], peak) for i, side in enumerate(sides))
+  step_flops = lambda side: side.flops_per_token * side.config.train.batch * side.config.data.length
+  for side in sides:
+    side.batches.close()
+  return {'config': one, 'other': two, 'time_ratio': statistics.median(a / b for a, b in seconds), 'flops_ratio': step_flops(sides[0]) / step_flops(sides[1]),
+          'memory_ratio': one['temporary_bytes'] / two['temporary_bytes']}
+
+
+def dense(model, batch, coefficient_M, o, active):
+  """`objective.loss` as one would first write it: every future's logits at once, and JAX's own gradient."""
+  c, readout = model.config, model.readout()
+  h_MBLD = readout.map(lambda m, h_BLD: h_BLD, *objective.states(model, batch))
+  y_MBL, counted_MBL = jax.tree.map(lambda *x: jnp.stack(x), *(objective.targets(batch, m, c.futures) for m in range(c.futures)))
+  logits_MBLV = capped(jnp.einsum('MBLD,VD->MBLV', h_MBLD, readout.table(), preferred_element_type=jnp.float32), c)
+  lse_MBL = jax.nn.logsumexp(logits_MBLV, -1)
+  nats_MBL = lse_MBL - jnp.take_along_axis(logits_MBLV, y_MBL[..., None], -1)[..., 0]
+  total = lambda x_MBL: jnp.sum(x_MBL, (1, 2), where=counted_MBL)
+  count = lambda x_MBL: jnp.sum(x_MBL, (1, 2), dtype=jnp.int32)
+  sums = objective.Sums(total(nats_MBL), count((jnp.argmax(logits_MBLV, -1) == y_MBL) & counted_MBL), count(counted_MBL))
+  return jnp.dot(coefficient_M, total(nats_MBL + o.z_loss * lse_MBL**2)), sums
 
 
 def decode(lm: LanguageModel, prompts: int, prompt_tokens: int, max_tokens: int, repeats: int) -> dict:

@@ -7,6 +7,7 @@ combination raises `BadInput` with one line that says what, where and how to men
 import dataclasses
 import difflib
 import math
+import types
 import typing
 from collections.abc import Mapping
 
@@ -38,40 +39,119 @@ class ModelConfig:
   head_width: int = _field(32, 'K: width of one head, even')
   feed_forward: int = _field(352, 'F: hidden width of SwiGLU')
   futures: int = _field(4, 'M: predictions at each position; 1 is the plain language model')
-  kind: str = _field('parallel', 'parallel: independent heads (Gloeckle); sequential: a causal chain of modules (DeepSeek-V3)')
+  kind: str = _field('parallel', 'parallel, linear: independent heads; causal, anticausal: chains of heads (all Gloeckle); sequential: modules (DeepSeek-V3)')
   placement: str = _field('matched', 'matched: extra futures take their blocks from the trunk; appended: the trunk keeps them')
   share_modules: bool = _field(False, 'sequential: one module, applied recursively, instead of M-1')
   hidden_input: str = _field('post_norm', "sequential: modules read the previous state after its norm (post_norm) or before (pre_norm)")
-  head_batch: int = _field(1, 'parallel: how many futures run at once; must divide M')
+  head_batch: int = _field(1, 'parallel, linear: how many futures run at once, forward and backward; must divide M')
   qk_norm: bool = _field(False, 'RMSNorm of every query and key head before the rotary embedding')
   rope_base: float = _field(10_000.0, 'wavelength base of the rotary embedding')
   norm_epsilon: float = _field(1e-6, 'added to the mean square in RMSNorm')
   tie_embeddings: bool = _field(False, 'use the embedding as unembedding')
+  logit_cap: float = _field(0.0, 'logits are cap * tanh(logits / cap); 0 leaves them as they are')
   dtype: str = _field('float32', 'compute type: float32 or bfloat16; parameters are always float32')
-  remat: str = _field('full', 'what a block recomputes in the backward pass: none, dots (all but matmuls) or full')
+  remat: str = _field('full', 'what a block of the trunk recomputes in the backward pass: none, dots (all but matmuls) or full')
 
   @property
   def modules(self) -> int:
-    """Blocks stacked as futures: M parallel heads, or the sequential modules that hold weights of their own."""
-    if self.kind == 'parallel':
+    """What is stacked as futures: M heads, or the sequential modules that hold weights of their own."""
+    if self.kind != 'sequential':
       return self.futures
     return min(1, self.futures - 1) if self.share_modules else self.futures - 1
 
   @property
+  def first_future(self) -> int:
+    """The first future with a head or module of its own: a sequential model's future 0 reads the trunk itself."""
+    return int(self.kind == 'sequential')
+
+  @property
+  def independent(self) -> bool:
+    """Whether every future reads the trunk, and none another future."""
+    return self.kind in ('parallel', 'linear')
+
+  def needed(self, active: tuple[bool, ...]) -> list[int]:
+    """Futures whose heads must run so that the active ones can be read: themselves, and in a chain all that they hang from."""
+    asked = [m for m in range(self.first_future, self.futures) if active[m]]
+    if self.independent or not asked:
+      return asked
+    return list(range(asked[0], self.futures) if self.kind == 'anticausal' else range(self.first_future, asked[-1] + 1))
+
+  @property
   def trunk_layers(self) -> int:
-    """N: blocks in the trunk. A parallel model's first head is the last block on the way of the next token."""
+    """N: blocks in the trunk. A head that is a block stands on the way of the next token, as its last one."""
+    if self.kind == 'linear':
+      return self.layers
     if self.placement == 'matched':
       return self.layers - self.modules
-    return self.layers - (self.kind == 'parallel')
+    return self.layers - (self.kind != 'sequential')
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-  weights: tuple[float, ...] = _field((1.0,), 'weight of each future in the loss; the last one repeats')
-  chunk: int = _field(128, 'positions whose logits are alive at once; must divide length / context')
+  """The loss of every future, its weight at each moment of training, and how much of it is alive at once.
 
-  def weights_M(self, futures: int) -> tuple[float, ...]:
-    return (self.weights + self.weights[-1:] * futures)[:futures]
+  A weight is a number, or a path through the fraction of training that is done, in words: '0.3 step 0.676 0.1' (DeepSeek-V3),
+  '0 linear 0:0.5 1', '1 cosine 0.2:1 0.1', '0 step 0.25 1 step 0.5 0'.
+  """
+  weights: tuple[float | str, ...] = _field((1.0,), "weight of each future in the loss, a number or such as '0.3 step 0.676 0.1'; the last one repeats")
+  chunk: int = _field(1024, 'positions whose logits are alive at once, on each device')
+  z_loss: float = _field(0.0, 'weight of the squared log-partition added to each nat (PaLM: 1e-4)')
+
+  def weights_M(self, futures: int, fraction: float = 0.0) -> tuple[float, ...]:
+    """The weight of each future when this fraction of training is done."""
+    return tuple(weight_at(weight, fraction) for weight in (self.weights + self.weights[-1:] * futures)[:futures])
+
+
+def weight_at(weight: float | str, fraction: float) -> float:
+  """A weight's value when this fraction of training is done; see `ObjectiveConfig`."""
+  value, turns = weight_path(weight)
+  for shape, start, end, goal in turns:
+    if fraction < start:
+      break
+    if fraction >= end:
+      value = goal
+      continue
+    share = (fraction - start) / (end - start)
+    value += (goal - value) * (share if shape == 'linear' else (1 - math.cos(math.pi * share)) / 2)
+    break
+  return value
+
+
+def weight_path(weight: float | str) -> tuple[float, list[tuple[str, float, float, float]]]:
+  """'0.3 step 0.676 0.1' -> (0.3, [('step', 0.676, 0.676, 0.1)]). Raises ValueError, saying what is wrong."""
+  if not isinstance(weight, str):
+    return float(weight), []
+  first, *words = weight.split() or ['nothing']
+  turns = []
+  for i in range(0, len(words), 3):
+    shape, where, goal = (words[i:i + 3] + ['', ''])[:3]
+    if shape not in ('step', 'linear', 'cosine'):
+      raise ValueError(f'{shape!r} is no step, linear or cosine')
+    start, colon, end = where.partition(':')
+    if (shape == 'step') == bool(colon):
+      raise ValueError(f'{where!r} after {shape} must be {"a fraction of training, such as 0.5" if shape == "step" else "two fractions of training, such as 0:0.5"}')
+    turns.append((shape, _number(start), _number(end if colon else start), _number(goal)))
+  places = [0.0, *(place for _, start, end, _ in turns for place in (start, end)), 1.0]
+  if places != sorted(places) or any(shape != 'step' and start == end for shape, start, end, _ in turns):
+    raise ValueError('fractions of training must rise from 0 to 1')
+  return _number(first), turns
+
+
+def _number(word: str) -> float:
+  try:
+    return float(word)
+  except ValueError:
+    raise ValueError(f'{word!r} is no number') from None
+
+
+def forward_curriculum(futures: int) -> tuple[float | str, ...]:
+  """Weights that add one future after another in stages of equal length (Aynetdinov & Akbik 2025, arXiv:2505.22757)."""
+  return (1.0, *(f'0 step {m / futures} 1' for m in range(1, futures)))
+
+
+def reverse_curriculum(futures: int) -> tuple[float | str, ...]:
+  """Weights that begin with all futures and drop the farthest in stages of equal length (arXiv:2505.22757)."""
+  return (1.0, *(f'1 step {(futures - m) / futures} 0' for m in range(1, futures)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +264,8 @@ def _section(kind, values: Mapping, section: str):
 
 
 def _typed(kind, value, where: str):
+  if isinstance(kind, types.UnionType):
+    return value if isinstance(value, str) else _typed(typing.get_args(kind)[0], value, where)
   if typing.get_origin(kind) is tuple:
     if not isinstance(value, (tuple, list)):
       raise BadInput(f'{where}={value!r}: must be a tuple, such as ({value!r},)')
@@ -220,7 +302,7 @@ def _check(c: Config) -> None:
                 'mesh.data mesh.fsdp mesh.context mesh.tensor mesh.expert').split():
     section, name = field.split('.')
     need(getattr(getattr(c, section), name) >= 1, field, 'must be at least 1')
-  for field, choices in {'model.kind': ('parallel', 'sequential'), 'model.placement': ('matched', 'appended'),
+  for field, choices in {'model.kind': ('parallel', 'linear', 'causal', 'anticausal', 'sequential'), 'model.placement': ('matched', 'appended'),
                          'model.hidden_input': ('post_norm', 'pre_norm'), 'model.dtype': ('float32', 'bfloat16'),
                          'model.remat': ('none', 'dots', 'full'), 'optimizer.schedule': ('cosine', 'wsd')}.items():
     section, name = field.split('.')
@@ -230,13 +312,24 @@ def _check(c: Config) -> None:
   need(m.head_width % 2 == 0, 'model.head_width', 'must be even for the rotary embedding')
   need(m.rope_base > 1, 'model.rope_base', 'must be above 1')
   need(m.norm_epsilon > 0, 'model.norm_epsilon', 'must be positive')
-  need(m.trunk_layers >= 1, 'model.layers', f'leaves no trunk: {m.modules} of them are futures; set at least {m.layers - m.trunk_layers + 1}')
+  need(m.trunk_layers >= 1, 'model.layers', f'leaves no trunk: {m.layers - m.trunk_layers} of them are futures; set at least {m.layers - m.trunk_layers + 1}')
   need(not m.share_modules or m.kind == 'sequential', 'model.share_modules', "parallel futures are independent; set config.model.kind='sequential'")
   divides('model.heads', 'model.kv_heads')
-  if m.kind == 'parallel':
+  if m.independent:
     divides('model.futures', 'model.head_batch')
+  need(m.logit_cap >= 0, 'model.logit_cap', 'must be positive, or 0 for none')
   need(len(o.weights) >= 1 and len(o.weights) <= m.futures, 'objective.weights', f'needs 1 to {m.futures} numbers, one a future; the last one repeats')
-  need(all(math.isfinite(w) and w >= 0 for w in o.weights) and any(o.weights), 'objective.weights', 'must be finite, not negative, and not all 0')
+  paths = []
+  for weight in o.weights:
+    try:
+      paths.append(weight_path(weight))
+    except ValueError as error:
+      need(False, 'objective.weights', f"{error}; write a number, or such as '0.3 step 0.676 0.1' or '0 linear 0:0.5 1'")
+  need(all(math.isfinite(w) and w >= 0 for value, turns in paths for w in (value, *(goal for *_, goal in turns))),
+       'objective.weights', 'must be finite and not negative')
+  places = sorted({0.0, *(place for _, turns in paths for _, start, end, _ in turns for place in (start, (start + end) / 2, end) if place < 1)})
+  need(all(any(o.weights_M(m.futures, place)) for place in places), 'objective.weights', 'must not all be 0 at once')
+  need(o.z_loss >= 0, 'objective.z_loss', 'must not be negative')
 
   need(0 < d.validation_share < 1, 'data.validation_share', 'must lie between 0 and 1')
   need(d.seed >= 0, 'data.seed', 'must not be negative')
@@ -261,6 +354,5 @@ def _check(c: Config) -> None:
        f'such as {-(-t.batch // step_rows) * step_rows} in all')
   need(t.evaluate_rows % rows == 0, 'train.evaluate_rows', f'must be a multiple of data x fsdp = {rows}')
   divides('data.length', 'mesh.context')
-  need(d.length // x.context % o.chunk == 0, 'objective.chunk', f'must divide config.data.length / config.mesh.context = {d.length // x.context}')
   for axis, field in (('fsdp', 'width'), ('tensor', 'heads'), ('tensor', 'kv_heads'), ('tensor', 'feed_forward'), ('tensor', 'vocab')):
     divides(f'model.{field}', f'mesh.{axis}')

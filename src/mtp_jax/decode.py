@@ -18,8 +18,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mtp_jax.config import ModelConfig
 from mtp_jax.layers import Cache, write
-from mtp_jax.model import Model
+from mtp_jax.model import Model, capped
 from mtp_jax.sharding import einsum
 
 
@@ -28,12 +29,13 @@ from mtp_jax.sharding import einsum
 class Memory:
   """What decoding keeps of the tokens so far.
 
-  trunk: a Cache with a leading axis N. first: that of the parallel future 0. drafters: those of the futures, or modules, 1..K.
-  state_BSD: h^0 of every position, which the sequential modules start from. What a family does not need is None.
+  trunk: a Cache with a leading axis N. first: that of the parallel future 0. drafters: those of the futures, or modules, 1..K; of a
+  chain, or of linear heads, those of all heads that run. state_BSD: h^0 of every position, which the sequential modules start from.
+  What a kind does not need is None.
   """
   trunk: Cache
   first: Cache | None
-  drafters: tuple[Cache, ...]
+  drafters: tuple[Cache | None, ...]
   state_BSD: jax.Array | None
 
 
@@ -69,11 +71,11 @@ def generate(model: Model, prompts_BP, length_B, limit_B, seed_B, temperature, a
     The Progress at the end. The pass over the prompt is not among `forwards_B`.
   """
   B, P = prompts_BP.shape
-  unembed_DV = model.unembedding().T.astype(model.config.dtype)  # laid out once for all passes
-  choose = functools.partial(_choose, unembed_DV=unembed_DV, seed_B=seed_B, temperature=temperature, allowed_V=allowed_V, sample=sample)
+  unembed_DV = model.readout().table().T  # laid out once for all passes
+  choose = functools.partial(_choose, model.config, unembed_DV=unembed_DV, seed_B=seed_B, temperature=temperature, allowed_V=allowed_V, sample=sample)
   tokens_BS = jnp.pad(prompts_BP, ((0, 0), (0, slots - P)))
   drafters = _drafters(model, draft)
-  first = _take(model.futures, 0) if model.config.kind == 'parallel' else None
+  first = _take(model.futures, 0) if model.config.kind == 'parallel' else None  # of other kinds, the heads of all futures are drafters
   memory = _prefill(model, first, drafters, prompts_BP, slots)
   start = Progress(memory, tokens_BS, jnp.zeros((B, slots), jnp.int32), length_B, length_B >= limit_B, jnp.full((B, draft), -1),
                    jnp.zeros(B, jnp.int32), jnp.zeros((B, draft), jnp.int32))
@@ -87,7 +89,7 @@ def _advance(model: Model, first, drafters: tuple, choose, limit_B, eos, p: Prog
   last_B1 = (p.length_B - 1)[:, None]
   block_BT = jnp.concatenate([jnp.take_along_axis(p.tokens_BS, last_B1, 1), p.drafts_BK], 1)
   positions_BT = last_B1 + ahead_T
-  z_BTD, h_BTD, memory = _verify(model, first, block_BT, positions_BT, p.memory)
+  z_BTD, h_BTD, memory = _verify(model, first, drafters, K, block_BT, positions_BT, p.memory)
   own_BT = choose(h_BTD, positions_BT + 1)
 
   agree_BK = jnp.cumprod(p.drafts_BK == own_BT[:, :-1], 1)
@@ -102,6 +104,9 @@ def _advance(model: Model, first, drafters: tuple, choose, limit_B, eos, p: Prog
 
   if K == 0:
     drafts_BK = p.drafts_BK
+  elif model.config.kind not in ('parallel', 'sequential'):
+    h_BKD = jnp.concatenate([jnp.take_along_axis(h_BTD, accepted_B[:, None, None], 1) for h_BTD in z_BTD], 1)
+    drafts_BK = choose(h_BKD, positions_BT[:, :1] + accepted_B[:, None] + 2 + jnp.arange(K))
   elif model.config.kind == 'parallel':
     drafts_BK, memory = _draft_parallel(model, drafters, choose, z_BTD, positions_BT, accepted_B[:, None], memory)
   else:
@@ -111,9 +116,9 @@ def _advance(model: Model, first, drafters: tuple, choose, limit_B, eos, p: Prog
                   p.forwards_B + live_B, p.accepted_BK + agree_BK * emitted_BT[:, :K])
 
 
-def _choose(h_BTD, positions_BT, *, unembed_DV, seed_B, temperature, allowed_V, sample: bool):
+def _choose(c, h_BTD, positions_BT, *, unembed_DV, seed_B, temperature, allowed_V, sample: bool):
   """The token at each position: the argmax, or a sample by Gumbel noise keyed by row and position. int32[B, T]."""
-  logits_BTV = jnp.where(allowed_V, einsum('BLD,DV->BLV', h_BTD, unembed_DV, jnp.float32), -jnp.inf)
+  logits_BTV = jnp.where(allowed_V, capped(einsum('BLD,DV->BLV', h_BTD, unembed_DV, jnp.float32), c), -jnp.inf)
   if sample:
     noise = lambda seed, position: jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), allowed_V.shape)
     logits_BTV = logits_BTV / temperature + jax.vmap(jax.vmap(noise, (None, 0)))(seed_B, positions_BT)
@@ -121,10 +126,27 @@ def _choose(h_BTD, positions_BT, *, unembed_DV, seed_B, temperature, allowed_V, 
 
 
 def _drafters(model: Model, K: int) -> tuple:
-  """The parallel futures, or the sequential modules, 1..K: cut out of their stack once, before the loop."""
-  if model.config.kind == 'sequential':
-    return tuple(model.module(k) for k in range(1, K + 1))
-  return tuple(_take(model.futures, k) for k in range(1, K + 1))
+  """The heads or modules that draft, cut out of their stack once, before the loop."""
+  c = model.config
+  if c.kind == 'sequential':
+    return tuple(_take(model.futures, 0 if c.share_modules else k - 1) for k in range(1, K + 1))
+  return tuple(_take(model.futures, k) for k in _heads(c, K))
+
+
+def _heads(c: ModelConfig, K: int) -> range:
+  """The futures whose heads `_drafters` holds, in the order in which they run."""
+  return range(1, K + 1) if c.kind == 'parallel' else range(c.futures - 1, -1, -1) if c.kind == 'anticausal' else range(K + 1)
+
+
+def _read_all(model: Model, heads: tuple, K: int, z_BTD, positions_BT, mask_BTS, caches: tuple):
+  """Linear heads, and heads in a chain, on new tokens: (what the unembedding reads for futures 0..K, caches)."""
+  c, state_BTD, read, written = model.config, z_BTD, {}, []
+  for m, head, cache in zip(_heads(c, K), heads, caches):
+    x_BTD, cache = head(state_BTD, positions_BT, mask_BTS, cache)
+    written.append(cache)
+    read[m] = model.readout().norm(x_BTD)
+    state_BTD = state_BTD if c.independent else x_BTD
+  return [read[m] for m in range(K + 1)], tuple(written)
 
 
 def _take(stacked, index: int):
@@ -145,28 +167,37 @@ def _prefill(model: Model, first, drafters: tuple, tokens_BP, S: int) -> Memory:
   z_BPD, trunk = model.run_trunk(model.embed(tokens_BP), positions_BP, empty.mask(positions_BP), trunk)
   if c.kind == 'parallel':
     return Memory(trunk, _write(first, z_BPD, positions_BP, empty), tuple(_write(block, z_BPD, positions_BP, empty) for block in drafters), None)
-  h_BPD = _chain_input(model, z_BPD)
+  if c.kind != 'sequential':
+    caches = (None if c.kind == 'linear' else empty,) * len(drafters)
+    return Memory(trunk, None, _read_all(model, drafters, 0, z_BPD, positions_BP, empty.mask(positions_BP), caches)[1], None)
+  h_BPD = model.readout().start(z_BPD)[0]
   caches, _ = _chain(model, drafters, h_BPD, tokens_BP, positions_BP, (empty,) * len(drafters), lambda k, h_B1D, tokens_BP: tokens_BP)
   return Memory(trunk, None, caches, jnp.pad(h_BPD, ((0, 0), (0, S - P), (0, 0))))
 
 
-def _verify(model: Model, first, tokens_BT, positions_BT, memory: Memory):
-  """Future 0 on new tokens: (trunk's state, what the unembedding reads, memory)."""
+def _verify(model: Model, first, drafters: tuple, K: int, tokens_BT, positions_BT, memory: Memory):
+  """Future 0 on new tokens: (what the drafts are made of, what the unembedding reads, memory).
+
+  Drafts are made of the trunk's state; of linear heads, or heads in a chain, of what the unembedding reads for futures 1..K.
+  """
   mask_BTS = memory.trunk.mask(positions_BT)
   z_BTD, trunk = model.run_trunk(model.embed(tokens_BT), positions_BT, mask_BTS, memory.trunk)
   memory = dataclasses.replace(memory, trunk=trunk)
   if model.config.kind == 'sequential':
-    state_BSD = write(memory.state_BSD, _chain_input(model, z_BTD), positions_BT)
-    return z_BTD, model.norm(z_BTD), dataclasses.replace(memory, state_BSD=state_BSD)
+    start_BTD, h_BTD = model.readout().start(z_BTD)
+    return z_BTD, h_BTD, dataclasses.replace(memory, state_BSD=write(memory.state_BSD, start_BTD, positions_BT))
+  if model.config.kind != 'parallel':
+    (h_BTD, *drafting), caches = _read_all(model, drafters, K, z_BTD, positions_BT, mask_BTS, memory.drafters)
+    return drafting, h_BTD, dataclasses.replace(memory, drafters=caches)
   x_BTD, cache = first(z_BTD, positions_BT, mask_BTS, memory.first)
-  return z_BTD, model.norm(x_BTD), dataclasses.replace(memory, first=cache)
+  return z_BTD, model.readout().norm(x_BTD), dataclasses.replace(memory, first=cache)
 
 
 def _draft_parallel(model: Model, drafters: tuple, choose, z_BTD, positions_BT, at_B1, memory: Memory):
   """Futures 1..K write all new positions and read at the last accepted one: (int32[B, K], memory)."""
   z_B1D, at_B1 = jnp.take_along_axis(z_BTD, at_B1[..., None], 1), jnp.take_along_axis(positions_BT, at_B1, 1)
   caches = tuple(_write(block, z_BTD, positions_BT, cache) for block, cache in zip(drafters, memory.drafters))
-  h_BKD = jnp.concatenate([model.norm(block.read(z_B1D, at_B1, cache.k_BSGK, cache.v_BSGK, cache.mask(at_B1)))
+  h_BKD = jnp.concatenate([model.readout().norm(block.read(z_B1D, at_B1, cache.k_BSGK, cache.v_BSGK, cache.mask(at_B1)))
                            for block, cache in zip(drafters, caches)], 1)
   return choose(h_BKD, at_B1 + 2 + jnp.arange(len(drafters))), dataclasses.replace(memory, drafters=caches)
 
@@ -187,11 +218,6 @@ def _draft_sequential(model: Model, drafters: tuple, choose, tokens_BS, last_B1,
   caches, tokens_BS = _chain(model, drafters, h_BWD, tokens_BS, window_BW, memory.drafters, extend)
   drafts_BK = jnp.take_along_axis(tokens_BS, jnp.minimum(last_B1 + 2 + jnp.arange(K), tokens_BS.shape[1] - 1), 1)
   return drafts_BK, dataclasses.replace(memory, drafters=caches)
-
-
-def _chain_input(model: Model, z_BLD):
-  """h^0 as the first module reads it."""
-  return model.norm(z_BLD) if model.config.hidden_input == 'post_norm' else z_BLD
 
 
 def _chain(model: Model, modules: tuple, h_BWD, tokens_BS, positions_BW, caches: tuple, extend):

@@ -8,13 +8,14 @@ tokens at hand, or, when a `Cache` is given, from all that was written into it s
 compute type, that of x_BLD, at the point of use.
 """
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.sharding import einsum, out, place
+from mtp_jax.sharding import einsum, out, place, spec
 
 
 def normal(fan_in: int):
@@ -22,8 +23,9 @@ def normal(fan_in: int):
   return nnx.initializers.truncated_normal(fan_in**-0.5)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def rms_norm(x_BLD, scale_D, epsilon: float):
-  """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, computed in float32; same type out as in."""
+  """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, computed in float32; same type out as in. Only x outlives it."""
   x = x_BLD.astype(jnp.float32)
   return (x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + epsilon) * scale_D).astype(x_BLD.dtype)
 
@@ -32,22 +34,38 @@ def rotary(x_BLHK, positions_BL, base: float):
   """Rotates the pairs (k, k + K/2) by position * base^(-2k/K)."""
   half = x_BLHK.shape[-1] // 2
   frequency = base ** (-jnp.arange(half) / half)
-  angle = positions_BL[..., None, None] * frequency
-  sin, cos = jnp.sin(angle), jnp.cos(angle)
-  a, b = jnp.split(x_BLHK.astype(jnp.float32), 2, -1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BLHK.dtype)
+  angle = positions_BL[..., None, None] * jnp.tile(frequency, 2)
+  a, b = jnp.split(x_BLHK, 2, -1)
+  turned_BLHK = jnp.concatenate([-b, a], -1)  # exact in any type, so that nothing float32 is as large as x
+  return (x_BLHK * jnp.cos(angle) + turned_BLHK * jnp.sin(angle)).astype(x_BLHK.dtype)
 
 
-def attend(q_BLHK, k_BSGK, v_BSGK, mask_BLS):
-  """softmax(q k / sqrt(K)) v over the keys that mask_BLS shows; scores and softmax in float32. float[B, L, H, K].
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Documents:
+  """Causal attention within documents; padding (segment 0) sees only padding: bool[B, L, S], and what it comes from."""
+  mask_BLS: jax.Array
+  segments_BL: jax.Array
+
+
+def attend(q_BLHK, k_BSGK, v_BSGK, seen):
+  """softmax(q k / sqrt(K)) v over the keys that are seen; scores and softmax in float32. float[B, L, H, K].
+
+  Args:
+    seen: bool[B, L, S], or the `Documents` of a packed batch, for which a TPU runs the splash kernel: no score leaves the chip's
+      own memory.
 
   The r = H/G query heads that share a key head stand beside the length, so that each (B, G) is one plain matrix product.
   """
+  if isinstance(seen, Documents):
+    if _runs_splash(q_BLHK):
+      return _splash(q_BLHK, k_BSGK, v_BSGK, seen.segments_BL)
+    seen = seen.mask_BLS
   B, L, H, K = q_BLHK.shape
   G = k_BSGK.shape[2]
   q_BLGrK = jnp.reshape(q_BLHK * K**-0.5, (B, L, G, H // G, K), **out('BLGrK'))
   q_BGLK = jnp.reshape(jnp.moveaxis(q_BLGrK, 2, 1), (B, G, L * H // G, K), **out('BGLK'))
-  o_BGLrK = jnp.reshape(_attend(q_BGLK, k_BSGK, v_BSGK, mask_BLS), (B, G, L, H // G, K), **out('BGLrK'))
+  o_BGLrK = jnp.reshape(_attend(q_BGLK, k_BSGK, v_BSGK, seen), (B, G, L, H // G, K), **out('BGLrK'))
   return jnp.reshape(jnp.moveaxis(o_BGLrK, 1, 2), (B, L, H, K), **out('BLHK'))
 
 
@@ -89,6 +107,50 @@ def _attend_backward(residual, do_BGLK):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _runs_splash(q_BLHK) -> bool:
+  """The kernel is for a mesh of TPUs whose lengths are whole, and wants tiles of 128."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  return (device is not None and 'TPU' in device.device_kind and mesh.shape['context'] == 1
+          and q_BLHK.shape[1] % 128 == 0 and q_BLHK.shape[3] % 64 == 0)
+
+
+def _splash(q_BLHK, k_BSGK, v_BSGK, segments_BL):
+  """JAX's TPU kernel of causal attention within segments, each device on its own rows and heads."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+  def local(q_BLHK, k_BLGK, v_BLGK, segments_BL):
+    _, L, H, K = q_BLHK.shape
+    r = H // k_BLGK.shape[2]
+    kernel = kernels.make_splash_mha(mask=masks.MultiHeadMask([masks.CausalMask((L, L))] * H), head_shards=1, q_seq_shards=1)
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q_BLHK * K**-0.5, jnp.repeat(k_BLGK, r, 2), jnp.repeat(v_BLGK, r, 2)))
+    o_BHLK = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=kernels.SegmentIds(s, s)))(q, k, v, segments_BL)
+    return jnp.moveaxis(o_BHLK, 1, 2)
+
+  return jax.shard_map(local, in_specs=(spec('BLHK'), spec('BSGK'), spec('BSGK'), spec('BL')), out_specs=spec('BLHK'),
+                       check_vma=False)(q_BLHK, k_BSGK, v_BSGK, segments_BL)
+
+
+@jax.custom_vjp
+def swiglu(gate_BLF, up_BLF, down_FD):
+  """(silu(gate) * up) down; only gate and up outlive it, and the backward pass makes the product again."""
+  return einsum('BLF,FD->BLD', jax.nn.silu(gate_BLF) * up_BLF, down_FD)
+
+
+def _swiglu_forward(gate_BLF, up_BLF, down_FD):
+  return swiglu(gate_BLF, up_BLF, down_FD), (gate_BLF, up_BLF, down_FD)
+
+
+def _swiglu_backward(residual, dy_BLD):
+  gate_BLF, up_BLF, down_FD = residual
+  product_BLF, back = jax.vjp(lambda gate_BLF, up_BLF: jax.nn.silu(gate_BLF) * up_BLF, gate_BLF, up_BLF)
+  return *back(einsum('BLD,FD->BLF', dy_BLD, down_FD)), einsum('BLF,BLD->FD', product_BLF, dy_BLD)
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
 def write(old_BS, new_BL, positions_BL):
   """Puts each row's new entries at their positions; those outside 0..S-1 are dropped."""
   rows_B1 = jnp.arange(positions_BL.shape[0])[:, None]
@@ -117,11 +179,10 @@ class Cache:
     return jnp.arange(self.k_BSGK.shape[-3]) <= positions_BL[..., None]
 
 
-def document_mask(segments_BL):
-  """Causal attention within documents; padding (segment 0) sees only padding. bool[B, L, S]."""
+def documents(segments_BL) -> Documents:
   segments_BS = place(segments_BL, 'BS')
   order = jnp.arange(segments_BL.shape[1])
-  return (segments_BL[:, :, None] == segments_BS[:, None, :]) & (order[:, None] >= order)
+  return Documents((segments_BL[:, :, None] == segments_BS[:, None, :]) & (order[:, None] >= order), segments_BL)
 
 
 class Block(nnx.Module):
@@ -148,27 +209,37 @@ class Block(nnx.Module):
       k_BLGK = rms_norm(k_BLGK, self.k_norm_K[...], c.norm_epsilon)
     return place(rotary(k_BLGK, positions_BL, c.rope_base), 'BSGK'), place(v_BLGK, 'BSGK')
 
-  def read(self, x_BLD, positions_BL, k_BSGK, v_BSGK, mask_BLS):
+  def read(self, x_BLD, positions_BL, k_BSGK, v_BSGK, seen):
     """The block's output for these tokens, given the keys and values they may look at."""
     c, dtype = self.config, x_BLD.dtype
     h_BLD = rms_norm(x_BLD, self.attention_norm_D[...], c.norm_epsilon)
     q_BLHK = einsum('BLD,DHK->BLHK', h_BLD, self.wq_DHK[...].astype(dtype))
     if c.qk_norm:
       q_BLHK = rms_norm(q_BLHK, self.q_norm_K[...], c.norm_epsilon)
-    o_BLHK = attend(rotary(q_BLHK, positions_BL, c.rope_base), k_BSGK, v_BSGK, mask_BLS)
+    o_BLHK = attend(rotary(q_BLHK, positions_BL, c.rope_base), k_BSGK, v_BSGK, seen)
     x_BLD += einsum('BLHK,HKD->BLD', o_BLHK, self.wo_HKD[...].astype(dtype))
     h_BLD = rms_norm(x_BLD, self.mlp_norm_D[...], c.norm_epsilon)
     gate_BLF = einsum('BLD,DF->BLF', h_BLD, self.gate_DF[...].astype(dtype))
     up_BLF = einsum('BLD,DF->BLF', h_BLD, self.up_DF[...].astype(dtype))
-    return x_BLD + einsum('BLF,FD->BLD', jax.nn.silu(gate_BLF) * up_BLF, self.down_FD[...].astype(dtype))
+    return x_BLD + swiglu(gate_BLF, up_BLF, self.down_FD[...].astype(dtype))
 
-  def __call__(self, x_BLD, positions_BL, mask_BLS, cache: Cache | None = None):
-    """(x_BLD, cache): training without a cache, decoding with one."""
+  def __call__(self, x_BLD, positions_BL, seen, cache: Cache | None = None):
+    """(x_BLD, cache): training on `Documents` without a cache, decoding with a mask and a cache."""
     k_BSGK, v_BSGK = self.keys_values(x_BLD, positions_BL)
     if cache is not None:
       cache = cache.write(k_BSGK, v_BSGK, positions_BL)
       k_BSGK, v_BSGK = cache.k_BSGK, cache.v_BSGK
-    return self.read(x_BLD, positions_BL, k_BSGK, v_BSGK, mask_BLS), cache
+    return self.read(x_BLD, positions_BL, k_BSGK, v_BSGK, seen), cache
+
+
+class Linear(nnx.Module):
+  """A head that is one linear map (Gloeckle et al. 2024, appendix B), called like a Block."""
+
+  def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+    self.map_Dd = nnx.Param(normal(c.width)(rngs.params(), (c.width, c.width)))
+
+  def __call__(self, x_BLD, positions_BL, seen, cache: Cache | None = None):
+    return einsum('BLD,Dd->BLd', x_BLD, self.map_Dd[...].astype(x_BLD.dtype)), cache
 
 
 def stack(make, n: int, key):

@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import statistics
 import time
 from collections.abc import Sequence
 
@@ -85,9 +86,7 @@ class LanguageModel:
     prompts_BP = np.full((len(rows), P), self.tokenizer.pad, np.int32)
     for row, ids in zip(prompts_BP, rows):
       row[:len(ids)] = ids
-    allowed_V = train.byte_lengths(self.config, self.tokenizer) > 0  # whatever stands for bytes, and eos
-    allowed_V[self.tokenizer.eos] = True
-
+    allowed_V = train.emitted(self.config, self.tokenizer)
     start = time.perf_counter()
     end = decode.generate(self._on_one_device, prompts_BP, length_B, length_B + max_tokens, (np.arange(len(rows)) + seed).astype(np.uint32),
                           np.float32(max(temperature, 1e-6)), allowed_V, np.int32(self.tokenizer.eos),
@@ -106,7 +105,19 @@ class LanguageModel:
     with jax.set_mesh(self.mesh):
       held_out = data.Rows(self.prepared.validation, self.config.data.length, self.config.model.futures, self.tokenizer.pad)
       batches = data.validation_batches(held_out, batch, rows, jax.process_index(), jax.process_count())
-      return train.evaluate(self.config, self.model, batches, train.byte_lengths(self.config, self.tokenizer), self.mesh)
+      return train.evaluate(self.config, self.model, batches, train.byte_lengths(self.config, self.tokenizer),
+                            train.emitted(self.config, self.tokenizer), self.mesh)
+
+  def seconds_per_forward(self, prompt_tokens: int = 32, max_tokens: int = 96, repeats: int = 3) -> list[float]:
+    """Of a decoding pass on this machine, one prompt at a time, for each draft length 0..M-1: what drafting and verifying cost."""
+    prompt, lengths = self.prepared.validation.document(0)[:prompt_tokens], range(self.config.model.futures)
+    run = lambda draft, tokens: self.generate([prompt], tokens, draft)
+    seconds = {draft: [] for draft in lengths}
+    for i in range(repeats + 1):  # the first run compiles
+      for draft in lengths:
+        found = run(draft, max_tokens)
+        seconds[draft] += [found.seconds / found.forwards] if i else []
+    return [statistics.median(seconds[draft]) for draft in lengths]
 
   @functools.cached_property
   def prepared(self) -> data.Prepared:

@@ -41,23 +41,51 @@ def parameters(model) -> dict[str, int]:
   return counts | {'total': sum(counts.values())}
 
 
-def flops_per_token(model, length: int) -> dict[str, int]:
+def flops_per_token(model, length: int, active: tuple[bool, ...] | None = None) -> dict[str, int]:
   """Forward and backward FLOPs of one input token, by part: trunk, futures, unembedding (M of them), total.
 
   A matrix of P parameters costs 2P forward; a block's attention 4 H K L (scores and their sum over L keys). A shared
-  sequential module is applied, and counted, M-1 times. Embedding a token costs nothing.
+  sequential module is applied, and counted, M-1 times. Embedding a token costs nothing, nor does a future that is not `active`.
   """
   c = model.config
-  applied = {'trunk': 1, 'futures': c.futures - 1 if c.share_modules else 1}
-  forward = dict.fromkeys(('trunk', 'futures', 'unembedding'), 0)
-  for path, leaf in _leaves(model):
-    if _part(path) in applied and len(letters(path)) > 1:
-      forward[_part(path)] += 2 * math.prod(leaf.shape) * applied[_part(path)]
-    if name(path) == 'wq_DHK':
-      forward[_part(path)] += 4 * c.heads * c.head_width * length * leaf.shape[0] * applied[_part(path)]
-  forward['unembedding'] = 2 * c.vocab * c.width * c.futures
-  counts = {part: 3 * flops for part, flops in forward.items()}
+  active = active or (True,) * c.futures
+  counts = {part: 3 * _forward_flops(model, length, part, times) for part, times in (('trunk', c.trunk_layers), ('futures', len(c.needed(active))))}
+  counts['unembedding'] = 3 * 2 * c.vocab * c.width * sum(active)
   return counts | {'total': sum(counts.values())}
+
+
+def recomputed_flops_per_token(model, length: int) -> int:
+  """What a train step multiplies besides, with remat='none': attention makes its scores once more in the backward pass, and the inner
+  heads of a chain run once to find the states that the walk back starts from. Model-FLOP utilisation does not count it."""
+  c, size = model.config, lambda part, times: _forward_flops(model, length, part, times)
+  blocks = c.trunk_layers + (0 if c.kind == 'linear' else len(c.needed((True,) * c.futures)))
+  chained = 0 if c.independent else max(0, len(c.needed((True,) * c.futures)) - 1)
+  return blocks * 2 * c.heads * c.head_width * length + size('futures', chained)
+
+
+def _forward_flops(model, length: int, part: str, times: int) -> int:
+  """Of `times` applications of one of the blocks, heads or modules stacked in a part."""
+  c, total = model.config, 0
+  for path, leaf in _leaves(model):
+    if _part(path) == part and len(letters(path)) > 1:
+      total += 2 * math.prod(leaf.shape[1:])
+    if _part(path) == part and name(path) == 'wq_DHK':
+      total += 4 * c.heads * c.head_width * length
+  return total * times
+
+
+def matmul_flops(jaxpr) -> int:
+  """2 x the multiply-adds of every matrix product in a jaxpr, those in a loop times its length. Sees into every inner jaxpr."""
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'dot_general':
+      ((contracted, _), _), left = equation.params['dimension_numbers'], equation.invars[0].aval
+      total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left.shape[i] for i in contracted)
+    times = equation.params['length'] if equation.primitive.name == 'scan' else 1
+    for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')):
+      inner = getattr(value, 'jaxpr', value)
+      total += times * matmul_flops(inner) if hasattr(inner, 'eqns') else 0
+  return total
 
 
 def parameters_sha256(model) -> str:

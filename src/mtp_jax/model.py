@@ -2,26 +2,28 @@
 
     tokens_BT -> x_BLD (embedding) -> z_BLD (trunk, N blocks) -> h_BLD of each future m -> logits_BLV (one shared unembedding)
 
-Future m at position t predicts token t+1+m. Two families:
+Future m at position t predicts token t+1+m. The kinds of Gloeckle et al. 2024 (arXiv:2404.19737, section 2, appendix B):
 
-parallel (Gloeckle et al. 2024, arXiv:2404.19737, section 2): every future is one block that reads the trunk's residual stream,
-
-    h^m = norm(block_m(z)),  m = 0..M-1
+    parallel, linear    h^m = norm(head_m(z)),                      m = 0..M-1; a head is a block, or one linear map
+    causal              h^m = norm(head_m(... head_1(head_0(z)))),  the next token's head stands at the trunk
+    anticausal          h^m = norm(head_m(... head_{M-1}(z))),      the farthest token's does
 
 sequential (DeepSeek-V3, arXiv:2412.19437, equations 21-23): a causal chain that is told the tokens in between,
 
     h^0 = norm(z),  h^k_t = norm_k(block_k(join_k [norm_e(embed(token_{t+k})) ; norm_h(h^{k-1}_t)])),  k = 1..M-1
 
-A model of one future is the plain decoder in both families. There is no loss and no sampling here.
+A model of one future is the plain decoder, linear heads apart. There is no loss and no sampling here.
 """
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.layers import Block, Cache, normal, rms_norm, stack
+from mtp_jax.layers import Block, Cache, Linear, normal, rms_norm, stack
 from mtp_jax.sharding import einsum, lookup, place
 
 REMAT = {'none': lambda f: f,
@@ -38,12 +40,90 @@ class Module(nnx.Module):
     self.join_CD = nnx.Param(normal(2 * D)(rngs.params(), (2 * D, D)))
     self.block = Block(c, rngs)
 
-  def __call__(self, e_BLD, h_BLD, positions_BL, mask_BLS, cache: Cache | None = None):
+  def __call__(self, e_BLD, h_BLD, positions_BL, seen, cache: Cache | None = None):
     """(state before its norm, state after it, cache)."""
     epsilon = self.block.config.norm_epsilon
     x_BLC = jnp.concatenate([rms_norm(e_BLD, self.embedding_norm_D[...], epsilon), rms_norm(h_BLD, self.hidden_norm_D[...], epsilon)], -1)
-    x_BLD, cache = self.block(einsum('BLC,CD->BLD', x_BLC, self.join_CD[...].astype(x_BLC.dtype)), positions_BL, mask_BLS, cache)
+    x_BLD, cache = self.block(einsum('BLC,CD->BLD', x_BLC, self.join_CD[...].astype(x_BLC.dtype)), positions_BL, seen, cache)
     return x_BLD, rms_norm(x_BLD, self.out_norm_D[...], epsilon), cache
+
+
+HEADS = {'parallel': Block, 'linear': Linear, 'causal': Block, 'anticausal': Block, 'sequential': Module}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Readout:
+  """What turns the trunk's state into predictions: the futures' heads or modules, stacked, and what they share."""
+  heads: nnx.Module | None
+  final_norm_D: jax.Array
+  unembed_VD: jax.Array
+  config: ModelConfig = dataclasses.field(metadata={'static': True})
+
+  def norm(self, x_BLD):
+    return rms_norm(x_BLD, self.final_norm_D, self.config.norm_epsilon)
+
+  def table(self):
+    """The unembedding in the compute type, its width gathered once for all futures: [V, D]."""
+    return place(self.unembed_VD.astype(self.config.dtype), 'Vd')
+
+  def start(self, z_BLD):
+    """(the state that the first head reads, what the unembedding reads for a future 0 that has no head of its own, else None)."""
+    h_BLD = self.norm(z_BLD) if self.config.first_future else None
+    return h_BLD if self.config.first_future and self.config.hidden_input == 'post_norm' else z_BLD, h_BLD
+
+  def advance(self, head, m, state_BLD, e_BTD, positions_BL, seen):
+    """One future: (the state that the next head reads, the normed state that the unembedding reads). m may be traced."""
+    c = self.config
+    if c.kind == 'sequential':
+      e_BLD = place(jax.lax.dynamic_slice_in_dim(e_BTD, m, state_BLD.shape[1], 1), 'BLD')
+      raw_BLD, h_BLD, _ = head(e_BLD, state_BLD, positions_BL, seen)
+      return h_BLD if c.hidden_input == 'post_norm' else raw_BLD, h_BLD
+    x_BLD, _ = head(state_BLD, positions_BL, seen)
+    return state_BLD if c.independent else x_BLD, self.norm(x_BLD)
+
+  def stacked(self, futures: list[int]):
+    """(heads of these futures, stacked, or None where one is shared; their numbers): what a scan over futures runs through."""
+    own = np.array(futures) - self.config.first_future
+    if self.config.share_modules:
+      return None, jnp.array(futures)
+    return self.heads if len(own) == self.config.modules else jax.tree.map(lambda x: x[own], self.heads), jnp.array(futures)
+
+  def unstacked(self, futures: list[int], own, shared):
+    """The inverse of `stacked` and `shared`, for trees of the same shape: that of `heads`, with zeros for all other futures."""
+    if self.config.share_modules:
+      return jax.tree.map(lambda x: x[None], shared)
+    if not futures:
+      return jax.tree.map(jnp.zeros_like, self.heads)
+    at = np.array(futures) - self.config.first_future
+    return own if len(at) == self.config.modules else jax.tree.map(lambda x, part: jnp.zeros_like(x).at[at].set(part), self.heads, own)
+
+  def shared(self):
+    """The module that all futures share, or None where each has a head of its own."""
+    return jax.tree.map(lambda x: x[0], self.heads) if self.config.share_modules else None
+
+  def map(self, f, z_BLD, e_BTD, positions_BL, seen):
+    """f(m, h_BLD) of every future m, stacked over M.
+
+    Args:
+      f: called with m (traced) and the normed state that the unembedding reads; returns a pytree of arrays.
+      z_BLD: what `run_trunk` returned.
+      e_BTD: the embedded tokens of each row, T = L + M; only the sequential kind reads past the first L.
+    """
+    c = self.config
+    futures = c.needed((True,) * c.futures)
+
+    def step(state_BLD, inputs):
+      head, m = inputs
+      state_BLD, h_BLD = self.advance(self.shared() if head is None else head, m, state_BLD, e_BTD, positions_BL, seen)
+      return state_BLD, f(m, h_BLD)
+
+    with jax.named_scope('futures'):
+      state_BLD, h_BLD = self.start(z_BLD)
+      parts = [] if h_BLD is None else [jax.tree.map(lambda x: x[None], f(jnp.int32(0), h_BLD))]
+      if futures:
+        parts.append(jax.lax.scan(step, state_BLD, self.stacked(futures), reverse=c.kind == 'anticausal')[1])
+      return jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)
 
 
 class Model(nnx.Module):
@@ -56,74 +136,37 @@ class Model(nnx.Module):
     self.trunk = stack(functools.partial(Block, c), c.trunk_layers, keys[1])
     self.final_norm_D = nnx.Param(jnp.ones(c.width))
     if c.modules:
-      self.futures = stack(functools.partial(Block if c.kind == 'parallel' else Module, c), c.modules, keys[2])
+      self.futures = stack(functools.partial(HEADS[c.kind], c), c.modules, keys[2])
     if not c.tie_embeddings:
       self.unembed_VD = table(keys[3])
     self.config = c
 
-  def embed(self, tokens_BL):
-    """float[B, L, D] in the compute type."""
-    return lookup(place(self.embed_VD[...], 'Vd'), tokens_BL).astype(self.config.dtype)
+  def embed(self, tokens_BL, letters: str = 'BLD'):
+    """float[B, L, D] in the compute type, living where `letters` say."""
+    return lookup(self.embed_VD[...], tokens_BL, letters, self.config.dtype)
 
-  def run_trunk(self, x_BLD, positions_BL, mask_BLS, cache: Cache | None = None):
+  def run_trunk(self, x_BLD, positions_BL, seen, cache: Cache | None = None):
     """(residual stream after N blocks, not normed; cache)."""
     def layer(x_BLD, inputs):
       block, cache = inputs
-      return block(x_BLD, positions_BL, mask_BLS, cache)
+      return block(x_BLD, positions_BL, seen, cache)
 
     with jax.named_scope('trunk'):
       return jax.lax.scan(REMAT[self.config.remat](layer), x_BLD, (self.trunk, cache))
 
-  def norm(self, x_BLD):
-    return rms_norm(x_BLD, self.final_norm_D[...], self.config.norm_epsilon)
-
-  def unembedding(self):
-    """float32[V, D], its width gathered once for all futures; cast where it is used, so that its gradient adds up in float32."""
+  def readout(self) -> Readout:
     table_VD = self.embed_VD if self.config.tie_embeddings else self.unembed_VD
-    return place(table_VD[...], 'Vd')
+    return Readout(getattr(self, 'futures', None), self.final_norm_D[...], table_VD[...], self.config)
 
-  def module(self, k):
-    """The sequential module of future k >= 1; k may be traced."""
-    return jax.tree.map(lambda x: x[0 if self.config.share_modules else k - 1], self.futures)
 
-  def map_futures(self, f, z_BLD, tokens_BT, positions_BL, mask_BLS):
-    """f(m, h_BLD) of every future m, stacked over M. With remat, one future's activations are alive at a time.
-
-    Args:
-      f: called with m (traced) and the normed state that the unembedding reads; returns a pytree of arrays.
-      z_BLD: what `run_trunk` returned.
-      tokens_BT: T = L + M tokens of each row; the sequential family reads those in between.
-
-    Returns:
-      The pytree f returns, with a leading axis M.
-    """
-    c, L = self.config, z_BLD.shape[1]
-
-    def head(inputs):
-      block, m = inputs
-      return f(m, self.norm(block(z_BLD, positions_BL, mask_BLS)[0]))
-
-    def link(h_BLD, inputs):
-      module, k = inputs
-      e_BLD = self.embed(jax.lax.dynamic_slice_in_dim(tokens_BT, k, L, 1))
-      raw_BLD, normed_BLD, _ = (self.module(k) if module is None else module)(e_BLD, h_BLD, positions_BL, mask_BLS)
-      return normed_BLD if c.hidden_input == 'post_norm' else raw_BLD, f(k, normed_BLD)
-
-    with jax.named_scope('futures'):
-      if c.kind == 'parallel':
-        batch_size = None if c.head_batch == 1 else c.head_batch
-        return jax.lax.map(REMAT[c.remat](head), (self.futures, jnp.arange(c.futures)), batch_size=batch_size)
-      h_BLD = self.norm(z_BLD)
-      first = jax.tree.map(lambda x: x[None], REMAT[c.remat](f)(0, h_BLD))
-      if c.futures == 1:
-        return first
-      inputs = None if c.share_modules else self.futures, jnp.arange(1, c.futures)
-      rest = jax.lax.scan(REMAT[c.remat](link), h_BLD if c.hidden_input == 'post_norm' else z_BLD, inputs)[1]
-      return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, rest)
+def capped(logits_BLV, c: ModelConfig):
+  """cap * tanh(logits / cap), where a cap is set (Gemma 2, arXiv:2408.00118, section 2)."""
+  return c.logit_cap * jnp.tanh(logits_BLV / c.logit_cap) if c.logit_cap else logits_BLV
 
 
 def conventions(c: ModelConfig) -> dict:
   """What a reader of the weights must know besides their shapes; travels in every checkpoint."""
+  sequential = c.kind == 'sequential'
   return {
       'target': 'future m at position t predicts token t+1+m',
       'futures': c.futures,
@@ -131,10 +174,11 @@ def conventions(c: ModelConfig) -> dict:
       'placement': c.placement,
       'trunk_layers': c.trunk_layers,
       'share_modules': c.share_modules,
-      'hidden_input': 'residual stream' if c.kind == 'parallel' else c.hidden_input,
-      'join': 'none' if c.kind == 'parallel' else 'embedding first, hidden second',
-      'final_norm': 'shared by all futures' if c.kind == 'parallel' else 'one a module',
+      'hidden_input': c.hidden_input if sequential else 'residual stream',
+      'join': 'embedding first, hidden second' if sequential else 'none',
+      'final_norm': 'one a module' if sequential else 'shared by all futures',
       'positions': "of the query's own token, from its document's first token in the row",
       'rotary': 'half-split',
       'tie_embeddings': c.tie_embeddings,
+      **({'logit_cap': c.logit_cap} if c.logit_cap else {}),
   }

@@ -1,20 +1,34 @@
-"""Targets and the loss of every future: sums and counts, divided once.
+"""Targets, and the loss of every future with its gradient, computed in one walk.
 
 Future m at position t predicts token t+1+m, and counts iff that token stands in the same document as t:
 
-    loss = sum_m weight_m * nats_M[m] / count_M[m]            (Gloeckle et al. 2024, arXiv:2404.19737, section 2)
+    loss = sum_m weight_m / count_m * sum_{b,t} (nats + z * lse^2)         nats = lse - logit of the target, lse = log sum exp logits
 
-A batch is a dict of int32[B, T], T = L + M: 'tokens', 'segments' (0 is padding) and 'positions'. Targets are read off the
-tokens at hand, m+1 places on, so there is no roll and the farthest future has a target at the last position.
+(Gloeckle et al. 2024, arXiv:2404.19737, section 2; z-loss: PaLM, arXiv:2204.02311, section 5.) A batch is a dict of int32[B, T],
+T = L + M: 'tokens', 'segments' (0 is padding) and 'positions'. Targets are read off the tokens at hand, m+1 places on, so there is
+no roll and the farthest future has a target at the last position.
+
+With several futures the unembedding is the cost, so its gradient is our own. Weights and counts are known before the walk, hence
+so is every logit's gradient the moment its softmax is: each chunk of logits is made once, turned into its gradient, multiplied
+into the gradients of states and of the unembedding, and dropped: three matrix products a chunk, none again in the backward pass.
+
+    for each future, the last of a chain first:           head forward
+      for each chunk of its positions:                    logits = h u^T;  g = weight/count * (softmax - one-hot);  dh = g u;  du += g^T h
+                                                          head backward, into the gradient of the state it read
+
+One head's activations and one chunk's logits are alive at a time (Gloeckle et al., figure 2), whatever the number of futures.
 """
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mtp_jax.layers import document_mask
-from mtp_jax.model import Model
-from mtp_jax.sharding import einsum, out, place
+from mtp_jax.config import ModelConfig, ObjectiveConfig
+from mtp_jax.layers import documents
+from mtp_jax.model import Model, Readout, capped
+from mtp_jax.sharding import einsum, joined, out, parted, parts, place, summed
 
 
 @jax.tree_util.register_dataclass
@@ -42,56 +56,188 @@ def counts(batch, futures: int):
   return jnp.stack([jnp.sum(targets(batch, m, futures)[1], dtype=jnp.int32) for m in range(futures)])
 
 
-def loss(model: Model, batch, coefficient_M, chunk: int):
-  """sum_m coefficient_M[m] * nats_M[m], and the sums it is made of.
+def states(model: Model, batch):
+  """What the futures read: (z_BLD of the trunk, embedded tokens or None, positions_BL, documents)."""
+  c = model.config
+  L = batch['tokens'].shape[1] - c.futures
+  positions_BL, seen = place(batch['positions'][:, :L], 'BL'), documents(place(batch['segments'][:, :L], 'BL'))
+  if c.kind == 'sequential' and c.futures > 1:
+    e_BTD = model.embed(batch['tokens'], 'BtD')
+    x_BLD = place(e_BTD[:, :L], 'BLD')
+  else:
+    e_BTD, x_BLD = None, model.embed(place(batch['tokens'][:, :L], 'BL'))
+  return model.run_trunk(x_BLD, positions_BL, seen)[0], e_BTD, positions_BL, seen
+
+
+def loss(model: Model, batch, coefficient_M, o: ObjectiveConfig, active: tuple[bool, ...] | None = None):
+  """sum_m coefficient_M[m] * (nats_M[m] + z-loss), and the sums it is made of; only the loss has a gradient.
 
   Args:
     batch: rows of L + M tokens.
     coefficient_M: weight_m / count_m, the counts being those of the whole step, so that microbatches add up exactly.
-    chunk: positions whose logits are alive at once.
+    active: futures that are computed at all, all of them unless given; of the others the sums are 0.
 
   Returns:
     (float32 scalar, Sums).
   """
-  c = model.config
-  L = batch['tokens'].shape[1] - c.futures
-  positions_BL, segments_BL = (place(batch[name][:, :L], 'BL') for name in ('positions', 'segments'))
-  mask_BLS = document_mask(segments_BL)
-  z_BLD, _ = model.run_trunk(model.embed(place(batch['tokens'][:, :L], 'BL')), positions_BL, mask_BLS)
-  unembed_VD = model.unembedding()
+  z_BLD, e_BTD, positions_BL, seen = states(model, batch)
+  run = _Run(o, active or (True,) * model.config.futures)
+  return _futures(run, model.readout(), z_BLD, e_BTD, coefficient_M, (batch, positions_BL, seen))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  objective: ObjectiveConfig
+  active: tuple[bool, ...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _futures(run: _Run, readout: Readout, z_BLD, e_BTD, coefficient_M, rows):
+  """Loss and sums without a gradient: what an evaluation runs."""
+  batch, positions_BL, seen = rows
+  c, w_VD, active_M = readout.config, readout.table(), jnp.array(run.active)
 
   def future(m, h_BLD):
-    return cross_entropy(h_BLD, unembed_VD, *targets(batch, m, c.futures), chunk)
+    return cross_entropy(c, run.objective, h_BLD[None], w_VD, *_weighted(batch, m[None], c.futures, coefficient_M))[:2]
 
-  sums = model.map_futures(future, z_BLD, batch['tokens'], positions_BL, mask_BLS)
-  return jnp.dot(coefficient_M, sums.nats_M), sums
+  loss_M, sums_M1 = readout.map(future, z_BLD, e_BTD, positions_BL, seen)
+  return jnp.sum(loss_M), jax.tree.map(lambda x_M1: jnp.where(active_M, x_M1[:, 0], 0), sums_M1)
 
 
-def cross_entropy(h_BLD, unembed_VD, y_BL, counted_BL, chunk: int) -> Sums:
-  """Sums of -log softmax(h unembed^T)[y] where counted, one chunk of logits alive at a time, forward and backward.
+def _futures_forward(run: _Run, readout: Readout, z_BLD, e_BTD, coefficient_M, rows):
+  """Loss and sums, and as residuals the gradients of the readout, the trunk's state and the embedded tokens."""
+  batch, positions_BL, seen = rows
+  c, w_VD, needed = readout.config, readout.table(), readout.config.needed(run.active)
+  G = c.head_batch if c.independent and len(needed) % c.head_batch == 0 else 1
+  with_norm = lambda norm_D: dataclasses.replace(readout, final_norm_D=norm_D)
 
-  The backward pass recomputes each chunk's logits: one matmul more than the three it needs.
+  def heads(own, common, state_BLD, m_G):
+    """A group of heads, one in a chain: (the state that the next one reads, what the unembedding reads: [G, B, L, D])."""
+    shared, norm_D, e_BTD = common
+    advance = lambda own, m: with_norm(norm_D).advance(shared if own is None else own, m, state_BLD, e_BTD, positions_BL, seen)
+    if G > 1:
+      return state_BLD, jax.vmap(lambda own, m: advance(own, m)[1])(own, m_G)
+    state_BLD, h_BLD = advance(jax.tree.map(lambda x: x[0], own), m_G[0])
+    return state_BLD, h_BLD[None]
+
+  def read(total, h_GBLD, m_G):
+    """Adds the loss of some futures and its gradient of the unembedding: (total, Sums of G, gradient of h_GBLD)."""
+    loss, dw_PVD = total
+    added, sums, dh_GBLD, dw_PVD = cross_entropy(c, run.objective, h_GBLD, w_VD, *_weighted(batch, m_G, c.futures, coefficient_M), dw_PVD)
+    return (loss + added, dw_PVD), sums, dh_GBLD
+
+  def inputs_of_chain(own, m_nG):
+    """The state that each head reads; the last one of the chain need not run for that."""
+    far_first = c.kind == 'anticausal'
+    others = jax.tree.map(lambda x: x[1:] if far_first else x[:-1], (own, m_nG))
+    onward = lambda state_BLD, inputs: (heads(inputs[0], common, state_BLD, inputs[1])[0], state_BLD)
+    last_BLD, state_nBLD = jax.lax.scan(onward, start_BLD, others, reverse=far_first)
+    return jnp.concatenate([last_BLD[None], state_nBLD] if far_first else [state_nBLD, last_BLD[None]])
+
+  def back(carry, inputs):
+    total, dcommon, dstate_BLD = carry
+    own, m_G, state_BLD = inputs
+    (_, h_GBLD), pull = jax.vjp(functools.partial(heads, m_G=m_G), own, common, start_BLD if state_BLD is None else state_BLD)
+    total, sums, dh_GBLD = read(total, h_GBLD, m_G)
+    down, dcommon_, dstate_BLD = pull((dstate_BLD, dh_GBLD))
+    return (total, jax.tree.map(jnp.add, dcommon, dcommon_), dstate_BLD), (sums, down)
+
+  with jax.named_scope('futures'):
+    (start_BLD, h_BLD), to_trunk = jax.vjp(lambda norm_D, z_BLD: with_norm(norm_D).start(z_BLD), readout.final_norm_D, z_BLD)
+    common = readout.shared(), readout.final_norm_D, e_BTD
+    total = jnp.zeros(()), jnp.zeros((parts(), *w_VD.shape), jnp.float32, **out('PVD'))
+    carry = total, *jax.tree.map(jnp.zeros_like, (common, start_BLD))
+    sums = Sums(*(jnp.zeros(c.futures, dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
+    down = None
+    if needed:
+      own, m_nG = jax.tree.map(lambda x: jnp.reshape(x, (-1, G, *x.shape[1:])), readout.stacked(needed))
+      state_nBLD = None if c.independent else inputs_of_chain(own, m_nG)
+      carry, (found, down) = jax.lax.scan(back, carry, (own, m_nG, state_nBLD), reverse=c.kind != 'anticausal')
+      sums = jax.tree.map(lambda x_M, y_nG: x_M.at[np.array(needed)].set(y_nG.ravel()), sums, found)
+      down = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), down)
+    total, (dshared, dnorm_D, de_BTD), dstate_BLD = carry
+    dh_BLD = None if h_BLD is None else jnp.zeros_like(h_BLD)
+    if h_BLD is not None and run.active[0]:
+      total, found, dh_1BLD = read(total, h_BLD[None], jnp.zeros(1, jnp.int32))
+      sums, dh_BLD = jax.tree.map(lambda x_M, y_1: x_M.at[0].set(y_1[0]), sums, found), dh_1BLD[0]
+    dstart_D, dz_BLD = to_trunk((dstate_BLD, dh_BLD))
+    loss, dw_PVD = total
+    loss, dw_PVD = total
+    dw_VD, dz_BLD = jax.lax.optimization_barrier((summed(dw_PVD, 'VD'), dz_BLD))  # what is summed here is not kept for the trunk's sake
+  active_M = jnp.array(run.active)
+  return (loss, jax.tree.map(lambda x_M: jnp.where(active_M, x_M, 0), sums)), (Readout(readout.unstacked(needed, down, dshared), dnorm_D + dstart_D, dw_VD, c), dz_BLD, de_BTD)
+
+
+def _futures_backward(run: _Run, gradients, cotangents):
+  return *jax.tree.map(lambda x: cotangents[0].astype(x.dtype) * x, gradients), None, None
+
+
+_futures.defvjp(_futures_forward, _futures_backward)
+
+
+def _weighted(batch, m_G, futures: int, coefficient_M):
+  """Targets of some futures, the weight of each in the loss, and where they count: int32, float32, bool [G, B, L]."""
+  found = [(*targets(batch, m, futures), coefficient_M[m]) for m in m_G]
+  y, k, counted = zip(*((y_BL, jnp.where(counted_BL, k, 0.0), counted_BL) for y_BL, counted_BL, k in found))
+  return jnp.stack(y), jnp.stack(k), jnp.stack(counted)
+
+
+def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_GBLD, w_VD, y_GBL, k_GBL, counted_GBL, dw_PVD=None):
+  """Weighted cross-entropy of G futures, and its gradients in the same walk over chunks of (future, position).
+
+  Args:
+    h_GBLD: normed states. w_VD: the unembedding, in the same type.
+    y_GBL: targets. k_GBL: weight of each in the loss, 0 where it does not count. counted_GBL: where it does.
+    dw_PVD: float32, the gradient of the unembedding so far, each part that of its own tokens; None computes no gradient.
+
+  Returns:
+    (float32 loss, Sums of G, gradient of h_GBLD or None, dw_PVD with this one's added or None).
   """
-  def step(total, inputs):
-    h_BLD, y_BL, counted_BL = inputs
-    logits_BLV = einsum('BLD,VD->BLV', h_BLD, unembed_VD.astype(h_BLD.dtype), jnp.float32)
-    hit_BLV = jnp.arange(logits_BLV.shape[-1]) == y_BL[..., None]
-    nats_BL = jax.nn.logsumexp(logits_BLV, -1) - jnp.sum(logits_BLV, -1, where=hit_BLV)
-    correct_BL = jnp.argmax(logits_BLV, -1) == y_BL
-    return total + Sums(jnp.sum(nats_BL, where=counted_BL), jnp.sum(correct_BL, where=counted_BL, dtype=jnp.int32),
-                        jnp.sum(counted_BL, dtype=jnp.int32)), None
+  G, B, L, _ = h_GBLD.shape
+
+  def step(dw_PVD, inputs):
+    h_PTD, y_PT, k_PT, counted_PT = inputs
+    logits_PTV = capped(einsum('PTD,VD->PTV', h_PTD, w_VD, jnp.float32), c)
+    top_PT = jnp.max(logits_PTV, -1)
+    e_PTV = jnp.exp(logits_PTV - top_PT[..., None])
+    sum_PT = jnp.sum(e_PTV, -1)
+    lse_PT = top_PT + jnp.log(sum_PT)
+    ids_V = jnp.arange(logits_PTV.shape[-1])
+    hit_PTV = ids_V == y_PT[..., None]
+    nats_PT = lse_PT - jnp.sum(logits_PTV, -1, where=hit_PTV)
+    correct_PT = jnp.min(jnp.where(logits_PTV == top_PT[..., None], ids_V, len(ids_V)), -1) == y_PT  # the first of equals
+    sums = Sums(jnp.sum(nats_PT, where=counted_PT), jnp.sum(correct_PT, where=counted_PT, dtype=jnp.int32), jnp.sum(counted_PT, dtype=jnp.int32))
+    loss = jnp.sum(k_PT * (nats_PT + o.z_loss * lse_PT**2), where=counted_PT)
+    if dw_PVD is None:
+      return None, (loss, sums, None)
+    slope_PT = k_PT * (1 + 2 * o.z_loss * lse_PT) / sum_PT
+    g_PTV = slope_PT[..., None] * e_PTV - jnp.where(hit_PTV, k_PT[..., None], 0.0)
+    if c.logit_cap:
+      g_PTV *= 1 - (logits_PTV / c.logit_cap)**2
+    g_PTV = g_PTV.astype(h_PTD.dtype)
+    return dw_PVD + einsum('PTV,PTD->PVD', g_PTV, h_PTD, jnp.float32), (loss, sums, einsum('PTV,VD->PTD', g_PTV, w_VD))
 
   with jax.named_scope('loss'):
-    zero = Sums(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-    inputs = tuple(_chunks(x, chunk) for x in (h_BLD, y_BL, counted_BL))
-    return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), zero, inputs)[0]
+    dw_PVD, (loss_n, sums_n, dh_nPTD) = jax.lax.scan(step, dw_PVD, tuple(chunked(x, o.chunk) for x in (h_GBLD, y_GBL, k_GBL, counted_GBL)))
+    sums_G = jax.tree.map(lambda x_n: jnp.sum(jnp.reshape(x_n, (G, -1)), 1), sums_n)
+    return jnp.sum(loss_n), sums_G, None if dh_nPTD is None else whole(dh_nPTD, G, B, L), dw_PVD
 
 
-def _chunks(x_BL, chunk: int):
-  """[B, L, ...] -> [L/chunk, B, chunk, ...]; under context parallelism each chunk is spread over the axis like L was."""
-  B, L, *rest = x_BL.shape
-  mesh = jax.sharding.get_abstract_mesh()
-  parts = 1 if mesh.empty else mesh.shape['context']
-  n, tail = L // (parts * chunk), 'r' * len(rest)
-  x_BLnc = jnp.reshape(x_BL, (B, parts, n, chunk, *rest), **out('BLnc' + tail))
-  return jnp.reshape(jnp.moveaxis(x_BLnc, 2, 0), (n, B, parts * chunk, *rest), **out('nBL' + tail))
+def chunked(x_GBL, chunk: int):
+  """[G, B, L, ...] -> [n, P, T, ...]: each part's tokens, at most `chunk` at a time and in equal chunks; the last ones are filled up."""
+  x_GPT = jnp.stack([parted(x_BL) for x_BL in x_GBL])
+  G, P, T, *rest = x_GPT.shape
+  n = -(-T // chunk)
+  size, tail = -(-T // n), 'r' * len(rest)
+  x_GPT = jnp.pad(x_GPT, [(0, 0), (0, 0), (0, n * size - T), *[(0, 0)] * len(rest)])
+  x_GPnT = jnp.reshape(x_GPT, (G, P, n, size, *rest), **out('gPnt' + tail))
+  return jnp.reshape(jnp.moveaxis(x_GPnT, 2, 1), (G * n, P, size, *rest), **out('nPt' + tail))
+
+
+def whole(x_nPT, G: int, B: int, L: int):
+  """The inverse of `chunked`: [G, B, L, ...]."""
+  n, P, size, *rest = x_nPT.shape
+  tail = 'r' * len(rest)
+  x_GnPT = jnp.reshape(x_nPT, (G, n // G, P, size, *rest), **out('gnPt' + tail))
+  x_GPT = jnp.reshape(jnp.moveaxis(x_GnPT, 1, 2), (G, P, n // G * size, *rest), **out('gPt' + tail))
+  return jnp.stack([joined(x_PT[:, :B * L // P], B) for x_PT in x_GPT])

@@ -2,6 +2,7 @@
 
     B batch  L length (queries)  S source length (keys)  D width  C two states side by side (2D)  H query heads
     G key/value heads  K head width  F feed-forward width  V vocabulary  N trunk layers (stacked)  M futures (stacked)
+    P parts of a batch, one for each device that holds other tokens  T tokens of a part
 
 `x_BLD` is a float array of batch x length x width, `einsum('BLD,DHK->BLHK', x_BLD, wq_DHK)` contracts it, and
 `spec('BLHK')` says where the result lives on a mesh with the axes data, fsdp, context, tensor and expert. A parameter's name
@@ -18,7 +19,7 @@ from mtp_jax.config import BadInput, MeshConfig
 
 AXES = ('data', 'fsdp', 'context', 'tensor', 'expert')
 RULES = {'B': ('data', 'fsdp'), 'L': ('context',), 'D': ('fsdp',), 'C': ('fsdp',), 'H': ('tensor',), 'G': ('tensor',),
-         'F': ('tensor',), 'V': ('tensor',), 'E': ('expert',)}
+         'F': ('tensor',), 'V': ('tensor',), 'E': ('expert',), 'P': ('data', 'fsdp', 'context')}
 
 
 def spec(letters: str) -> PartitionSpec:
@@ -99,11 +100,62 @@ def _einsum_backward(subscripts, dtype, operands, gradient):
 einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
-def lookup(table_VD, ids_BL):
-  """Rows of a table: float[B, L, D]."""
-  return table_VD.at[ids_BL].get(**out('BLD'))
+def lookup(table_VD, ids_BL, letters: str, dtype):
+  """Rows of a table: dtype[B, L, D]. Its gradient adds up in float32.
+
+  The table stays where it is: each device looks up its share of the width for the rows of all that share a batch, and what is
+  exchanged is rows, here and in the backward pass.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return table_VD[ids_BL].astype(dtype)
+  rows, length, _ = spec(letters)
+  whole = PartitionSpec(tuple(axis for axis in rows if axis != 'fsdp'), length)
+  x_BLD = table_VD.at[jax.sharding.reshard(ids_BL, whole)].get(out_sharding=PartitionSpec(*whole, 'fsdp'))
+  return place(x_BLD.astype(dtype), letters)
 
 
 def place(x, letters: str):
   """Moves an array to where its letters say."""
   return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec(letters))
+
+
+def summed(x_PVD, letters: str):
+  """The sum over parts, which leaves each device with the share that `letters` give it: one reduce-scatter. [P, ...] -> [...]."""
+  if parts() == 1:
+    return place(x_PVD[0], letters)
+  shared = spec(letters)
+  def local(x_1VD):
+    x_VD = jax.lax.psum_scatter(x_1VD[0], 'fsdp', scatter_dimension=shared.index('fsdp'), tiled=True)
+    return jax.lax.psum(x_VD, ('data', 'context'))
+  return jax.shard_map(local, in_specs=spec('P' + letters), out_specs=shared, check_vma=False)(x_PVD)
+
+
+def parts() -> int:
+  """P: how many devices hold other tokens than their neighbours."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape['data'] * mesh.shape['fsdp'] * mesh.shape['context']
+
+
+def parted(x_BL):
+  """[B, L, ...] -> [P, T, ...]: the tokens of each device in a row of their own. Moves nothing between devices."""
+  B, L, *rest = x_BL.shape
+  if parts() == 1:
+    return jnp.reshape(x_BL, (1, B * L, *rest), **out('PT' + 'r' * len(rest)))
+  c, tail = jax.sharding.get_abstract_mesh().shape['context'], 'r' * len(rest)
+  b, (rows, length) = parts() // c, spec('BL')
+  to = lambda *dims: {'out_sharding': PartitionSpec(*dims, *[None] * len(rest))}
+  x = jnp.reshape(x_BL, (b, B // b, c, L // c, *rest), **to(rows, None, length, None))
+  return jnp.reshape(jnp.moveaxis(x, 2, 1), (b * c, B // b * (L // c), *rest), **out('PT' + tail))
+
+
+def joined(x_PT, B: int):
+  """The inverse of `parted`: [P, T, ...] -> [B, L, ...]."""
+  P, T, *rest = x_PT.shape
+  L = P * T // B
+  if parts() == 1:
+    return jnp.reshape(x_PT, (B, L, *rest), **out('BL' + 'r' * len(rest)))
+  c = jax.sharding.get_abstract_mesh().shape['context']
+  b, (rows, length) = P // c, spec('BL')
+  to = lambda *dims: {'out_sharding': PartitionSpec(*dims, *[None] * len(rest))}
+  x = jnp.reshape(x_PT, (b, c, B // b, L // c, *rest), **to(rows, length, None, None))
+  return jnp.reshape(jnp.moveaxis(x, 1, 2), (B, L, *rest), **to(rows, length))

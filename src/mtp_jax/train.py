@@ -4,6 +4,7 @@
 
 The step sums the gradients of its microbatches, each weighted by counts over the whole batch, so that accumulation changes
 nothing but memory. A step whose loss or gradient is not finite leaves parameters, moments and their counters as they were.
+A future whose weight is exactly 0 is not computed at all: a stage of the schedule is a compiled step of its own.
 """
 import contextlib
 import dataclasses
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mtp_jax import checkpoint, data, metrics, objective, optimizer, tokenizer
+from mtp_jax import acceptance, checkpoint, data, metrics, objective, optimizer, tokenizer
 from mtp_jax.config import BadInput, Config
 from mtp_jax.model import Model, conventions
 from mtp_jax.progress import Display, Interrupts, Speed, numbers
@@ -47,37 +48,46 @@ def init(config: Config, key) -> State:
 
 def abstract(config: Config, mesh) -> State:
   """The shapes, types and shardings of a state; computes nothing. Call it under `jax.set_mesh(mesh)`."""
-  shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+  shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
   on_mesh = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec if x.shape else jax.P()))
   return jax.tree.map(on_mesh, shapes)
 
 
-def step(config: Config, state: State, batch, byte_length_V) -> tuple[State, dict]:
-  """One optimizer step.
+def gradients(config: Config, model: Model, batch, weight_M, active: tuple[bool, ...], loss=objective.loss):
+  """Of the loss over a whole batch, in config.train.accumulate microbatches: (float32 loss, Sums, a Model of gradients).
 
   Args:
     batch: int32[B, L + M], rows over (data, fsdp).
-    byte_length_V: int32, bytes that each id stands for.
+    weight_M: float32, the weight of each future.
+    active: futures that are computed at all.
+    loss: with the arguments and results of `objective.loss`.
+  """
+  M, k = config.model.futures, config.train.accumulate
+  coefficient_M = weight_M / jnp.maximum(objective.counts(batch, M), 1)
+  gradient = jax.value_and_grad(lambda model, batch: loss(model, batch, coefficient_M, config.objective, active), has_aux=True)
+
+  def microbatch(total, batch):
+    (loss, sums), grads = gradient(model, batch)
+    return jax.tree.map(jnp.add, total, (loss, sums, grads)), None
+
+  if k == 1:
+    (loss, sums), grads = gradient(model, batch)
+    return loss, sums, grads
+  zeros_M = jnp.zeros(M, jnp.int32)
+  nothing = (jnp.zeros(()), objective.Sums(jnp.zeros(M), zeros_M, zeros_M), jax.tree.map(jnp.zeros_like, model))
+  return jax.lax.scan(microbatch, nothing, jax.tree.map(functools.partial(_split, k=k), batch))[0]
+
+
+def step(config: Config, state: State, batch, byte_length_V, weight_M, active: tuple[bool, ...], loss=objective.loss) -> tuple[State, dict]:
+  """One optimizer step.
+
+  Args:
+    byte_length_V: int32, bytes that each id stands for. The others are those of `gradients`.
 
   Returns:
     The next state, and metrics: scalars and [M] arrays, each a sum divided once by its count; nan where nothing counted.
   """
-  M, k = config.model.futures, config.train.accumulate
-  count_M = objective.counts(batch, M)
-  coefficient_M = jnp.asarray(config.objective.weights_M(M)) / jnp.maximum(count_M, 1)
-  gradient = jax.value_and_grad(functools.partial(objective.loss, chunk=config.objective.chunk), has_aux=True)
-
-  def microbatch(total, batch):
-    (loss, sums), grads = gradient(state.model, batch, coefficient_M)
-    return jax.tree.map(jnp.add, total, (loss, sums, grads)), None
-
-  if k == 1:
-    (loss, sums), grads = gradient(state.model, batch, coefficient_M)
-  else:
-    zeros_M = jnp.zeros(M, jnp.int32)
-    nothing = (jnp.zeros(()), objective.Sums(jnp.zeros(M), zeros_M, zeros_M), jax.tree.map(jnp.zeros_like, state.model))
-    (loss, sums, grads), _ = jax.lax.scan(microbatch, nothing, jax.tree.map(functools.partial(_split, k=k), batch))
-
+  loss, sums, grads = gradients(config, state.model, batch, weight_M, active, loss)
   with jax.named_scope('update'):
     transform = optimizer.make(config.optimizer, config.train.steps)
     updates, moments = transform.update(grads, state.optimizer, state.model)
@@ -91,8 +101,11 @@ def step(config: Config, state: State, batch, byte_length_V) -> tuple[State, dic
       'loss': loss,
       'nats': sums.nats_M / sums.count_M,
       'accuracy': sums.correct_M / sums.count_M,
+      'nats_sum': sums.nats_M,
+      'correct': sums.correct_M,
       'count': sums.count_M,
-      'bits_per_byte': sums.nats_M[0] / math.log(2) / target_bytes(batch, byte_length_V, M),
+      'weight': weight_M,
+      'bits_per_byte': jnp.where(active[0], sums.nats_M[0] / math.log(2) / target_bytes(batch, byte_length_V, config.model.futures), jnp.nan),
       'gradient_norm': norm,
       'update_norm': jnp.where(ok, optax.tree.norm(updates), 0.0),
       'learning_rate': jnp.asarray(optimizer.schedule(config.optimizer, config.train.steps)(state.optimizer[-1].count), jnp.float32),
@@ -113,30 +126,57 @@ def target_bytes(batch, byte_length_V, futures: int):
   return jnp.sum(byte_length_V.at[y_BL].get(**out('BL')), where=counted_BL, dtype=jnp.int32)
 
 
-def compiled_step(config: Config):
-  """`step`, jitted; the state is donated."""
-  return jax.jit(functools.partial(step, config), donate_argnums=0)
+def compiled_step(config: Config, loss=objective.loss):
+  """advance(state, batch, byte_length_V, fraction) -> (state, metrics): `step` with the weights at that fraction of training.
+
+  Jitted once for each set of futures whose weight is not 0; the state is donated.
+  """
+  jitted = jax.jit(functools.partial(step, config, loss=loss), donate_argnums=0, static_argnames='active')
+
+  def advance(state: State, batch, byte_length_V, fraction: float):
+    weights = config.objective.weights_M(config.model.futures, fraction)
+    return jitted(state, batch, byte_length_V, np.float32(weights), active=tuple(weight > 0 for weight in weights))
+  return advance
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _evaluate_step(config: Config, model: Model, batch, byte_length_V):
-  M = config.model.futures
-  return objective.loss(model, batch, jnp.zeros(M), config.objective.chunk)[1], target_bytes(batch, byte_length_V, M)
+def _evaluate_step(config: Config, model: Model, batch, byte_length_V, allowed_V):
+  c, o = config.model, config.objective
+  readout = model.readout()
+  h_MBLD = readout.map(lambda m, h_BLD: h_BLD, *objective.states(model, batch))
+  y_MBL, counted_MBL = jax.tree.map(lambda *x: jnp.stack(x), *(objective.targets(batch, m, c.futures) for m in range(c.futures)))
+  sums = objective.cross_entropy(c, o, h_MBLD, readout.table(), y_MBL, counted_MBL.astype(jnp.float32), counted_MBL)[1]
+  return sums, target_bytes(batch, byte_length_V, c.futures), acceptance.drafts(c, h_MBLD, readout.table(), batch, allowed_V, o.chunk)
 
 
-def evaluate(config: Config, model: Model, batches, byte_length_V, mesh) -> dict:
-  """Over held-out batches: nats, accuracy and count of each future, bits per byte of future 0.
+def evaluate(config: Config, model: Model, batches, byte_length_V, allowed_V, mesh) -> dict:
+  """Over held-out batches, one entry a future: nats and accuracy, and the sums they are made of; bits per byte of future 0; and, greedily
+  and at temperature 1, one entry a draft depth: acceptance; one entry a draft length from 0 on: tokens per forward (see `acceptance`).
+
+  Args:
+    allowed_V: bool, ids that a decoder may emit.
 
   Sums, divided once, in float64; nan for a future that no held-out document is long enough for.
   """
-  M = config.model.futures
-  nats, correct, count, size = np.zeros(M), np.zeros(M, int), np.zeros(M, int), 0
+  total = None
   for batch in batches:
-    sums, bytes_ = jax.device_get(_evaluate_step(config, model, put(batch, mesh), byte_length_V))
-    nats, correct, count, size = nats + sums.nats_M, correct + sums.correct_M, count + sums.count_M, size + int(bytes_)
+    found = jax.tree.map(np.float64, jax.device_get(_evaluate_step(config, model, put(batch, mesh), byte_length_V, allowed_V)))
+    total = found if total is None else jax.tree.map(np.add, total, found)
+  sums, size, drafts = total
   with np.errstate(divide='ignore', invalid='ignore'):
-    return {'nats': (nats / count).tolist(), 'accuracy': (correct / count).tolist(), 'count': count.tolist(),
-            'bits_per_byte': float(np.float64(nats[0]) / math.log(2) / size)}
+    by_way = {}
+    for way, forwards_M, offered_K, accepted_K in zip(acceptance.WAYS, drafts.forwards_WM, drafts.offered_WK, drafts.accepted_WK):
+      by_way |= {f'acceptance_{way}': (accepted_K / offered_K).tolist(), f'tokens_per_forward_{way}': (drafts.tokens / forwards_M).tolist()}
+    return {'nats': (sums.nats_M / sums.count_M).tolist(), 'accuracy': (sums.correct_M / sums.count_M).tolist(), 'nats_sum': sums.nats_M.tolist(),
+            'correct': sums.correct_M.astype(int).tolist(), 'count': sums.count_M.astype(int).tolist(),
+            'bits_per_byte': float(sums.nats_M[0] / math.log(2) / size), **by_way}
+
+
+def emitted(config: Config, tokens) -> np.ndarray:
+  """bool[V]: ids that a decoder may emit, whatever stands for bytes, and eos."""
+  allowed_V = byte_lengths(config, tokens) > 0
+  allowed_V[tokens.eos] = True
+  return allowed_V
 
 
 def put(batch, mesh):
@@ -223,13 +263,13 @@ class _Run:
       self.batches.set_state(record['data'])
     else:
       self.state = jax.jit(functools.partial(init, config))(jax.random.key(t.seed))
-    self.step = record['step'] if record else 0
+    self.step, self.active = record['step'] if record else 0, ()
     self.record = {'config': config.to_dict(), 'conventions': conventions(config.model), 'tokenizer': tokens.digest,
                    'fingerprint': prepared.fingerprint}
     self.byte_length_V = jax.device_put(byte_lengths(config, tokens), jax.NamedSharding(mesh, jax.P()))
+    self.allowed_V = emitted(config, tokens)
     self.compiled = compiled_step(config)
-    self.speed = Speed(self.step, t.batch * config.data.length, metrics.flops_per_token(self.state.model, config.data.length)['total'],
-                       metrics.peak_flops() * mesh.size)
+    self.speed = Speed(self.step, t.batch * config.data.length, 0, metrics.peak_flops() * mesh.size)
     self.writer = checkpoint.Writer(workdir, t.checkpoints_kept)
     self.log = metrics.Log(workdir, self.step, t.tensorboard)
     (workdir / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
@@ -239,10 +279,21 @@ class _Run:
     """Starts the next step; while it runs, records the one before."""
     with self.speed.waiting():
       batch = put(next(self.batches), self.mesh)
-    self.state, found = self.compiled(self.state, batch, self.byte_length_V)
+    self._enter_stage()
+    self.state, found = self.compiled(self.state, batch, self.byte_length_V, self.step / self.config.train.steps)
     self.step += 1
     self._record_last()
     self.unrecorded = self.step, found, batch
+
+  def _enter_stage(self) -> None:
+    """Notes which futures the next step computes: its FLOPs, and a line when they change."""
+    weights = self.config.objective.weights_M(self.config.model.futures, self.step / self.config.train.steps)
+    active = tuple(weight > 0 for weight in weights)
+    if active != self.active:
+      self.speed.flops_per_token = metrics.flops_per_token(self.state.model, self.config.data.length, active)['total']
+      if not all(active) or self.active:
+        self.display.line(f'step {self.step + 1}: futures {" ".join(str(m) for m, a in enumerate(active) if a)} are computed, the others have weight 0')
+      self.active = active
 
   def _record_last(self) -> None:
     if self.unrecorded is None:
@@ -283,10 +334,11 @@ class _Run:
     n = self.config.train.evaluate_rows
     with self.speed.paused():
       batches = data.validation_batches(self.held_out, n, n, jax.process_index(), jax.process_count())
-      found = self.validation = evaluate(self.config, self.state.model, batches, self.byte_length_V, self.mesh)
+      found = self.validation = evaluate(self.config, self.state.model, batches, self.byte_length_V, self.allowed_V, self.mesh)
     self.log.write(self.step, 'validation', found)
     self.display.line(f'step {self.step} validation: {found["bits_per_byte"]:.4f} bits per byte, '
-                      f'nats {numbers(found["nats"])}, accuracy {numbers(found["accuracy"])}')
+                      f'nats {numbers(found["nats"])}, accuracy {numbers(found["accuracy"])}'
+                      + (f', acceptance {numbers(found["acceptance_greedy"])}' if found['acceptance_greedy'] else ''))
 
   def save(self) -> None:
     """Starts to write a checkpoint of this step."""
