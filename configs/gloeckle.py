@@ -2,7 +2,7 @@
 
     --config=configs/gloeckle.py:7b,4      four parallel futures        --config=configs/gloeckle.py:7b,1      the next-token twin
 
-Equal parameters: M futures take M blocks from the trunk. Feed-forward width 8/3 of the width, up to a multiple of 32 (the paper gives
+Equal parameters: M futures take M blocks from the trunk. Feed-forward width 8/3 of the width, up to a multiple of 256 (the paper gives
 none; 12 x layers x width^2 non-embedding parameters are its own count), vocabulary 32,000.
 
 parameters   0.3b 292 M, 0.6b 613 M, 1.3b 1.34 B, 3b 3.0 B, 7b 6.7 B, 13b 12.9 B
@@ -21,7 +21,7 @@ def get_config(which: str = '0.3b,4'):
   width, layers, heads, steps, warmup = SHAPES[size]
   return Config(
       model=ModelConfig(vocab=32_000, width=width, layers=layers, heads=heads, kv_heads=heads, head_width=width // heads,
-                        feed_forward=-(-8 * width // 96) * 32, futures=int(futures), dtype='bfloat16', remat='full'),
+                        feed_forward=-(-8 * width // 768) * 256, futures=int(futures), dtype='bfloat16', remat='full'),
       data=DataConfig(length=4096),
       optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=warmup, final_ratio=0.03),
       train=TrainConfig(steps=steps, batch=2048, evaluate_rows=2048),

@@ -10,7 +10,7 @@ import typing
 import ml_collections
 import pytest
 
-from mtp_jax.config import SECTIONS, BadInput, Config, ModelConfig, ObjectiveConfig, OptimizerConfig
+from mtp_jax.config import SECTIONS, BadInput, Config, ModelConfig, ObjectiveConfig, OptimizerConfig, forward_curriculum, reverse_curriculum, weight_at
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / 'configs').glob('*.py'))
 
@@ -30,7 +30,7 @@ WRONG = {
     'int where bool': ({'model': {'share_modules': 1}}, 'config.model.share_modules=1', 'must be of type bool, not int'),
     'nothing where int': ({'mesh': {'fsdp': None}}, 'config.mesh.fsdp=None', 'must be of type int, not NoneType'),
     'text where tuple': ({'data': {'paths': 'corpus'}}, "config.data.paths='corpus'", "must be a tuple, such as ('corpus',)"),
-    'text in a tuple of floats': ({'objective': {'weights': (1.0, 'a')}}, "config.objective.weights='a'", 'must be of type float, not str'),
+    'bool in a tuple of floats': ({'objective': {'weights': (1.0, True)}}, 'config.objective.weights=True', 'must be of type float, not bool'),
     'choice misspelt': ({'model': {'kind': 'paralel'}}, "config.model.kind='paralel'", "did you mean 'parallel'?"),
     'choice unlike any': ({'model': {'dtype': 'fp8'}}, "config.model.dtype='fp8'", 'valid names: float32, bfloat16'),
     'schedule': ({'optimizer': {'schedule': 'cosin'}}, "config.optimizer.schedule='cosin'", "did you mean 'cosine'?"),
@@ -46,8 +46,12 @@ WRONG = {
     'shared parallel futures': ({'model': {'share_modules': True}}, 'config.model.share_modules=True', "set config.model.kind='sequential'"),
     'too many weights': ({'objective': {'weights': (1, 1, 1, 1, 1)}}, 'config.objective.weights=(1.0, 1.0, 1.0, 1.0, 1.0)', 'needs 1 to 4 numbers'),
     'no weights': ({'objective': {'weights': ()}}, 'config.objective.weights=()', 'needs 1 to 4 numbers'),
-    'weights all zero': ({'objective': {'weights': (0, 0)}}, 'config.objective.weights=(0.0, 0.0)', 'not all 0'),
-    'chunk and length': ({'objective': {'chunk': 100}}, 'config.objective.chunk=100', 'must divide config.data.length / config.mesh.context = 256'),
+    'weights all zero': ({'objective': {'weights': (0, 0)}}, 'config.objective.weights=(0.0, 0.0)', 'must not all be 0 at once'),
+    'chunk of nothing': ({'objective': {'chunk': 0}}, 'config.objective.chunk=0', 'must be at least 1'),
+    'negative z-loss': ({'objective': {'z_loss': -1e-4}}, 'config.objective.z_loss=-0.0001', 'must not be negative'),
+    'negative cap': ({'model': {'logit_cap': -30.0}}, 'config.model.logit_cap=-30.0', 'must be positive, or 0 for none'),
+    'linear futures and head_batch': ({'model': {'kind': 'linear', 'head_batch': 3}}, 'config.model.futures=4', 'must be a multiple of config.model.head_batch=3'),
+    'shared chain': ({'model': {'kind': 'causal', 'share_modules': True}}, 'config.model.share_modules=True', "set config.model.kind='sequential'"),
     'all held out': ({'data': {'validation_share': 1.0}}, 'config.data.validation_share=1.0', 'must lie between 0 and 1'),
     'warm-up too long': ({'train': {'steps': 50}}, 'config.optimizer.warmup_steps=100', 'below config.train.steps=50'),
     'wsd too long': ({'optimizer': {'schedule': 'wsd', 'decay_share': 0.95}}, 'config.optimizer.decay_share=0.95', 'do not fit into the steps'),
@@ -60,17 +64,108 @@ WRONG = {
 }
 
 
+# weights, what is wrong with them
+WRONG_WEIGHTS = {
+    'a word': ((1.0, 'a'), "'a' is no number"),
+    'empty': (('',), "'nothing' is no number"),
+    'shape misspelt': (('1 stepp 0.5 0.1',), "'stepp' is no step, linear or cosine"),
+    'two numbers': (('1 0.5',), "'0.5' is no step, linear or cosine"),
+    'step over a stretch': (('1 step 0.2:0.4 0.1',), "'0.2:0.4' after step must be a fraction of training, such as 0.5"),
+    'linear at a point': (('1 linear 0.5 0.1',), "'0.5' after linear must be two fractions of training, such as 0:0.5"),
+    'cosine at a point': (('1 cosine 0.5 0.1',), "'0.5' after cosine must be two fractions of training, such as 0:0.5"),
+    'no place': (('1 step',), "'' is no number"),
+    'no goal': (('1 step 0.5',), "'' is no number"),
+    'goal is a word': (('1 step 0.5 low',), "'low' is no number"),
+    'place is a word': (('1 step half 0.1',), "'half' is no number"),
+    'half a stretch': (('1 linear 0.5: 0.1',), "'' is no number"),
+    'backwards': (('1 step 0.5 0.1 step 0.2 1',), 'fractions of training must rise from 0 to 1'),
+    'overlapping': (('1 linear 0:0.5 2 linear 0.4:0.8 1',), 'fractions of training must rise from 0 to 1'),
+    'a stretch backwards': (('1 linear 0.6:0.4 2',), 'fractions of training must rise from 0 to 1'),
+    'a stretch of nothing': (('1 cosine 0.5:0.5 2',), 'fractions of training must rise from 0 to 1'),
+    'past the end': (('1 step 1.5 2',), 'fractions of training must rise from 0 to 1'),
+    'before the start': (('1 step -0.5 2',), 'fractions of training must rise from 0 to 1'),
+    'nowhere': (('1 step nan 2',), 'fractions of training must rise from 0 to 1'),
+    'negative': ((1.0, -0.5), 'must be finite and not negative'),
+    'negative start': (('-1 step 0.5 1',), 'must be finite and not negative'),
+    'negative goal': (('1 step 0.5 -1',), 'must be finite and not negative'),
+    'infinite': ((float('inf'),), 'must be finite and not negative'),
+    'infinite goal': (('1 step 0.5 inf',), 'must be finite and not negative'),
+    'no number': (('nan',), 'must be finite and not negative'),
+    'all 0 from a step on': (('1 step 0.5 0', 0), 'must not all be 0 at once'),
+    'all 0 at the start': (('0 linear 0:0.5 1',), 'must not all be 0 at once'),
+    'all 0 after a fall': (('1 cosine 0:0.5 0',), 'must not all be 0 at once'),
+    'all 0 at one moment': (('1 linear 0:0.5 0', '0 linear 0.5:1 1'), 'must not all be 0 at once'),
+    'all 0 for a while': (('1 step 0.3 0', '0 step 0.4 1'), 'must not all be 0 at once'),
+}
+
+
+@pytest.mark.parametrize('weights, what', WRONG_WEIGHTS.values(), ids=WRONG_WEIGHTS)
+def test_wrong_weights_are_refused_in_one_line_that_says_why(weights, what):
+  with pytest.raises(BadInput) as error:
+    Config(objective=ObjectiveConfig(weights=weights))
+  message = str(error.value)
+  assert message.startswith('config.objective.weights=(') and what in message and '\n' not in message
+  assert ('write a number, or such as' in message) == (not what.startswith('must'))
+
+
+PATHS = {
+    0.7: {0: 0.7, 0.5: 0.7, 1: 0.7},
+    '2': {0: 2, 0.5: 2, 1: 2},
+    '0.3 step 0.676 0.1': {0: 0.3, 0.675: 0.3, 0.676: 0.1, 1: 0.1},
+    '0 linear 0:0.5 1': {0: 0, 0.125: 0.25, 0.25: 0.5, 0.5: 1, 0.9: 1},
+    '1 cosine 0:1 0': {0: 1, 0.25: (2 + 2**0.5) / 4, 0.5: 0.5, 0.75: (2 - 2**0.5) / 4, 1: 0},
+    '1 cosine 0.25:0.75 0.5': {0: 1, 0.25: 1, 0.5: 0.75, 0.75: 0.5, 1: 0.5},
+    '0 step 0.25 1 step 0.5 0': {0: 0, 0.24: 0, 0.25: 1, 0.49: 1, 0.5: 0, 1: 0},
+    '1 linear 0:0.25 0 linear 0.5:1 2': {0: 1, 0.125: 0.5, 0.25: 0, 0.375: 0, 0.5: 0, 0.75: 1, 1: 2},
+    '1 linear 0:0.5 0 step 0.5 1': {0.25: 0.5, 0.49: 0.02, 0.5: 1, 1: 1},
+    '1 step 0 2': {0: 2, 1: 2},
+}
+
+
+@pytest.mark.parametrize('weight, values', PATHS.items(), ids=map(str, PATHS))
+def test_a_weight_follows_its_path(weight, values):
+  assert {fraction: weight_at(weight, fraction) for fraction in values} == pytest.approx(values, abs=1e-12)
+
+
+def test_weights_are_those_of_a_moment_and_the_last_one_repeats():
+  o = ObjectiveConfig(weights=(1.0, '0.3 step 0.676 0.1'))
+  assert [o.weights_M(4, fraction) for fraction in (0, 0.7)] == [(1.0, 0.3, 0.3, 0.3), (1.0, 0.1, 0.1, 0.1)]
+  assert o.weights_M(1, 0.7) == (1.0,)
+  assert Config(objective=o).objective == o
+
+
+@pytest.mark.parametrize('futures', range(1, 9))
+@pytest.mark.parametrize('steps', [7, 24, 100])
+def test_curricula_are_those_of_their_paper(futures, steps):
+  """k futures at epoch e of E, in whole numbers: floor(e / (E / k_max)) = e k_max // E."""
+  forward, reverse = (Config(model=ModelConfig(futures=futures, layers=9), objective=ObjectiveConfig(weights=curriculum(futures))).objective
+                      for curriculum in (forward_curriculum, reverse_curriculum))
+  for step in range(steps):
+    passed = step * futures // steps
+    for o, k in ((forward, min(futures, passed + 1)), (reverse, max(1, futures - passed))):
+      assert o.weights_M(futures, step / steps) == (1.0,) * k + (0.0,) * (futures - k)
+
+
+@pytest.mark.parametrize('kind, active, needed', [
+    ('parallel', (0, 1, 0, 1), [1, 3]), ('linear', (1, 0, 0, 1), [0, 3]), ('parallel', (0, 0, 0, 0), []),
+    ('causal', (0, 1, 0, 0), [0, 1]), ('causal', (1, 0, 0, 1), [0, 1, 2, 3]), ('anticausal', (0, 1, 0, 0), [1, 2, 3]), ('anticausal', (0, 0, 0, 1), [3]),
+    ('sequential', (0, 0, 1, 0), [1, 2]), ('sequential', (1, 0, 0, 0), []), ('sequential', (1, 1, 1, 1), [1, 2, 3]),
+])
+def test_a_future_needs_its_head_and_in_a_chain_all_that_it_hangs_from(kind, active, needed):
+  assert ModelConfig(kind=kind).needed(tuple(map(bool, active))) == needed
+
+
 def test_the_defaults_are_valid():
   assert Config.from_dict({}) == Config()
 
 
 def test_a_config_survives_json():
-  config = Config(objective=ObjectiveConfig(weights=(1.0, 0.3)), model=ModelConfig(kind='sequential'))
+  config = Config(objective=ObjectiveConfig(weights=(1.0, '0 step 0.5 0.3')), model=ModelConfig(kind='sequential'))
   assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_a_config_survives_ml_collections():
-  config = Config(objective=ObjectiveConfig(weights=(1.0, 0.3)), model=ModelConfig(kind='sequential'))
+  config = Config(objective=ObjectiveConfig(weights=(1.0, '0 step 0.5 0.3')), model=ModelConfig(kind='sequential'))
   values = config.to_config_dict()
   assert isinstance(values, ml_collections.ConfigDict) and values.is_locked
   assert Config.from_dict(values) == Config.from_dict(values.to_dict()) == config
@@ -106,6 +201,10 @@ def test_the_last_weight_repeats():
     ({}, 4, 4),
     ({'placement': 'appended'}, 7, 4),
     ({'futures': 1}, 7, 1),
+    ({'kind': 'linear'}, 8, 4),
+    ({'kind': 'linear', 'placement': 'appended', 'futures': 1}, 8, 1),
+    ({'kind': 'causal'}, 4, 4),
+    ({'kind': 'anticausal', 'placement': 'appended'}, 7, 4),
     ({'kind': 'sequential'}, 5, 3),
     ({'kind': 'sequential', 'placement': 'appended'}, 8, 3),
     ({'kind': 'sequential', 'share_modules': True}, 7, 1),

@@ -108,6 +108,11 @@ BAD = {
     'draft too large': ([*GENERATE, '--draft=2'], 'draft=2: this model has 2 futures, so 0 to 1 can draft'),
     'negative temperature': ([*GENERATE, '--temperature=-1'], 'temperature=-1.0: must be 0 (greedy) or a positive number'),
     'no tokens': ([*GENERATE, '--max_tokens=0'], 'max_tokens=0: must be at least 1'),
+    'weight in other words': ([*TRAIN, "--config.objective.weights=(1, '0.3 until 0.5 0.1')"], "config.objective.weights=(1.0, '0.3 until 0.5 0.1'): 'until' is no step, linear or cosine"),
+    'against nothing': (['benchmark', 'train', '--config=tiny.py', '--against=nowhere.py'], '--against=nowhere.py: no such file'),
+    'against a config that raises': (['benchmark', 'train', '--config=tiny.py', '--against=raises.py'], '--against=raises.py: ZeroDivisionError'),
+    'plan without topology': (['plan', '--config=tiny.py'], '--topology: missing'),
+    'certify without config': (['certify'], '--config: missing'),
     'no steps': (['benchmark', 'train', '--config=tiny.py', '--steps=0'], '--steps=0: must be at least 1'),
     'no prompts': (['benchmark', 'decode', '--workdir=run', '--prompts=0'], '--prompts=0: must be at least 1'),
     'too many prompts': (['benchmark', 'decode', '--workdir=run', '--prompts=999'], 'but 999 prompts are wanted'),
@@ -179,8 +184,13 @@ def test_evaluate_prints_one_entry_a_future(run):
   found = last_line(run, 'evaluate', '--workdir=run')
   assert {'nats', 'accuracy', 'count', 'bits_per_byte'} <= found.keys() and found['step'] == 3
   assert [len(found[key]) for key in ('nats', 'accuracy', 'count')] == [2, 2, 2]
-  code, out, err = run('evaluate', '--workdir=run')
-  assert code == 0 and err == [] and out[0].split() == ['future', 'nats', 'accuracy', 'count'] and f'{found["bits_per_byte"]:.4f}' in out[-1]
+  assert [len(found[f'acceptance_{way}']) for way in ('greedy', 'sampled')] == [1, 1]
+  assert [len(found[f'{key}_{way}']) for key in ('tokens_per_forward', 'speed_up') for way in ('greedy', 'sampled')] == [2] * 4
+  assert found['tokens_per_forward_greedy'][0] == found['speed_up_greedy'][0] == 1 < found['tokens_per_forward_sampled'][1]
+  assert [x / n for x, n in zip(found['nats_sum'], found['count'])] == found['nats'] and [x / n for x, n in zip(found['correct'], found['count'])] == found['accuracy']
+  code, out, err = run('evaluate', '--workdir=run', '--nospeed')
+  assert code == 0 and err == [] and out[0].split() == ['future', 'nats', 'accuracy', 'count'] and f'{found["bits_per_byte"]:.4f}' in out[3]
+  assert out[-1].split()[0] == '1' and 'speed-up' not in ' '.join(out)
 
 
 def test_evaluate_says_when_the_documents_are_others(run, place):
@@ -225,5 +235,9 @@ def test_train_and_both_benchmarks_print_one_object(run, place):
   shutil.rmtree(place / 'new')
   found = last_line(run, 'benchmark', 'train', '--config=tiny.py', '--steps=2')
   assert {'seconds_to_first_step', 'step_seconds', 'tokens_per_second', 'mfu'} <= found.keys()
+  found = last_line(run, 'benchmark', 'train', '--config=tiny.py', '--against=tiny.py', '--steps=2')
+  assert found['flops_ratio'] == found['memory_ratio'] == 1 and found['time_ratio'] > 0 and found['config'].keys() == found['other'].keys()
+  found = last_line(run, 'benchmark', 'train', '--config=tiny.py', '--against=dense', '--steps=1')
+  assert found['flops_ratio'] == 1 and found['memory_ratio'] < 1
   found = last_line(run, 'benchmark', 'decode', '--workdir=run', '--prompts=2', '--prompt_tokens=8', '--max_tokens=8', '--repeats=1')
   assert [row['draft'] for row in found['drafts']] == [0, 1] and found['drafts'][0]['tokens_per_forward'] == 1.0

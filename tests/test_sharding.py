@@ -17,7 +17,7 @@ from mtp_jax.sharding import einsum, make_mesh, spec
 
 SUBSCRIPTS = sorted({found for path in pathlib.Path(mtp_jax.__file__).parent.glob('*.py') if path.name != 'sharding.py'
                      for found in re.findall(r"einsum\('([A-Za-z,]+->[A-Za-z]*)'", path.read_text())})
-SIZES = {'B': 4, 'L': 6, 'S': 10, 'D': 8, 'C': 16, 'H': 4, 'G': 2, 'K': 6, 'F': 12, 'V': 14, 'P': 4, 'T': 10, 'd': 8}
+SIZES = {'B': 4, 'L': 6, 'S': 10, 'D': 8, 'C': 16, 'H': 4, 'G': 2, 'K': 6, 'F': 12, 'V': 14, 'P': 4, 'T': 10, 'd': 8, 'M': 3}
 PARAMETERS = {
     'embed_VD': P('tensor', 'fsdp'), 'unembed_VD': P('tensor', 'fsdp'), 'final_norm_D': P(None),
     'attention_norm_D': P(None, None), 'mlp_norm_D': P(None, None), 'q_norm_K': P(None, None), 'k_norm_K': P(None, None),
@@ -44,6 +44,7 @@ def test_letters_choose_mesh_axes_and_the_first_to_ask_gets_one():
   assert spec('CD') == P('fsdp', None)
   assert spec('Vd') == P('tensor', None)
   assert spec('DB') == P('fsdp', 'data')
+  assert spec('PTV') == P(('data', 'fsdp', 'context'), None, 'tensor')
   assert spec('') == P()
 
 
@@ -93,6 +94,61 @@ def test_a_mesh_wants_no_more_devices_than_there_are():
   with pytest.raises(BadInput, match=r'config\.mesh: data 1 x fsdp 4 x context 1 x tensor 4 x expert 1 = 16 devices, but there are 8'):
     make_mesh(MeshConfig(fsdp=4, tensor=4))
   assert make_mesh(MeshConfig(fsdp=2)).size == 2
+
+
+MESHES = [MeshConfig(fsdp=4, tensor=2), MeshConfig(data=2, fsdp=2, context=2), MeshConfig(tensor=2), MeshConfig(data=2, fsdp=2, tensor=2)]
+
+
+@pytest.mark.parametrize('sizes', MESHES, ids=str)
+def test_parts_are_the_tokens_of_each_device_in_a_row_of_their_own_and_nothing_moves(sizes):
+  mesh, (B, L, D) = make_mesh(sizes), (8, 6, 3)
+  x_BLD = np.arange(B * L * D).reshape(B, L, D)
+  with jax.set_mesh(mesh):
+    placed = on_mesh(mesh, 'BLd', x_BLD)
+    there, back = jax.jit(sharding.parted), jax.jit(lambda x_PTD: sharding.joined(x_PTD, B))
+    x_PTD = there(placed)
+    again = back(x_PTD)
+    assert sharding.parts() == x_PTD.shape[0] == sizes.data * sizes.fsdp * sizes.context
+    assert not re.search('all-|collective|reduce-scatter', there.lower(placed).compile().as_text() + back.lower(x_PTD).compile().as_text())
+  np.testing.assert_array_equal(again, x_BLD)
+  for x, sent in ((x_PTD, placed), (again, x_PTD)):
+    for mine, theirs in zip(x.addressable_shards, sent.addressable_shards, strict=True):
+      assert mine.device == theirs.device
+      np.testing.assert_array_equal(mine.data.ravel(), theirs.data.ravel())
+  assert again.sharding.is_equivalent_to(placed.sharding, 3)
+
+
+def test_without_a_mesh_there_is_one_part():
+  x_BLD = np.arange(24).reshape(2, 4, 3)
+  np.testing.assert_array_equal(sharding.parted(x_BLD), x_BLD.reshape(1, 8, 3))
+  np.testing.assert_array_equal(sharding.joined(sharding.parted(x_BLD), 2), x_BLD)
+
+
+@pytest.mark.parametrize('letters', ['BLD', 'BtD'])
+@pytest.mark.parametrize('sizes', [MESHES[0], MESHES[1]], ids=str)
+def test_looked_up_rows_and_their_gradient_are_those_of_one_device(sizes, letters, assert_close):
+  rng, mesh = np.random.default_rng(0), make_mesh(sizes)
+  table_VD, ids_BL, g_BLD = rng.standard_normal((14, 8)).astype(np.float32), np.minimum(rng.integers(0, 28, (8, 6)), 13), rng.standard_normal((8, 6, 8))
+  wanted = np.zeros((14, 8))
+  np.add.at(wanted, ids_BL, g_BLD)
+
+  @functools.partial(jax.jit, static_argnums=3)
+  def run(table_VD, ids_BL, g_BLD, dtype):
+    x_BLD, back = jax.vjp(lambda table_VD: sharding.lookup(table_VD, ids_BL, letters, dtype), table_VD)
+    return x_BLD, back(g_BLD.astype(dtype))[0]
+
+  with jax.set_mesh(mesh):
+    placed = on_mesh(mesh, 'VD', table_VD), on_mesh(mesh, 'B' + letters[1], ids_BL), on_mesh(mesh, letters, g_BLD.astype(np.float32))
+    x_BLD, gradient = run(*placed, 'float32')
+    narrow = run(*placed, 'bfloat16')
+  np.testing.assert_array_equal(x_BLD, table_VD[ids_BL])
+  assert_close(gradient, wanted)
+  for x, like in ((x_BLD, placed[2]), (gradient, placed[0])):
+    assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
+  assert narrow[0].dtype == jnp.bfloat16
+  rounded = np.zeros((14, 8))
+  np.add.at(rounded, ids_BL, np.float64(g_BLD.astype(np.float32).astype(jnp.bfloat16)))
+  assert_close(narrow[1], rounded)  # each term is rounded to 8 bits, their sum is not
 
 
 def gradients(function, operands):

@@ -21,13 +21,16 @@ from test_checkpoint import experiment, random_state, same_bits
 import mtp_jax
 from mtp_jax import checkpoint, data, metrics, objective, tokenizer, train
 from mtp_jax.__main__ import main
-from mtp_jax.config import BadInput, Config, MeshConfig
+from mtp_jax.config import BadInput, Config, MeshConfig, ObjectiveConfig
 from mtp_jax.sharding import make_mesh
 
 SPEEDS = {'tokens_per_second', 'mfu', 'data_wait', 'eta_seconds'}  # all else in the log is a function of config and documents
 FAMILY = {
     'parallel': {},
     'sequential': {'model': {'kind': 'sequential', 'layers': 4, 'futures': 3}},
+    # from the fourth of six steps on: future 1 begins, future 2 ends
+    'staged parallel': {'model': {'layers': 5, 'futures': 3}, 'objective': {'weights': ('1 linear 0:1 0', '0 step 0.5 1', '0.5 step 0.5 0')}},
+    'staged sequential': {'model': {'kind': 'sequential', 'layers': 4, 'futures': 3}, 'objective': {'weights': ('1 linear 0:1 0', '0 step 0.5 1', '0.5 step 0.5 0')}},
 }
 
 
@@ -90,7 +93,8 @@ def test_a_run_writes_what_it_says(uninterrupted):
   assert [int(x) for x in (state.step, state.skipped, state.skipped_in_a_row, state.optimizer[1].count, state.optimizer[3].count)] == [6, 0, 0, 6, 6]
 
 
-@pytest.mark.parametrize('family, cuts', [('parallel', [3]), ('parallel', [5]), ('parallel', [2, 4, 6]), ('sequential', [2, 5])], ids=str)
+@pytest.mark.parametrize('family, cuts', [('parallel', [3]), ('parallel', [5]), ('parallel', [2, 4, 6]), ('sequential', [2, 5]),
+                                          ('staged parallel', [2]), ('staged parallel', [3]), ('staged parallel', [4]), ('staged sequential', [2, 4])], ids=str)
 def test_a_stopped_and_resumed_run_is_bitwise_the_uninterrupted_one(uninterrupted, tmp_path, family, cuts):
   config, workdir = uninterrupted(family)
   for cut in cuts:
@@ -100,6 +104,35 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_uninterrupted_one(uninterrupte
   assert (outcome.step, outcome.signal) == (6, 0)
   assert same_bits(state_of(config, tmp_path), state_of(config, workdir))
   assert log_of(tmp_path) == log_of(workdir)
+
+
+def test_a_stage_is_noted_and_the_log_has_weights_and_nothing_of_a_future_without(uninterrupted, tmp_path):
+  config, _ = uninterrupted('staged parallel')
+  lines = []
+  train.fit(config, tmp_path, note=lines.append)
+  assert [line for line in lines if 'are computed' in line] == [
+      'step 1: futures 0 2 are computed, the others have weight 0', 'step 4: futures 0 1 are computed, the others have weight 0']
+  training = [record for record in log_of(tmp_path) if record['kind'] == 'train']
+  validations = [record for record in log_of(tmp_path) if record['kind'] == 'validation']
+  wanted = [[1 - i / 6, 0, 0.5] if i < 3 else [1 - i / 6, 1, 0] for i in range(6)]
+  np.testing.assert_allclose([record['weight'] for record in training], wanted, rtol=1e-6)  # float32
+  for record, weights in zip(training, wanted, strict=True):
+    for key in ('nats', 'accuracy'):
+      assert [value is None for value in record[key]] == [weight == 0 for weight in weights]
+    assert [count == 0 for count in record['count']] == [weight == 0 for weight in weights]
+    assert record['loss'] == pytest.approx(sum(w * nats for w, nats in zip(weights, record['nats']) if w), rel=1e-5)
+  assert len(validations) == 3 and all(nats > 0 for record in validations for nats in record['nats'])  # which computes them all
+
+
+def test_a_head_whose_future_has_no_weight_yet_stays_as_it_was_drawn(folder, tmp_path):
+  config = experiment(folder, **FAMILY['staged parallel'], optimizer={'weight_decay': 0.0}, train={'evaluate_every': 0})
+  fit_to(config, tmp_path, 3)
+  with jax.set_mesh(make_mesh(config.mesh)):
+    start = jax.jit(functools.partial(train.init, config))(jax.random.key(config.train.seed)).model.futures
+  after = mtp_jax.load(tmp_path, 3).model.futures
+  for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(start)):
+    np.testing.assert_array_equal(a[1], b[1])
+    assert np.any(a[0] != b[0]) and np.any(a[2] != b[2])
 
 
 def test_a_run_that_ended_can_be_run_again(uninterrupted, tmp_path):
@@ -145,12 +178,12 @@ def poisoned(steps):
   def compiled_step(config):
     advance = original(config)
 
-    def step(state, batch, byte_length_V):
+    def step(state, batch, byte_length_V, fraction):
       if int(state.step) + 1 not in steps:
-        return advance(state, batch, byte_length_V)
+        return advance(state, batch, byte_length_V, fraction)
       state = jax.tree.map(jnp.copy, state)
       bad = jax.tree.map(jnp.copy, state)
-      following, found = advance(dataclasses.replace(bad, model=jax.tree.map(lambda x: x * math.inf, bad.model)), batch, byte_length_V)
+      following, found = advance(dataclasses.replace(bad, model=jax.tree.map(lambda x: x * math.inf, bad.model)), batch, byte_length_V, fraction)
       return dataclasses.replace(following, model=state.model), found
     return step
   return compiled_step
@@ -169,12 +202,12 @@ def test_a_non_finite_step_leaves_parameters_moments_and_counters_alone(folder):
     advance = train.compiled_step(config)
     byte_length_V = jnp.ones(config.model.vocab, jnp.int32)
     before = jax.tree.map(np.array, nan)
-    after, found = advance(nan, train.put(batch, mesh), byte_length_V)
+    after, found = advance(nan, train.put(batch, mesh), byte_length_V, 0.0)
     assert same_bits((after.model, after.optimizer), (before.model, before.optimizer))
     assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (6, 3, 2)
     assert math.isnan(found['loss']) and float(found['update_norm']) == 0
     before = jax.tree.map(np.array, state)
-    after, found = advance(state, train.put(batch, mesh), byte_length_V)  # a good step ends the row, and moves everything
+    after, found = advance(state, train.put(batch, mesh), byte_length_V, 0.0)  # a good step ends the row, and moves everything
     assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (6, 2, 0)
     assert all((np.asarray(a) != b).any() for a, b in zip(jax.tree.leaves((after.model, after.optimizer)), jax.tree.leaves((before.model, before.optimizer))))
 
@@ -255,7 +288,7 @@ def test_accumulation_changes_nothing_but_memory(folder):
   with jax.set_mesh(mesh):
     for k in (1, 2):
       c = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=k))
-      found[k] = jax.device_get(train.compiled_step(c)(jax.tree.map(jnp.copy, state), train.put(batch, mesh), byte_length_V))
+      found[k] = jax.device_get(train.compiled_step(c)(jax.tree.map(jnp.copy, state), train.put(batch, mesh), byte_length_V, 0.0))
   assert found[1][1]['count'].tolist() == found[2][1]['count'].tolist() and found[1][1]['count'][0] < 8 * 16
   for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(found[2])):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
@@ -269,8 +302,8 @@ def test_evaluation_divides_sums_once(folder):
   rows = data.Rows(prepared.validation, 16, 2, tokens.pad)
   byte_length_V = np.pad(tokens.byte_lengths, (0, 5))
   with jax.set_mesh(mesh):
-    found = train.evaluate(config, model, data.validation_batches(rows, 16), byte_length_V, mesh)
-    one = jax.jit(lambda batch: objective.loss(model, batch, jnp.zeros(2), 8)[1])
+    found = train.evaluate(config, model, data.validation_batches(rows, 16), byte_length_V, np.ones(264, bool), mesh)
+    one = jax.jit(lambda batch: objective.loss(model, batch, jnp.zeros(2), ObjectiveConfig(chunk=8))[1])
     sums = [jax.device_get(one(train.put({name: row[None] for name, row in rows[i].items()}, mesh))) for i in range(len(rows))]
   nats, correct, count = (sum(np.asarray(getattr(s, name), np.float64) for s in sums) for name in ('nats_M', 'correct_M', 'count_M'))
   assert found['count'] == count.tolist() and len(rows) % 16  # the last batch is filled up
@@ -286,7 +319,7 @@ def test_evaluation_on_a_mesh_is_that_on_one_device(folder):
     tokens, mesh = tokenizer.load('bytes'), make_mesh(mesh)
     rows = data.Rows(data.prepare(config.data, tokens).validation, 16, 2, tokens.pad)
     with jax.set_mesh(mesh):
-      found[mesh.size] = train.evaluate(config, random_state(config).model, data.validation_batches(rows, 16, 16), np.pad(tokens.byte_lengths, (0, 5)), mesh)
+      found[mesh.size] = train.evaluate(config, random_state(config).model, data.validation_batches(rows, 16, 16), np.pad(tokens.byte_lengths, (0, 5)), np.ones(264, bool), mesh)
   assert found[1]['count'] == found[8]['count'] and found[1]['accuracy'] == found[8]['accuracy']
   np.testing.assert_allclose(found[8]['nats'], found[1]['nats'], rtol=1e-6)
   assert found[8]['bits_per_byte'] == pytest.approx(found[1]['bits_per_byte'], rel=1e-6)
@@ -312,7 +345,7 @@ def test_bits_per_byte_of_a_uniform_model_are_log2_of_its_vocabulary_times_token
   model = jax.tree_util.tree_map_with_path(lambda path, x: x * 0 if 'unembed_VD' in str(path) else x, random_state(config).model)
   with jax.set_mesh(mesh):
     rows = data.Rows(held_out, 16, 2, tokens.pad)
-    found = train.evaluate(config, model, data.validation_batches(rows, 16), np.pad(tokens.byte_lengths, (0, 5)), mesh)
+    found = train.evaluate(config, model, data.validation_batches(rows, 16), np.pad(tokens.byte_lengths, (0, 5)), np.ones(264, bool), mesh)
   assert held_out.bytes % len(text.encode()) == 0
   assert found['bits_per_byte'] == pytest.approx(math.log2(264) * (held_out.bytes + held_out.documents) / held_out.bytes, rel=1e-6)
 

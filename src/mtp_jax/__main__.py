@@ -128,12 +128,13 @@ def benchmark_train(f) -> int:
   """Steps of a config: seconds, tokens/s, and model-FLOP utilisation against the machine's own matmul, measured in the same run."""
   config = _config(f)
   _need_at_least(f, steps=1)
+  other = None if f.against in (None, 'dense') else _load_config(f.against)
   from mtp_jax import benchmark
   if f.against is None:
     found = benchmark.train(config, f.steps, STARTED)
     _report(f, found, [f'{key}: {value:,.4g}' for key, value in found.items()])
     return 0
-  found = benchmark.against(config, None if f.against == 'dense' else _load_config(f.against), f.steps)
+  found = benchmark.against(config, other, f.steps)
   rows = [(key, f'{value:,.4g}', f'{found["other"][key]:,.4g}') for key, value in found['config'].items()]
   ratio = found['time_ratio'] / found['flops_ratio']
   _report(f, found, [*_table(('', f'--config={_path(f)}', f.against), rows), '', f'time ratio {found["time_ratio"]:.3f}, medians of {f.steps} steps in alternation; '
@@ -293,11 +294,15 @@ def _check_overrides(arguments: list[str]) -> None:
     if flag == 'config':
       if not equals:
         raise BadInput(f'{argument}: flags are written --name=value, such as --config=configs/tiny.py')
-      path = value.partition(':')[0]
-      if not os.path.isfile(path):
-        folder = os.path.dirname(path) or '.'
-        there = sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith('.py')) if os.path.isdir(folder) else []
-        raise BadInput(f'--config={path}: no such file' + (f'; {schema.nearest(path, there)}' if there else ''))
+      _check_file('config', value)
+
+
+def _check_file(flag: str, value: str) -> None:
+  path = value.partition(':')[0]
+  if not os.path.isfile(path):
+    folder = os.path.dirname(path) or '.'
+    there = sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith('.py')) if os.path.isdir(folder) else []
+    raise BadInput(f'--{flag}={path}: no such file' + (f'; {schema.nearest(path, there)}' if there else ''))
 
 
 def _config(f) -> Config:
@@ -313,7 +318,7 @@ def _config(f) -> Config:
 
 def _load_config(path: str) -> Config:
   """A second config file, without overrides."""
-  _check_overrides([f'--config={path}'])
+  _check_file('against', path)
   values = flags.FlagValues()
   config_flags.DEFINE_config_file('config', None, '', flag_values=values, lock_config=True, sys_argv=['', f'--config={path}'])
   try:

@@ -103,7 +103,7 @@ def dense(model, batch, coefficient_M, o, active):
   y_MBL, counted_MBL = jax.tree.map(lambda *x: jnp.stack(x), *(objective.targets(batch, m, c.futures) for m in range(c.futures)))
   logits_MBLV = capped(jnp.einsum('MBLD,VD->MBLV', h_MBLD, readout.table(), preferred_element_type=jnp.float32), c)
   lse_MBL = jax.nn.logsumexp(logits_MBLV, -1)
-  nats_MBL = lse_MBL - jnp.take_along_axis(logits_MBLV, y_MBL[..., None], -1)[..., 0]
+  nats_MBL = lse_MBL - jnp.sum(logits_MBLV, -1, where=jnp.arange(c.vocab) == y_MBL[..., None])
   total = lambda x_MBL: jnp.sum(x_MBL, (1, 2), where=counted_MBL)
   count = lambda x_MBL: jnp.sum(x_MBL, (1, 2), dtype=jnp.int32)
   sums = objective.Sums(total(nats_MBL), count((jnp.argmax(logits_MBLV, -1) == y_MBL) & counted_MBL), count(counted_MBL))

@@ -99,16 +99,20 @@ def gradients(config: Config):
       return jax.device_get(step(placed, train.put(batch, mesh)))
 
   wanted = groups(run())
-  ways = {f'accumulation {k}': {'accumulate': k} for k in (2, 4)} | {f'mesh {text}': {'sizes': sizes} for text, sizes in MESHES.items()}
-  ways |= {f'remat {remat}': {'remat': remat} for remat in ('dots', 'full')}
-  if config.model.independent and M > 1:
-    ways[f'head_batch {M}'] = {'head_batch': M}
-  for text, way in ways.items():
+  for text, way in ways(config).items():
     found = groups(run(**way))
     worst = {group: max(np.abs(a - b).max(initial=0) for a, b in zip(found[group], arrays)) / max(np.abs(b).max(initial=0) for b in arrays)
              for group, arrays in wanted.items()}
     group = max(worst, key=worst.get) if not any(map(math.isnan, worst.values())) else 'nan'
     yield Finding(f'gradients, {text}', f'{worst.get(group, math.nan):.1e} in {group}', f'{ALLOWED:.0e}', group != 'nan' and bool(worst[group] <= ALLOWED))
+
+
+def ways(config: Config) -> dict[str, dict]:
+  """How a step can be run that must change nothing."""
+  M = config.model.futures
+  heads = {f'head_batch {M}': {'head_batch': M}} if config.model.independent and M > 1 else {}
+  return ({f'accumulation {k}': {'accumulate': k} for k in (2, 4)} | {f'mesh {text}': {'sizes': sizes} for text, sizes in MESHES.items()}
+          | {f'remat {remat}': {'remat': remat} for remat in ('dots', 'full')} | heads)
 
 
 def groups(tree) -> dict[str, list[np.ndarray]]:

@@ -54,15 +54,15 @@ class ModelConfig:
 
   @property
   def modules(self) -> int:
-    """What is stacked as futures: M heads, or the sequential modules that hold weights of their own."""
-    if self.kind != 'sequential':
-      return self.futures
-    return min(1, self.futures - 1) if self.share_modules else self.futures - 1
+    """What is stacked as futures: M heads, or the sequential modules that hold weights of their own; nothing in a plain language model."""
+    if self.share_modules:
+      return min(1, self.futures - 1)
+    return self.futures - self.first_future
 
   @property
   def first_future(self) -> int:
-    """The first future with a head or module of its own: a sequential model's future 0 reads the trunk itself."""
-    return int(self.kind == 'sequential')
+    """The first future with a head or module of its own: 1 where future 0 reads the trunk itself, else 0."""
+    return int(self.kind == 'sequential' or self.futures == 1)
 
   @property
   def independent(self) -> bool:
@@ -83,7 +83,7 @@ class ModelConfig:
       return self.layers
     if self.placement == 'matched':
       return self.layers - self.modules
-    return self.layers - (self.kind != 'sequential')
+    return self.layers - (1 - self.first_future)
 
 
 @dataclasses.dataclass(frozen=True)

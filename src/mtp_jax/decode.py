@@ -75,7 +75,7 @@ def generate(model: Model, prompts_BP, length_B, limit_B, seed_B, temperature, a
   choose = functools.partial(_choose, model.config, unembed_DV=unembed_DV, seed_B=seed_B, temperature=temperature, allowed_V=allowed_V, sample=sample)
   tokens_BS = jnp.pad(prompts_BP, ((0, 0), (0, slots - P)))
   drafters = _drafters(model, draft)
-  first = _take(model.futures, 0) if model.config.kind == 'parallel' else None  # of other kinds, the heads of all futures are drafters
+  first = _take(model.futures, 0) if model.config.kind == 'parallel' and not model.config.first_future else None  # of other kinds, the heads of all futures are drafters
   memory = _prefill(model, first, drafters, prompts_BP, slots)
   start = Progress(memory, tokens_BS, jnp.zeros((B, slots), jnp.int32), length_B, length_B >= limit_B, jnp.full((B, draft), -1),
                    jnp.zeros(B, jnp.int32), jnp.zeros((B, draft), jnp.int32))
@@ -128,7 +128,7 @@ def _choose(c, h_BTD, positions_BT, *, unembed_DV, seed_B, temperature, allowed_
 def _drafters(model: Model, K: int) -> tuple:
   """The heads or modules that draft, cut out of their stack once, before the loop."""
   c = model.config
-  if c.kind == 'sequential':
+  if c.first_future:
     return tuple(_take(model.futures, 0 if c.share_modules else k - 1) for k in range(1, K + 1))
   return tuple(_take(model.futures, k) for k in _heads(c, K))
 
@@ -165,14 +165,14 @@ def _prefill(model: Model, first, drafters: tuple, tokens_BP, S: int) -> Memory:
   positions_BP = jnp.broadcast_to(jnp.arange(P), (B, P))
   trunk = jax.tree.map(lambda x: jnp.broadcast_to(x, (c.trunk_layers, *x.shape)), empty)
   z_BPD, trunk = model.run_trunk(model.embed(tokens_BP), positions_BP, empty.mask(positions_BP), trunk)
+  if c.first_future:
+    h_BPD = model.readout().start(z_BPD)[0]
+    caches, _ = _chain(model, drafters, h_BPD, tokens_BP, positions_BP, (empty,) * len(drafters), lambda k, h_B1D, tokens_BP: tokens_BP)
+    return Memory(trunk, None, caches, jnp.pad(h_BPD, ((0, 0), (0, S - P), (0, 0))))
   if c.kind == 'parallel':
     return Memory(trunk, _write(first, z_BPD, positions_BP, empty), tuple(_write(block, z_BPD, positions_BP, empty) for block in drafters), None)
-  if c.kind != 'sequential':
-    caches = (None if c.kind == 'linear' else empty,) * len(drafters)
-    return Memory(trunk, None, _read_all(model, drafters, 0, z_BPD, positions_BP, empty.mask(positions_BP), caches)[1], None)
-  h_BPD = model.readout().start(z_BPD)[0]
-  caches, _ = _chain(model, drafters, h_BPD, tokens_BP, positions_BP, (empty,) * len(drafters), lambda k, h_B1D, tokens_BP: tokens_BP)
-  return Memory(trunk, None, caches, jnp.pad(h_BPD, ((0, 0), (0, S - P), (0, 0))))
+  caches = (None if c.kind == 'linear' else empty,) * len(drafters)
+  return Memory(trunk, None, _read_all(model, drafters, 0, z_BPD, positions_BP, empty.mask(positions_BP), caches)[1], None)
 
 
 def _verify(model: Model, first, drafters: tuple, K: int, tokens_BT, positions_BT, memory: Memory):
@@ -183,7 +183,7 @@ def _verify(model: Model, first, drafters: tuple, K: int, tokens_BT, positions_B
   mask_BTS = memory.trunk.mask(positions_BT)
   z_BTD, trunk = model.run_trunk(model.embed(tokens_BT), positions_BT, mask_BTS, memory.trunk)
   memory = dataclasses.replace(memory, trunk=trunk)
-  if model.config.kind == 'sequential':
+  if model.config.first_future:
     start_BTD, h_BTD = model.readout().start(z_BTD)
     return z_BTD, h_BTD, dataclasses.replace(memory, state_BSD=write(memory.state_BSD, start_BTD, positions_BT))
   if model.config.kind != 'parallel':

@@ -12,7 +12,7 @@ sequential (DeepSeek-V3, arXiv:2412.19437, equations 21-23): a causal chain that
 
     h^0 = norm(z),  h^k_t = norm_k(block_k(join_k [norm_e(embed(token_{t+k})) ; norm_h(h^{k-1}_t)])),  k = 1..M-1
 
-A model of one future is the plain decoder, linear heads apart. There is no loss and no sampling here.
+A model of one future is the plain decoder, whatever its kind. There is no loss and no sampling here.
 """
 import dataclasses
 import functools

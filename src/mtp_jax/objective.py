@@ -122,9 +122,12 @@ def _futures_forward(run: _Run, readout: Readout, z_BLD, e_BTD, coefficient_M, r
 
   def read(total, h_GBLD, m_G):
     """Adds the loss of some futures and its gradient of the unembedding: (total, Sums of G, gradient of h_GBLD)."""
-    loss, dw_PVD = total
-    added, sums, dh_GBLD, dw_PVD = cross_entropy(c, run.objective, h_GBLD, w_VD, *_weighted(batch, m_G, c.futures, coefficient_M), dw_PVD)
-    return (loss + added, dw_PVD), sums, dh_GBLD
+    loss, dw_DV = total
+    zeros_PDV = jnp.zeros((parts(), *w_VD.shape[::-1]), jnp.float32, **out('PDV'))
+    added, sums, dh_GBLD, dw_PDV = cross_entropy(c, run.objective, h_GBLD, w_VD, *_weighted(batch, m_G, c.futures, coefficient_M), zeros_PDV)
+    # Each device's own sum is as large as the whole table: the barrier has it shared out before a head's activations come back to life.
+    dw_DV, dh_GBLD = jax.lax.optimization_barrier((dw_DV + summed(dw_PDV, 'DV'), dh_GBLD))
+    return (loss + added, dw_DV), sums, dh_GBLD
 
   def inputs_of_chain(own, m_nG):
     """The state that each head reads; the last one of the chain need not run for that."""
@@ -145,7 +148,7 @@ def _futures_forward(run: _Run, readout: Readout, z_BLD, e_BTD, coefficient_M, r
   with jax.named_scope('futures'):
     (start_BLD, h_BLD), to_trunk = jax.vjp(lambda norm_D, z_BLD: with_norm(norm_D).start(z_BLD), readout.final_norm_D, z_BLD)
     common = readout.shared(), readout.final_norm_D, e_BTD
-    total = jnp.zeros(()), jnp.zeros((parts(), *w_VD.shape), jnp.float32, **out('PVD'))
+    total = jnp.zeros(()), jnp.zeros(w_VD.shape[::-1], jnp.float32, **out('DV'))
     carry = total, *jax.tree.map(jnp.zeros_like, (common, start_BLD))
     sums = Sums(*(jnp.zeros(c.futures, dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
     down = None
@@ -161,11 +164,10 @@ def _futures_forward(run: _Run, readout: Readout, z_BLD, e_BTD, coefficient_M, r
       total, found, dh_1BLD = read(total, h_BLD[None], jnp.zeros(1, jnp.int32))
       sums, dh_BLD = jax.tree.map(lambda x_M, y_1: x_M.at[0].set(y_1[0]), sums, found), dh_1BLD[0]
     dstart_D, dz_BLD = to_trunk((dstate_BLD, dh_BLD))
-    loss, dw_PVD = total
-    loss, dw_PVD = total
-    dw_VD, dz_BLD = jax.lax.optimization_barrier((summed(dw_PVD, 'VD'), dz_BLD))  # what is summed here is not kept for the trunk's sake
+    loss, dw_DV = total
   active_M = jnp.array(run.active)
-  return (loss, jax.tree.map(lambda x_M: jnp.where(active_M, x_M, 0), sums)), (Readout(readout.unstacked(needed, down, dshared), dnorm_D + dstart_D, dw_VD, c), dz_BLD, de_BTD)
+  gradients = Readout(readout.unstacked(needed, down, dshared), dnorm_D + dstart_D, dw_DV.T, c), dz_BLD, de_BTD
+  return (loss, jax.tree.map(lambda x_M: jnp.where(active_M, x_M, 0), sums)), gradients
 
 
 def _futures_backward(run: _Run, gradients, cotangents):
@@ -182,20 +184,20 @@ def _weighted(batch, m_G, futures: int, coefficient_M):
   return jnp.stack(y), jnp.stack(k), jnp.stack(counted)
 
 
-def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_GBLD, w_VD, y_GBL, k_GBL, counted_GBL, dw_PVD=None):
+def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_GBLD, w_VD, y_GBL, k_GBL, counted_GBL, dw_PDV=None):
   """Weighted cross-entropy of G futures, and its gradients in the same walk over chunks of (future, position).
 
   Args:
     h_GBLD: normed states. w_VD: the unembedding, in the same type.
     y_GBL: targets. k_GBL: weight of each in the loss, 0 where it does not count. counted_GBL: where it does.
-    dw_PVD: float32, the gradient of the unembedding so far, each part that of its own tokens; None computes no gradient.
+    dw_PDV: float32, the gradient of the unembedding so far, each part that of its own tokens; None computes no gradient.
 
   Returns:
-    (float32 loss, Sums of G, gradient of h_GBLD or None, dw_PVD with this one's added or None).
+    (float32 loss, Sums of G, gradient of h_GBLD or None, dw_PDV with this one's added or None).
   """
   G, B, L, _ = h_GBLD.shape
 
-  def step(dw_PVD, inputs):
+  def step(dw_PDV, inputs):
     h_PTD, y_PT, k_PT, counted_PT = inputs
     logits_PTV = capped(einsum('PTD,VD->PTV', h_PTD, w_VD, jnp.float32), c)
     top_PT = jnp.max(logits_PTV, -1)
@@ -208,19 +210,19 @@ def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_GBLD, w_VD, y_GBL, k_GBL
     correct_PT = jnp.min(jnp.where(logits_PTV == top_PT[..., None], ids_V, len(ids_V)), -1) == y_PT  # the first of equals
     sums = Sums(jnp.sum(nats_PT, where=counted_PT), jnp.sum(correct_PT, where=counted_PT, dtype=jnp.int32), jnp.sum(counted_PT, dtype=jnp.int32))
     loss = jnp.sum(k_PT * (nats_PT + o.z_loss * lse_PT**2), where=counted_PT)
-    if dw_PVD is None:
+    if dw_PDV is None:
       return None, (loss, sums, None)
     slope_PT = k_PT * (1 + 2 * o.z_loss * lse_PT) / sum_PT
     g_PTV = slope_PT[..., None] * e_PTV - jnp.where(hit_PTV, k_PT[..., None], 0.0)
     if c.logit_cap:
       g_PTV *= 1 - (logits_PTV / c.logit_cap)**2
     g_PTV = g_PTV.astype(h_PTD.dtype)
-    return dw_PVD + einsum('PTV,PTD->PVD', g_PTV, h_PTD, jnp.float32), (loss, sums, einsum('PTV,VD->PTD', g_PTV, w_VD))
+    return dw_PDV + einsum('PTD,PTV->PDV', h_PTD, g_PTV, jnp.float32), (loss, sums, einsum('PTV,VD->PTD', g_PTV, w_VD))
 
   with jax.named_scope('loss'):
-    dw_PVD, (loss_n, sums_n, dh_nPTD) = jax.lax.scan(step, dw_PVD, tuple(chunked(x, o.chunk) for x in (h_GBLD, y_GBL, k_GBL, counted_GBL)))
+    dw_PDV, (loss_n, sums_n, dh_nPTD) = jax.lax.scan(step, dw_PDV, tuple(chunked(x, o.chunk) for x in (h_GBLD, y_GBL, k_GBL, counted_GBL)))
     sums_G = jax.tree.map(lambda x_n: jnp.sum(jnp.reshape(x_n, (G, -1)), 1), sums_n)
-    return jnp.sum(loss_n), sums_G, None if dh_nPTD is None else whole(dh_nPTD, G, B, L), dw_PVD
+    return jnp.sum(loss_n), sums_G, None if dh_nPTD is None else whole(dh_nPTD, G, B, L), dw_PDV
 
 
 def chunked(x_GBL, chunk: int):

@@ -40,7 +40,10 @@ def plan(config: Config, topology: str) -> Plan:
   Raises:
     BadInput: when libtpu is missing, the topology unknown or of another size, or the step does not fit into a chip's memory.
   """
-  mesh = make_mesh(config.mesh, devices(topology))
+  chips = devices(topology)
+  mesh = make_mesh(config.mesh, chips)
+  if mesh.size < len(chips):
+    raise BadInput(f'config.mesh: {mesh.size} devices, but {topology} has {len(chips)}; such as --config.mesh.fsdp={len(chips)}')
   started = time.perf_counter()
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     state, *others = arguments(config, mesh)
@@ -54,7 +57,8 @@ def plan(config: Config, topology: str) -> Plan:
                      "config.train.accumulate, set config.model.remat='full', or take more chips") from None
   memory, tokens = compiled.memory_analysis(), config.train.batch * config.data.length
   return Plan(memory.peak_memory_in_bytes, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
-              metrics.flops_per_token(state.model, config.data.length)['total'], metrics.matmul_flops(traced.jaxpr.jaxpr) / tokens, time.perf_counter() - started, compiled.as_text())
+              metrics.flops_per_token(state.model, config.data.length)['total'], metrics.matmul_flops(traced.jaxpr.jaxpr) / tokens,
+              time.perf_counter() - started, compiled.as_text())
 
 
 def arguments(config: Config, mesh) -> tuple:

@@ -119,15 +119,15 @@ def place(x, letters: str):
   return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec(letters))
 
 
-def summed(x_PVD, letters: str):
-  """The sum over parts, which leaves each device with the share that `letters` give it: one reduce-scatter. [P, ...] -> [...]."""
+def summed(x_PDV, letters: str):
+  """The sum over parts, of which each device keeps the share that `letters` give it: one reduce-scatter. [P, ...] -> [...].
+
+  The first letter is the one over fsdp: an XLA that scatters any other dimension sums up the whole on every device first.
+  """
   if parts() == 1:
-    return place(x_PVD[0], letters)
-  shared = spec(letters)
-  def local(x_1VD):
-    x_VD = jax.lax.psum_scatter(x_1VD[0], 'fsdp', scatter_dimension=shared.index('fsdp'), tiled=True)
-    return jax.lax.psum(x_VD, ('data', 'context'))
-  return jax.shard_map(local, in_specs=spec('P' + letters), out_specs=shared, check_vma=False)(x_PVD)
+    return place(x_PDV[0], letters)
+  local = lambda x_1DV: jax.lax.psum(jax.lax.psum_scatter(x_1DV[0], 'fsdp', tiled=True), ('data', 'context'))
+  return jax.shard_map(local, in_specs=spec('P' + letters), out_specs=spec(letters), check_vma=False)(x_PDV)
 
 
 def parts() -> int:
