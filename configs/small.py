@@ -6,13 +6,12 @@ FLOPs        85.0 M a token, forward and backward
 data         24.6 M tokens, most of the standard library's own source once
 command      python -m mtp_jax train --config=configs/small.py --workdir=runs/small
 """
-from mtp_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from mtp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 
 def get_config():
   return Config(
       model=ModelConfig(width=384, layers=7, heads=6, kv_heads=2, head_width=64, feed_forward=1024, futures=4, remat='none'),
-      objective=ObjectiveConfig(chunk=512),
       data=DataConfig(length=512),
       optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200),
       train=TrainConfig(steps=6000, batch=8, evaluate_every=1000, checkpoint_every=500),

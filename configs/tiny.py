@@ -8,13 +8,12 @@ hardware     two CPU cores, four minutes
 expect       validation at 2.3 bits per byte, 1.9 tokens per forward
 command      python -m mtp_jax train --config=configs/tiny.py --workdir=runs/tiny
 """
-from mtp_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from mtp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 
 def get_config():
   return Config(
       model=ModelConfig(width=128, layers=8, heads=4, kv_heads=2, head_width=32, feed_forward=352, futures=4, remat='none'),
-      objective=ObjectiveConfig(chunk=256),
       data=DataConfig(length=256),
       optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50, final_ratio=0.05),
       train=TrainConfig(steps=700, batch=8, evaluate_every=350, checkpoint_every=350),

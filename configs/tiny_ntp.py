@@ -4,13 +4,12 @@ parameters   1,544,320
 FLOPs        12.2 M a token, forward and backward
 command      python -m mtp_jax train --config=configs/tiny_ntp.py --workdir=runs/tiny_ntp
 """
-from mtp_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from mtp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 
 def get_config():
   return Config(
       model=ModelConfig(width=128, layers=8, heads=4, kv_heads=2, head_width=32, feed_forward=352, futures=1, remat='none'),
-      objective=ObjectiveConfig(chunk=256),
       data=DataConfig(length=256),
       optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50, final_ratio=0.05),
       train=TrainConfig(steps=700, batch=8, evaluate_every=350, checkpoint_every=350),

@@ -5,14 +5,13 @@ parameters   1,577,472: the module joins two states, so it is larger than a bloc
 FLOPs        16.4 M a token, forward and backward
 command      python -m mtp_jax train --config=configs/tiny_sequential.py --workdir=runs/tiny_sequential
 """
-from mtp_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from mtp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 
 def get_config():
   return Config(
       model=ModelConfig(width=128, layers=8, heads=4, kv_heads=2, head_width=32, feed_forward=352, futures=4,
                         kind='sequential', share_modules=True, remat='none'),
-      objective=ObjectiveConfig(chunk=256),
       data=DataConfig(length=256),
       optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50, final_ratio=0.05),
       train=TrainConfig(steps=700, batch=8, evaluate_every=350, checkpoint_every=350),

@@ -200,9 +200,9 @@ def test_the_last_weight_repeats():
 @pytest.mark.parametrize('fields, trunk_layers, modules', [
     ({}, 4, 4),
     ({'placement': 'appended'}, 7, 4),
-    ({'futures': 1}, 7, 1),
+    ({'futures': 1}, 8, 0),
     ({'kind': 'linear'}, 8, 4),
-    ({'kind': 'linear', 'placement': 'appended', 'futures': 1}, 8, 1),
+    ({'kind': 'linear', 'placement': 'appended', 'futures': 1}, 8, 0),
     ({'kind': 'causal'}, 4, 4),
     ({'kind': 'anticausal', 'placement': 'appended'}, 7, 4),
     ({'kind': 'sequential'}, 5, 3),

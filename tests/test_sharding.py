@@ -53,7 +53,7 @@ def test_a_parameters_suffix_is_its_shape_and_stacked_axes_lead(tiny, variant, c
   c = tiny(**variant | changes)
   size = {'D': 16, 'C': 32, 'H': 4, 'G': 2, 'K': 8, 'F': 20, 'V': 24, 'd': 16}
   modules = min(1, c.futures - 1) if c.share_modules else c.futures - 1
-  M = modules if c.kind == 'sequential' else c.futures
+  M = modules if c.kind == 'sequential' else c.futures if c.futures > 1 else 0
   N = 5 if c.kind == 'linear' else 5 - M if c.placement == 'matched' else 5 if c.kind == 'sequential' else 4
   stacks = {'trunk': (N,), 'futures': (M,)}
   leaves = names(jax.eval_shape(functools.partial(Model, c), jax.random.key(0)))

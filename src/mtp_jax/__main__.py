@@ -76,7 +76,7 @@ def evaluate(f) -> int:
         head.append('speed-up')
         for row, gain in zip(rows, found[f'speed_up_{way}']):
           row.append(f'{gain:.2f}')
-    lines += ['', 'what decoding the held-out documents would take, by draft length; acceptance is that of the draft of this depth, all before it accepted',
+    lines += ['', 'what decoding the held-out documents would take, by draft length; acceptance: of the draft of this depth, all before it accepted',
               *_table(head, rows)]
     if costs:
       found['seconds_per_forward'] = costs
@@ -137,8 +137,10 @@ def benchmark_train(f) -> int:
   found = benchmark.against(config, other, f.steps)
   rows = [(key, f'{value:,.4g}', f'{found["other"][key]:,.4g}') for key, value in found['config'].items()]
   ratio = found['time_ratio'] / found['flops_ratio']
-  _report(f, found, [*_table(('', f'--config={_path(f)}', f.against), rows), '', f'time ratio {found["time_ratio"]:.3f}, medians of {f.steps} steps in alternation; '
-                     f'FLOPs ratio {found["flops_ratio"]:.3f}; one over the other {ratio:.3f}; memory ratio {found["memory_ratio"]:.3f}'])
+  _report(f, found, [
+      *_table(('', f'--config={_path(f)}', f.against), rows), '',
+      f'time ratio {found["time_ratio"]:.3f}, the median over {f.steps} pairs of steps; FLOPs ratio {found["flops_ratio"]:.3f}; '
+      f'one over the other {ratio:.3f}; memory ratio {found["memory_ratio"]:.3f}'])
   return 0
 
 

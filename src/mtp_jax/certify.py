@@ -8,7 +8,6 @@ The twin has the config's kind, futures, sharing, norms, weights and objective, 
 documents of unequal length, so that microbatches and devices count unequally, and every parameter is random.
 """
 import dataclasses
-import functools
 import math
 
 import jax
@@ -23,6 +22,7 @@ from mtp_jax.sharding import make_mesh, name, shardings
 DEVICES = 8
 ALLOWED = 1e-5  # of a group's largest gradient: float32 sums in another order
 ROWS, LENGTH = 8, 32
+ONE = MeshConfig()
 MESHES = {'fsdp 8': MeshConfig(fsdp=8), 'fsdp 4 x tensor 2': MeshConfig(fsdp=4, tensor=2), 'data 2 x fsdp 2 x tensor 2': MeshConfig(data=2, fsdp=2, tensor=2),
           'context 2 x fsdp 4': MeshConfig(context=2, fsdp=4)}
 
@@ -88,7 +88,7 @@ def gradients(config: Config):
   model, batch, M = random_model(config), packed_rows(config), config.model.futures
   weight_M = np.float32(config.objective.weights_M(M))
 
-  def run(sizes=MeshConfig(), accumulate=1, **changes):
+  def run(sizes=ONE, accumulate=1, **changes):
     varied = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes), train=dataclasses.replace(config.train, accumulate=accumulate))
     mesh = make_mesh(sizes)
     placed = jax.tree.map(lambda x: x, model)
@@ -180,11 +180,7 @@ def flops(config: Config, twin: Config):
 
 
 def _flops(check: str, config: Config) -> Finding:
-  M, L = config.model.futures, config.data.length
-  model = jax.eval_shape(lambda: Model(config.model, jax.random.key(0)))
-  batch = {key: jax.ShapeDtypeStruct((config.train.batch, L + M), np.int32) for key in ('tokens', 'segments', 'positions')}
-  step = functools.partial(train.gradients, dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=1)), active=(True,) * M)
-  jaxpr = jax.make_jaxpr(step)(model, batch, jax.ShapeDtypeStruct((M,), np.float32))
-  counted = metrics.matmul_flops(jaxpr.jaxpr) / (config.train.batch * L)
+  model, L = jax.eval_shape(lambda: Model(config.model, jax.random.key(0))), config.data.length
+  counted = train.counted_flops_per_token(config)
   analytic = metrics.flops_per_token(model, L)['total'] + metrics.recomputed_flops_per_token(model, L)
   return Finding(check, f'{counted:,.0f} a token', f'{analytic:,} within 1 %', abs(counted / analytic - 1) <= 0.01)

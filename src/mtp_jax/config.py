@@ -50,7 +50,7 @@ class ModelConfig:
   tie_embeddings: bool = _field(False, 'use the embedding as unembedding')
   logit_cap: float = _field(0.0, 'logits are cap * tanh(logits / cap); 0 leaves them as they are')
   dtype: str = _field('float32', 'compute type: float32 or bfloat16; parameters are always float32')
-  remat: str = _field('full', 'what a block of the trunk recomputes in the backward pass: none, dots (all but matmuls) or full')
+  remat: str = _field('full', 'what a block recomputes in the backward pass: none, dots (all but matmuls) or full')
 
   @property
   def modules(self) -> int:
@@ -129,7 +129,8 @@ def weight_path(weight: float | str) -> tuple[float, list[tuple[str, float, floa
       raise ValueError(f'{shape!r} is no step, linear or cosine')
     start, colon, end = where.partition(':')
     if (shape == 'step') == bool(colon):
-      raise ValueError(f'{where!r} after {shape} must be {"a fraction of training, such as 0.5" if shape == "step" else "two fractions of training, such as 0:0.5"}')
+      wanted = 'a fraction of training, such as 0.5' if shape == 'step' else 'two fractions of training, such as 0:0.5'
+      raise ValueError(f'{where!r} after {shape} must be {wanted}')
     turns.append((shape, _number(start), _number(end if colon else start), _number(goal)))
   places = [0.0, *(place for _, start, end, _ in turns for place in (start, end)), 1.0]
   if places != sorted(places) or any(shape != 'step' and start == end for shape, start, end, _ in turns):

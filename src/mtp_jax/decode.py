@@ -75,7 +75,7 @@ def generate(model: Model, prompts_BP, length_B, limit_B, seed_B, temperature, a
   choose = functools.partial(_choose, model.config, unembed_DV=unembed_DV, seed_B=seed_B, temperature=temperature, allowed_V=allowed_V, sample=sample)
   tokens_BS = jnp.pad(prompts_BP, ((0, 0), (0, slots - P)))
   drafters = _drafters(model, draft)
-  first = _take(model.futures, 0) if model.config.kind == 'parallel' and not model.config.first_future else None  # of other kinds, the heads of all futures are drafters
+  first = _take(model.futures, 0) if model.config.kind == 'parallel' and model.config.futures > 1 else None
   memory = _prefill(model, first, drafters, prompts_BP, slots)
   start = Progress(memory, tokens_BS, jnp.zeros((B, slots), jnp.int32), length_B, length_B >= limit_B, jnp.full((B, draft), -1),
                    jnp.zeros(B, jnp.int32), jnp.zeros((B, draft), jnp.int32))

@@ -27,7 +27,7 @@ import numpy as np
 
 from mtp_jax.config import ModelConfig, ObjectiveConfig
 from mtp_jax.layers import documents
-from mtp_jax.model import Model, Readout, capped
+from mtp_jax.model import REMAT, Model, Readout, capped
 from mtp_jax.sharding import einsum, joined, out, parted, parts, place, summed
 
 
@@ -140,7 +140,7 @@ def _futures_forward(run: _Run, readout: Readout, z_BLD, e_BTD, coefficient_M, r
   def back(carry, inputs):
     total, dcommon, dstate_BLD = carry
     own, m_G, state_BLD = inputs
-    (_, h_GBLD), pull = jax.vjp(functools.partial(heads, m_G=m_G), own, common, start_BLD if state_BLD is None else state_BLD)
+    (_, h_GBLD), pull = jax.vjp(REMAT[c.remat](functools.partial(heads, m_G=m_G)), own, common, start_BLD if state_BLD is None else state_BLD)
     total, sums, dh_GBLD = read(total, h_GBLD, m_G)
     down, dcommon_, dstate_BLD = pull((dstate_BLD, dh_GBLD))
     return (total, jax.tree.map(jnp.add, dcommon, dcommon_), dstate_BLD), (sums, down)

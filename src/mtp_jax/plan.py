@@ -55,9 +55,9 @@ def plan(config: Config, topology: str) -> Plan:
         raise
       raise BadInput(f'config.train.batch={config.train.batch}: a step does not fit into a chip ({_first_line(error)}); raise '
                      "config.train.accumulate, set config.model.remat='full', or take more chips") from None
-  memory, tokens = compiled.memory_analysis(), config.train.batch * config.data.length
+  memory = compiled.memory_analysis()
   return Plan(memory.peak_memory_in_bytes, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
-              metrics.flops_per_token(state.model, config.data.length)['total'], metrics.matmul_flops(traced.jaxpr.jaxpr) / tokens,
+              metrics.flops_per_token(state.model, config.data.length)['total'], train.counted_flops_per_token(config),
               time.perf_counter() - started, compiled.as_text())
 
 
@@ -72,7 +72,9 @@ def devices(topology: str) -> list:
   """The chips of a slice, described."""
   if importlib.util.find_spec('libtpu') is None:
     raise BadInput("--topology: needs the TPU compiler; install it with: pip install -e '.[tpu]'")
-  os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1', TPU_WORKER_HOSTNAMES='localhost')  # else it asks a server who it is, and refuses a second process
+  # Left to itself, libtpu asks a server on the network who it is, and refuses a second process.
+  os.environ.update(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1', TPU_WORKER_HOSTNAMES='localhost', TPU_ACCELERATOR_TYPE='v5p-8',
+                    TPU_STDERR_LOG_LEVEL='3')
   from jax.experimental import topologies
   try:
     return topologies.get_topology_desc(platform='tpu', topology_name=topology).devices

@@ -78,6 +78,15 @@ def gradients(config: Config, model: Model, batch, weight_M, active: tuple[bool,
   return jax.lax.scan(microbatch, nothing, jax.tree.map(functools.partial(_split, k=k), batch))[0]
 
 
+def counted_flops_per_token(config: Config) -> float:
+  """What `gradients` really multiplies, recomputation included: traced on one device and counted, loops times their length."""
+  M, L = config.model.futures, config.data.length
+  model = jax.eval_shape(lambda: Model(config.model, jax.random.key(0)))
+  batch = {name: jax.ShapeDtypeStruct((config.train.batch, L + M), jnp.int32) for name in ('tokens', 'segments', 'positions')}
+  traced = jax.make_jaxpr(functools.partial(gradients, config, active=(True,) * M))(model, batch, jax.ShapeDtypeStruct((M,), jnp.float32))
+  return metrics.matmul_flops(traced.jaxpr) / (config.train.batch * L)
+
+
 def step(config: Config, state: State, batch, byte_length_V, weight_M, active: tuple[bool, ...], loss=objective.loss) -> tuple[State, dict]:
   """One optimizer step.
 
