@@ -133,7 +133,7 @@ def weight_path(weight: float | str) -> tuple[float, list[tuple[str, float, floa
       raise ValueError(f'{where!r} after {shape} must be {wanted}')
     turns.append((shape, _number(start), _number(end if colon else start), _number(goal)))
   places = [0.0, *(place for _, start, end, _ in turns for place in (start, end)), 1.0]
-  if places != sorted(places) or any(shape != 'step' and start == end for shape, start, end, _ in turns):
+  if not all(a <= b for a, b in zip(places, places[1:])) or any(shape != 'step' and start == end for shape, start, end, _ in turns):
     raise ValueError('fractions of training must rise from 0 to 1')
   return _number(first), turns
 

@@ -172,7 +172,7 @@ def _prefill(model: Model, first, drafters: tuple, tokens_BP, S: int) -> Memory:
   if c.kind == 'parallel':
     return Memory(trunk, _write(first, z_BPD, positions_BP, empty), tuple(_write(block, z_BPD, positions_BP, empty) for block in drafters), None)
   caches = (None if c.kind == 'linear' else empty,) * len(drafters)
-  return Memory(trunk, None, _read_all(model, drafters, 0, z_BPD, positions_BP, empty.mask(positions_BP), caches)[1], None)
+  return Memory(trunk, None, _read_all(model, drafters, len(drafters) - 1, z_BPD, positions_BP, empty.mask(positions_BP), caches)[1], None)
 
 
 def _verify(model: Model, first, drafters: tuple, K: int, tokens_BT, positions_BT, memory: Memory):

@@ -75,7 +75,8 @@ def loss(model: Model, batch, coefficient_M, o: ObjectiveConfig, active: tuple[b
   Args:
     batch: rows of L + M tokens.
     coefficient_M: weight_m / count_m, the counts being those of the whole step, so that microbatches add up exactly.
-    active: futures that are computed at all, all of them unless given; of the others the sums are 0.
+    active: futures that are computed, all of them unless given; of the others the sums are 0. In a chain those that an active one hangs
+      from are computed too.
 
   Returns:
     (float32 scalar, Sums).
@@ -111,13 +112,16 @@ def _futures_forward(run: _Run, readout: Readout, z_BLD, e_BTD, coefficient_M, r
   G = c.head_batch if c.independent and len(needed) % c.head_batch == 0 else 1
   with_norm = lambda norm_D: dataclasses.replace(readout, final_norm_D=norm_D)
 
+  grouped = lambda tree: jax.tree.map(lambda x: jnp.reshape(x, (-1, G, *x.shape[1:])), tree) if G > 1 else tree  # one by one, XLA copies nothing
+  single = lambda tree: jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), tree) if G > 1 else tree
+
   def heads(own, common, state_BLD, m_G):
-    """A group of heads, one in a chain: (the state that the next one reads, what the unembedding reads: [G, B, L, D])."""
+    """A head, or a group of G: (the state that the next one reads, what the unembedding reads: [G, B, L, D])."""
     shared, norm_D, e_BTD = common
     advance = lambda own, m: with_norm(norm_D).advance(shared if own is None else own, m, state_BLD, e_BTD, positions_BL, seen)
     if G > 1:
       return state_BLD, jax.vmap(lambda own, m: advance(own, m)[1])(own, m_G)
-    state_BLD, h_BLD = advance(jax.tree.map(lambda x: x[0], own), m_G[0])
+    state_BLD, h_BLD = advance(own, m_G)
     return state_BLD, h_BLD[None]
 
   def read(total, h_GBLD, m_G):
@@ -141,7 +145,7 @@ def _futures_forward(run: _Run, readout: Readout, z_BLD, e_BTD, coefficient_M, r
     total, dcommon, dstate_BLD = carry
     own, m_G, state_BLD = inputs
     (_, h_GBLD), pull = jax.vjp(REMAT[c.remat](functools.partial(heads, m_G=m_G)), own, common, start_BLD if state_BLD is None else state_BLD)
-    total, sums, dh_GBLD = read(total, h_GBLD, m_G)
+    total, sums, dh_GBLD = read(total, h_GBLD, jnp.reshape(m_G, G))
     down, dcommon_, dstate_BLD = pull((dstate_BLD, dh_GBLD))
     return (total, jax.tree.map(jnp.add, dcommon, dcommon_), dstate_BLD), (sums, down)
 
@@ -153,11 +157,11 @@ def _futures_forward(run: _Run, readout: Readout, z_BLD, e_BTD, coefficient_M, r
     sums = Sums(*(jnp.zeros(c.futures, dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
     down = None
     if needed:
-      own, m_nG = jax.tree.map(lambda x: jnp.reshape(x, (-1, G, *x.shape[1:])), readout.stacked(needed))
+      own, m_nG = grouped(readout.stacked(needed))
       state_nBLD = None if c.independent else inputs_of_chain(own, m_nG)
       carry, (found, down) = jax.lax.scan(back, carry, (own, m_nG, state_nBLD), reverse=c.kind != 'anticausal')
       sums = jax.tree.map(lambda x_M, y_nG: x_M.at[np.array(needed)].set(y_nG.ravel()), sums, found)
-      down = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), down)
+      down = single(down)
     total, (dshared, dnorm_D, de_BTD), dstate_BLD = carry
     dh_BLD = None if h_BLD is None else jnp.zeros_like(h_BLD)
     if h_BLD is not None and run.active[0]:
@@ -189,7 +193,7 @@ def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_GBLD, w_VD, y_GBL, k_GBL
 
   Args:
     h_GBLD: normed states. w_VD: the unembedding, in the same type.
-    y_GBL: targets. k_GBL: weight of each in the loss, 0 where it does not count. counted_GBL: where it does.
+    y_GBL: targets. k_GBL: weight of each in the loss. counted_GBL: where it counts.
     dw_PDV: float32, the gradient of the unembedding so far, each part that of its own tokens; None computes no gradient.
 
   Returns:
@@ -199,6 +203,7 @@ def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_GBLD, w_VD, y_GBL, k_GBL
 
   def step(dw_PDV, inputs):
     h_PTD, y_PT, k_PT, counted_PT = inputs
+    k_PT = jnp.where(counted_PT, k_PT, 0.0)
     logits_PTV = capped(einsum('PTD,VD->PTV', h_PTD, w_VD, jnp.float32), c)
     top_PT = jnp.max(logits_PTV, -1)
     e_PTV = jnp.exp(logits_PTV - top_PT[..., None])
@@ -209,7 +214,7 @@ def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_GBLD, w_VD, y_GBL, k_GBL
     nats_PT = lse_PT - jnp.sum(logits_PTV, -1, where=hit_PTV)
     correct_PT = jnp.min(jnp.where(logits_PTV == top_PT[..., None], ids_V, len(ids_V)), -1) == y_PT  # the first of equals
     sums = Sums(jnp.sum(nats_PT, where=counted_PT), jnp.sum(correct_PT, where=counted_PT, dtype=jnp.int32), jnp.sum(counted_PT, dtype=jnp.int32))
-    loss = jnp.sum(k_PT * (nats_PT + o.z_loss * lse_PT**2), where=counted_PT)
+    loss = jnp.sum(k_PT * (nats_PT + o.z_loss * lse_PT**2))
     if dw_PDV is None:
       return None, (loss, sums, None)
     slope_PT = k_PT * (1 + 2 * o.z_loss * lse_PT) / sum_PT
