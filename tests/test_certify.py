@@ -61,7 +61,28 @@ def test_a_gradient_that_is_not_summed_over_devices_is_a_breach(twin, one_way, m
   assert not one_way(twin, way).holds
 
 
+def test_targets_of_another_future_are_a_breach(twin, one_way, monkeypatch):
+  way = {'loss': objective.dense}
+  assert one_way(twin, way).holds
+  weighted = objective._weighted
+  monkeypatch.setattr(objective, '_weighted', lambda batch, m_G, *rest: weighted(batch, jnp.maximum(m_G - 1, 0), *rest))
+  assert not one_way(twin, way).holds
+
+
+def test_a_wrong_slope_is_a_breach(twin, one_way, monkeypatch):
+  einsum = objective.einsum
+  monkeypatch.setattr(objective, 'einsum', lambda letters, *rest: einsum(letters, *rest) * (1.01 if letters == 'PTV,VD->PTD' else 1))
+  assert not one_way(twin, {'loss': objective.dense}).holds
+
+
+def test_every_future_has_predictions_to_map():
+  for M in (1, 4, 9):
+    _, allowed = certify.influence(certify.small(Config(ModelConfig(futures=M, layers=M + 2))))
+    assert allowed.any((0, 2)).all()
+
+
 def test_rematerialisation_of_something_else_is_a_breach(twin, one_way, monkeypatch):
+  assert one_way(twin, {'remat': 'full'}).holds
   monkeypatch.setitem(model.REMAT, 'full', lambda layer: jax.checkpoint(lambda x_BLD, inputs: layer(1.001 * x_BLD, inputs)))
   assert not one_way(twin, {'remat': 'full'}).holds
 

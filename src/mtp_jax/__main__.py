@@ -66,7 +66,7 @@ def evaluate(f) -> int:
   if lm.config.model.futures > 1:
     costs = lm.seconds_per_forward() if f.speed else None
     head, rows = ['draft'], [[draft] for draft in range(lm.config.model.futures)]
-    for way, said in (('greedy', 'greedy'), ('sampled', 'temperature 1')):
+    for way, said in (('greedy', 'greedy'), ('sampled', 'speculative sampling')):
       per_forward = found[f'tokens_per_forward_{way}']
       head += [f'{said}: acceptance', 'tokens/forward']
       for row, a, n in zip(rows, [None, *found[f'acceptance_{way}']], per_forward):
@@ -215,7 +215,7 @@ COMMANDS = {
     'plan': Command(plan, 'memory and FLOPs of the step on a TPU slice, without one', (
         CONFIG,
         ('topology', None, 'chips and how they stand, such as v5p:2x2x2'), JSON),
-        'plan --config=configs/gloeckle.py:0.3b,4 --topology=v5p:2x2x2 --config.mesh.fsdp=8'),
+        'plan --config=configs/gloeckle.py:0.3b,4 --topology=v5p:2x2x2 --config.mesh.fsdp=8 --config.train.batch=32 --config.train.evaluate_rows=8'),
     'benchmark train': Command(benchmark_train, 'speed and utilisation of the train step, alone or against another', (
         CONFIG,
         ('against', None, "another config, its steps timed in alternation; 'dense': the same model with all logits at once"),

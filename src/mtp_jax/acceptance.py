@@ -13,7 +13,9 @@ the probability u(t) that a forward starts at t follows from those before it,
     u(t + 1 + n) += u(t) * P(exactly n drafts are accepted at t)
 
 and a document of T tokens takes sum_t u(t) forwards. Given the document the law is exact: greedily for a text that the model wrote
-greedily, at temperature 1 for one that it sampled. Over other documents it says how the model would fare if they were its own.
+greedily, at temperature 1 for one that speculative sampling wrote. Over other documents it says how the model would fare if they were
+its own. (A decoder that couples drafts and samples by shared noise, as `decode` does, accepts less than beta, though at least
+beta / (2 - beta).)
 """
 import dataclasses
 
@@ -81,7 +83,7 @@ def _compare(c: ModelConfig, h_MBLD, w_VD, batch, m, allowed_V, chunk: int):
     q_PTD, p_PTD, y_PT = inputs
     q_PTV, p_PTV = laws(q_PTD), laws(p_PTD)
     hit_PTV = jnp.arange(p_PTV.shape[-1]) == y_PT[..., None]
-    ratio_PT = jnp.sum(q_PTV, -1, where=hit_PTV) - jnp.sum(p_PTV, -1, where=hit_PTV)
+    ratio_PT = jnp.sum(q_PTV - p_PTV, -1, where=hit_PTV & allowed_V)
     return _, (jnp.argmax(q_PTV, -1) == jnp.argmax(p_PTV, -1), jnp.sum(jnp.exp(jnp.minimum(p_PTV, q_PTV)), -1), jnp.exp(jnp.minimum(ratio_PT, 0)))
 
   inputs = (objective.chunked(x_BL[None], chunk) for x_BL in (h_MBLD[m], verifying_BLD, y_BL))

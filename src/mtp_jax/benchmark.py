@@ -12,7 +12,6 @@ from mtp_jax import data, metrics, objective, tokenizer
 from mtp_jax import train as training
 from mtp_jax.config import Config
 from mtp_jax.lm import LanguageModel
-from mtp_jax.model import capped
 from mtp_jax.sharding import make_mesh
 
 
@@ -32,9 +31,10 @@ class Steps:
     with jax.set_mesh(self.mesh):
       self.state = jax.jit(lambda key: training.init(config, key))(jax.random.key(config.train.seed))
       self.others = jnp.asarray(training.byte_lengths(config, tokens)), np.float32(weights)
-      step = functools.partial(training.step, config, active=tuple(weight > 0 for weight in weights), loss=loss)
+      active = tuple(weight > 0 for weight in weights)
+      step = functools.partial(training.step, config, active=active, loss=loss)
       self.compiled = jax.jit(step, donate_argnums=0).lower(self.state, training.put(next(self.batches), self.mesh), *self.others).compile()
-      self.flops_per_token = metrics.flops_per_token(self.state.model, config.data.length)['total']
+      self.flops_per_token = metrics.flops_per_token(self.state.model, config.data.length, active)['total']
       self.parameters = metrics.parameters(self.state.model)['total']
     self.temporary_bytes = self.compiled.memory_analysis().temp_size_in_bytes
 
@@ -83,7 +83,7 @@ def against(config: Config, other: Config | None, steps: int) -> dict:
     config and other, reports like that of `train`; time_ratio (median of the ratios of neighbouring steps), and beside it flops_ratio
     (analytic, a step) and memory_ratio (temporary bytes of the compiled steps): config over other.
   """
-  sides = Steps(config), Steps(other or config, objective.loss if other else dense)
+  sides = Steps(config), Steps(other or config, objective.loss if other else objective.dense)
   for side in sides:
     side()
   seconds = [(sides[0](), sides[1]()) for _ in range(steps)]
@@ -94,20 +94,6 @@ def against(config: Config, other: Config | None, steps: int) -> dict:
     side.batches.close()
   return {'config': one, 'other': two, 'time_ratio': statistics.median(a / b for a, b in seconds), 'flops_ratio': step_flops(sides[0]) / step_flops(sides[1]),
           'memory_ratio': one['temporary_bytes'] / two['temporary_bytes']}
-
-
-def dense(model, batch, coefficient_M, o, active):
-  """`objective.loss` as one would first write it: every future's logits at once, and JAX's own gradient."""
-  c, readout = model.config, model.readout()
-  h_MBLD = readout.map(lambda m, h_BLD: h_BLD, *objective.states(model, batch))
-  y_MBL, counted_MBL = jax.tree.map(lambda *x: jnp.stack(x), *(objective.targets(batch, m, c.futures) for m in range(c.futures)))
-  logits_MBLV = capped(jnp.einsum('MBLD,VD->MBLV', h_MBLD, readout.table(), preferred_element_type=jnp.float32), c)
-  lse_MBL = jax.nn.logsumexp(logits_MBLV, -1)
-  nats_MBL = lse_MBL - jnp.sum(logits_MBLV, -1, where=jnp.arange(c.vocab) == y_MBL[..., None])
-  total = lambda x_MBL: jnp.sum(x_MBL, (1, 2), where=counted_MBL)
-  count = lambda x_MBL: jnp.sum(x_MBL, (1, 2), dtype=jnp.int32)
-  sums = objective.Sums(total(nats_MBL), count((jnp.argmax(logits_MBLV, -1) == y_MBL) & counted_MBL), count(counted_MBL))
-  return jnp.dot(coefficient_M, total(nats_MBL + o.z_loss * lse_MBL**2)), sums
 
 
 def decode(lm: LanguageModel, prompts: int, prompt_tokens: int, max_tokens: int, repeats: int) -> dict:

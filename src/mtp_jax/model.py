@@ -57,6 +57,7 @@ class Readout:
   """What turns the trunk's state into predictions: the futures' heads or modules, stacked, and what they share."""
   heads: nnx.Module | None
   final_norm_D: jax.Array
+  embed_VD: jax.Array | None  # of the sequential kind, which looks up the tokens in between
   unembed_VD: jax.Array
   config: ModelConfig = dataclasses.field(metadata={'static': True})
 
@@ -72,11 +73,12 @@ class Readout:
     h_BLD = self.norm(z_BLD) if self.config.first_future else None
     return h_BLD if self.config.first_future and self.config.hidden_input == 'post_norm' else z_BLD, h_BLD
 
-  def advance(self, head, m, state_BLD, e_BTD, positions_BL, seen):
+  def advance(self, head, m, state_BLD, tokens_BT, positions_BL, seen):
     """One future: (the state that the next head reads, the normed state that the unembedding reads). m may be traced."""
     c = self.config
     if c.kind == 'sequential':
-      e_BLD = place(jax.lax.dynamic_slice_in_dim(e_BTD, m, state_BLD.shape[1], 1), 'BLD')
+      between_BL = place(jax.lax.dynamic_slice_in_dim(tokens_BT, m, state_BLD.shape[1], 1), 'BL')
+      e_BLD = lookup(self.embed_VD, between_BL, c.dtype)
       raw_BLD, h_BLD, _ = head(e_BLD, state_BLD, positions_BL, seen)
       return h_BLD if c.hidden_input == 'post_norm' else raw_BLD, h_BLD
     x_BLD, _ = head(state_BLD, positions_BL, seen)
@@ -102,20 +104,20 @@ class Readout:
     """The module that all futures share, or None where each has a head of its own."""
     return jax.tree.map(lambda x: x[0], self.heads) if self.config.share_modules else None
 
-  def map(self, f, z_BLD, e_BTD, positions_BL, seen):
+  def map(self, f, z_BLD, tokens_BT, positions_BL, seen):
     """f(m, h_BLD) of every future m, stacked over M.
 
     Args:
       f: called with m (traced) and the normed state that the unembedding reads; returns a pytree of arrays.
       z_BLD: what `run_trunk` returned.
-      e_BTD: the embedded tokens of each row, T = L + M; only the sequential kind reads past the first L.
+      tokens_BT: T = L + M of each row; only the sequential kind reads them.
     """
     c = self.config
     futures = c.needed((True,) * c.futures)
 
     def step(state_BLD, inputs):
       head, m = inputs
-      state_BLD, h_BLD = self.advance(self.shared() if head is None else head, m, state_BLD, e_BTD, positions_BL, seen)
+      state_BLD, h_BLD = self.advance(self.shared() if head is None else head, m, state_BLD, tokens_BT, positions_BL, seen)
       return state_BLD, f(m, h_BLD)
 
     with jax.named_scope('futures'):
@@ -141,9 +143,9 @@ class Model(nnx.Module):
       self.unembed_VD = table(keys[3])
     self.config = c
 
-  def embed(self, tokens_BL, letters: str = 'BLD'):
-    """float[B, L, D] in the compute type, living where `letters` say."""
-    return lookup(self.embed_VD[...], tokens_BL, letters, self.config.dtype)
+  def embed(self, tokens_BL):
+    """float[B, L, D] in the compute type."""
+    return lookup(self.embed_VD[...], tokens_BL, self.config.dtype)
 
   def run_trunk(self, x_BLD, positions_BL, seen, cache: Cache | None = None):
     """(residual stream after N blocks, not normed; cache)."""
@@ -156,7 +158,8 @@ class Model(nnx.Module):
 
   def readout(self) -> Readout:
     table_VD = self.embed_VD if self.config.tie_embeddings else self.unembed_VD
-    return Readout(getattr(self, 'futures', None), self.final_norm_D[...], table_VD[...], self.config)
+    embed_VD = self.embed_VD[...] if self.config.kind == 'sequential' else None
+    return Readout(getattr(self, 'futures', None), self.final_norm_D[...], embed_VD, table_VD[...], self.config)
 
 
 def capped(logits_BLV, c: ModelConfig):

@@ -16,7 +16,8 @@ into the gradients of states and of the unembedding, and dropped: three matrix p
       for each chunk of its positions:                    logits = h u^T;  g = weight/count * (softmax - one-hot);  dh = g u;  du += g^T h
                                                           head backward, into the gradient of the state it read
 
-One head's activations and one chunk's logits are alive at a time (Gloeckle et al., figure 2), whatever the number of futures.
+One head's activations and one chunk's logits are alive at a time (Gloeckle et al., figure 2), whatever the number of futures; a chain
+keeps one state a head besides, the way a trunk keeps one a block.
 """
 import dataclasses
 import functools
@@ -51,26 +52,27 @@ def targets(batch, m, futures: int):
   return ahead(batch['tokens']), (ahead(batch['segments']) == segments_BL) & (segments_BL > 0)
 
 
+def all_targets(batch, futures: int):
+  """`targets` of every future: int32[M, B, L], bool[M, B, L]."""
+  return jax.tree.map(lambda *x: jnp.stack(x), *(targets(batch, m, futures) for m in range(futures)))
+
+
 def counts(batch, futures: int):
   """How many positions count for each future: int32[M]."""
   return jnp.stack([jnp.sum(targets(batch, m, futures)[1], dtype=jnp.int32) for m in range(futures)])
 
 
 def states(model: Model, batch):
-  """What the futures read: (z_BLD of the trunk, embedded tokens or None, positions_BL, documents)."""
+  """What the futures read: (z_BLD of the trunk, tokens_BT, positions_BL, documents)."""
   c = model.config
   L = batch['tokens'].shape[1] - c.futures
   positions_BL, seen = place(batch['positions'][:, :L], 'BL'), documents(place(batch['segments'][:, :L], 'BL'))
-  if c.kind == 'sequential' and c.futures > 1:
-    e_BTD = model.embed(batch['tokens'], 'BtD')
-    x_BLD = place(e_BTD[:, :L], 'BLD')
-  else:
-    e_BTD, x_BLD = None, model.embed(place(batch['tokens'][:, :L], 'BL'))
-  return model.run_trunk(x_BLD, positions_BL, seen)[0], e_BTD, positions_BL, seen
+  x_BLD = model.embed(place(batch['tokens'][:, :L], 'BL'))
+  return model.run_trunk(x_BLD, positions_BL, seen)[0], batch['tokens'], positions_BL, seen
 
 
 def loss(model: Model, batch, coefficient_M, o: ObjectiveConfig, active: tuple[bool, ...] | None = None):
-  """sum_m coefficient_M[m] * (nats_M[m] + z-loss), and the sums it is made of; only the loss has a gradient.
+  """sum_m coefficient_M[m] * (nats_M[m] + z-loss), and the sums it is made of; only the loss has a gradient, and only to the model.
 
   Args:
     batch: rows of L + M tokens.
@@ -81,9 +83,24 @@ def loss(model: Model, batch, coefficient_M, o: ObjectiveConfig, active: tuple[b
   Returns:
     (float32 scalar, Sums).
   """
-  z_BLD, e_BTD, positions_BL, seen = states(model, batch)
+  z_BLD, _, positions_BL, seen = states(model, batch)
   run = _Run(o, active or (True,) * model.config.futures)
-  return _futures(run, model.readout(), z_BLD, e_BTD, coefficient_M, (batch, positions_BL, seen))
+  return _futures(run, model.readout(), z_BLD, coefficient_M, (batch, positions_BL, seen))
+
+
+def dense(model: Model, batch, coefficient_M, o: ObjectiveConfig, active: tuple[bool, ...] | None = None):
+  """`loss` as one would first write it, every future's logits at once and JAX's own gradient: to be compared with, in value and in cost."""
+  c, readout = model.config, model.readout()
+  h_MBLD = readout.map(lambda m, h_BLD: h_BLD, *states(model, batch))
+  y_MBL, counted_MBL = all_targets(batch, c.futures)
+  counted_MBL &= jnp.array(active or (True,) * c.futures)[:, None, None]
+  logits_MBLV = capped(jnp.einsum('MBLD,VD->MBLV', h_MBLD, readout.table(), preferred_element_type=jnp.float32), c)
+  lse_MBL = jax.nn.logsumexp(logits_MBLV, -1)
+  nats_MBL = lse_MBL - jnp.sum(logits_MBLV, -1, where=jnp.arange(c.vocab) == y_MBL[..., None])
+  total = lambda x_MBL: jnp.sum(x_MBL, (1, 2), where=counted_MBL)
+  count = lambda x_MBL: jnp.sum(x_MBL, (1, 2), dtype=jnp.int32)
+  sums = Sums(total(nats_MBL), count((jnp.argmax(logits_MBLV, -1) == y_MBL) & counted_MBL), count(counted_MBL))
+  return jnp.dot(coefficient_M, total(nats_MBL + o.z_loss * lse_MBL**2)), sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +110,7 @@ class _Run:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _futures(run: _Run, readout: Readout, z_BLD, e_BTD, coefficient_M, rows):
+def _futures(run: _Run, readout: Readout, z_BLD, coefficient_M, rows):
   """Loss and sums without a gradient: what an evaluation runs."""
   batch, positions_BL, seen = rows
   c, w_VD, active_M = readout.config, readout.table(), jnp.array(run.active)
@@ -101,24 +118,24 @@ def _futures(run: _Run, readout: Readout, z_BLD, e_BTD, coefficient_M, rows):
   def future(m, h_BLD):
     return cross_entropy(c, run.objective, h_BLD[None], w_VD, *_weighted(batch, m[None], c.futures, coefficient_M))[:2]
 
-  loss_M, sums_M1 = readout.map(future, z_BLD, e_BTD, positions_BL, seen)
-  return jnp.sum(loss_M), jax.tree.map(lambda x_M1: jnp.where(active_M, x_M1[:, 0], 0), sums_M1)
+  loss_M, sums_M1 = readout.map(future, z_BLD, batch['tokens'], positions_BL, seen)
+  return jnp.sum(loss_M, where=active_M), jax.tree.map(lambda x_M1: jnp.where(active_M, x_M1[:, 0], 0), sums_M1)
 
 
-def _futures_forward(run: _Run, readout: Readout, z_BLD, e_BTD, coefficient_M, rows):
-  """Loss and sums, and as residuals the gradients of the readout, the trunk's state and the embedded tokens."""
+def _futures_forward(run: _Run, readout: Readout, z_BLD, coefficient_M, rows):
+  """Loss and sums, and as residuals the gradients of the readout and of the trunk's state."""
   batch, positions_BL, seen = rows
   c, w_VD, needed = readout.config, readout.table(), readout.config.needed(run.active)
   G = c.head_batch if c.independent and len(needed) % c.head_batch == 0 else 1
-  with_norm = lambda norm_D: dataclasses.replace(readout, final_norm_D=norm_D)
 
   grouped = lambda tree: jax.tree.map(lambda x: jnp.reshape(x, (-1, G, *x.shape[1:])), tree) if G > 1 else tree  # one by one, XLA copies nothing
   single = lambda tree: jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), tree) if G > 1 else tree
 
   def heads(own, common, state_BLD, m_G):
     """A head, or a group of G: (the state that the next one reads, what the unembedding reads: [G, B, L, D])."""
-    shared, norm_D, e_BTD = common
-    advance = lambda own, m: with_norm(norm_D).advance(shared if own is None else own, m, state_BLD, e_BTD, positions_BL, seen)
+    shared, norm_D, embed_VD = common
+    reader = dataclasses.replace(readout, final_norm_D=norm_D, embed_VD=embed_VD)
+    advance = lambda own, m: reader.advance(shared if own is None else own, m, state_BLD, batch['tokens'], positions_BL, seen)
     if G > 1:
       return state_BLD, jax.vmap(lambda own, m: advance(own, m)[1])(own, m_G)
     state_BLD, h_BLD = advance(own, m_G)
@@ -150,8 +167,9 @@ def _futures_forward(run: _Run, readout: Readout, z_BLD, e_BTD, coefficient_M, r
     return (total, jax.tree.map(jnp.add, dcommon, dcommon_), dstate_BLD), (sums, down)
 
   with jax.named_scope('futures'):
-    (start_BLD, h_BLD), to_trunk = jax.vjp(lambda norm_D, z_BLD: with_norm(norm_D).start(z_BLD), readout.final_norm_D, z_BLD)
-    common = readout.shared(), readout.final_norm_D, e_BTD
+    start = lambda norm_D, z_BLD: dataclasses.replace(readout, final_norm_D=norm_D).start(z_BLD)
+    (start_BLD, h_BLD), to_trunk = jax.vjp(start, readout.final_norm_D, z_BLD)
+    common = readout.shared(), readout.final_norm_D, readout.embed_VD
     total = jnp.zeros(()), jnp.zeros(w_VD.shape[::-1], jnp.float32, **out('DV'))
     carry = total, *jax.tree.map(jnp.zeros_like, (common, start_BLD))
     sums = Sums(*(jnp.zeros(c.futures, dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
@@ -162,7 +180,7 @@ def _futures_forward(run: _Run, readout: Readout, z_BLD, e_BTD, coefficient_M, r
       carry, (found, down) = jax.lax.scan(back, carry, (own, m_nG, state_nBLD), reverse=c.kind != 'anticausal')
       sums = jax.tree.map(lambda x_M, y_nG: x_M.at[np.array(needed)].set(y_nG.ravel()), sums, found)
       down = single(down)
-    total, (dshared, dnorm_D, de_BTD), dstate_BLD = carry
+    total, (dshared, dnorm_D, dembed_VD), dstate_BLD = carry
     dh_BLD = None if h_BLD is None else jnp.zeros_like(h_BLD)
     if h_BLD is not None and run.active[0]:
       total, found, dh_1BLD = read(total, h_BLD[None], jnp.zeros(1, jnp.int32))
@@ -170,7 +188,7 @@ def _futures_forward(run: _Run, readout: Readout, z_BLD, e_BTD, coefficient_M, r
     dstart_D, dz_BLD = to_trunk((dstate_BLD, dh_BLD))
     loss, dw_DV = total
   active_M = jnp.array(run.active)
-  gradients = Readout(readout.unstacked(needed, down, dshared), dnorm_D + dstart_D, dw_DV.T, c), dz_BLD, de_BTD
+  gradients = Readout(readout.unstacked(needed, down, dshared), dnorm_D + dstart_D, dembed_VD, dw_DV.T, c), dz_BLD
   return (loss, jax.tree.map(lambda x_M: jnp.where(active_M, x_M, 0), sums)), gradients
 
 

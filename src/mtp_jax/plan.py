@@ -20,7 +20,8 @@ from mtp_jax.sharding import make_mesh, spec
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A compiled step: bytes a chip holds at its peak, and of these arguments and temporaries; matmul FLOPs of a token.
+  """A compiled step: bytes a chip holds at its peak, and of its arguments; XLA's sum of temporaries, which are not all alive at once;
+  matmul FLOPs of a token.
 
   model_flops_per_token is the analytic count, forward and backward; counted_flops_per_token is what the step really multiplies,
   recomputation included. hlo is the compiled module as text.

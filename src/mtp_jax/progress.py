@@ -53,13 +53,13 @@ def numbers(values) -> str:
 class Speed:
   """Tokens a second, MFU (where the chip's peak is known), the share of time spent waiting for data, and what remains, between two records."""
 
-  def __init__(self, step: int, tokens_per_step: int, flops_per_token: int, peak_flops: float):
-    self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
+  def __init__(self, step: int, tokens_per_step: int, peak_flops: float):
+    self.tokens_per_step, self.peak_flops = tokens_per_step, peak_flops
     self.recent = collections.deque(maxlen=20)  # seconds a step
     self._restart(step)
 
   def _restart(self, step: int) -> None:
-    self.step, self.start, self.waited = step, time.perf_counter(), 0.0
+    self.step, self.start, self.waited, self.flops = step, time.perf_counter(), 0.0, 0  # flops: of the steps since, added up by the run
 
   @contextlib.contextmanager
   def waiting(self):
@@ -76,12 +76,12 @@ class Speed:
     self.start += time.perf_counter() - start
 
   def since_last(self, step: int, steps: int) -> dict:
-    seconds, done, waited = max(time.perf_counter() - self.start, 1e-9), step - self.step, self.waited
+    seconds, done, waited, flops = max(time.perf_counter() - self.start, 1e-9), step - self.step, self.waited, self.flops
     self._restart(step)
     self.recent.append(seconds / max(done, 1))
     rate = done * self.tokens_per_step / seconds
     found = {'tokens_per_second': rate, 'data_wait': waited / seconds, 'eta_seconds': (steps - step) * statistics.median(self.recent)}
-    return found if math.isnan(self.peak_flops) else found | {'mfu': rate * self.flops_per_token / self.peak_flops}
+    return found if math.isnan(self.peak_flops) else found | {'mfu': flops / seconds / self.peak_flops}
 
 
 class Interrupts:

@@ -100,7 +100,7 @@ def _einsum_backward(subscripts, dtype, operands, gradient):
 einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
-def lookup(table_VD, ids_BL, letters: str, dtype):
+def lookup(table_VD, ids_BL, dtype):
   """Rows of a table: dtype[B, L, D]. Its gradient adds up in float32.
 
   The table stays where it is: each device looks up its share of the width for the rows of all that share a batch, and what is
@@ -108,10 +108,10 @@ def lookup(table_VD, ids_BL, letters: str, dtype):
   """
   if jax.sharding.get_abstract_mesh().empty:
     return table_VD[ids_BL].astype(dtype)
-  rows, length, _ = spec(letters)
+  rows, length, _ = spec('BLD')
   whole = PartitionSpec(tuple(axis for axis in rows if axis != 'fsdp'), length)
   x_BLD = table_VD.at[jax.sharding.reshard(ids_BL, whole)].get(out_sharding=PartitionSpec(*whole, 'fsdp'))
-  return place(x_BLD.astype(dtype), letters)
+  return place(x_BLD.astype(dtype), 'BLD')
 
 
 def place(x, letters: str):

@@ -4,7 +4,8 @@
 
 The step sums the gradients of its microbatches, each weighted by counts over the whole batch, so that accumulation changes
 nothing but memory. A step whose loss or gradient is not finite leaves parameters, moments and their counters as they were.
-A future whose weight is exactly 0 is not computed at all: a stage of the schedule is a compiled step of its own.
+A future whose weight is exactly 0 is not computed: a stage of the schedule is a compiled step of its own. Its parameters have a gradient
+of 0, as they would if it were computed; decay and momentum go on.
 """
 import contextlib
 import dataclasses
@@ -153,7 +154,7 @@ def _evaluate_step(config: Config, model: Model, batch, byte_length_V, allowed_V
   c, o = config.model, config.objective
   readout = model.readout()
   h_MBLD = readout.map(lambda m, h_BLD: h_BLD, *objective.states(model, batch))
-  y_MBL, counted_MBL = jax.tree.map(lambda *x: jnp.stack(x), *(objective.targets(batch, m, c.futures) for m in range(c.futures)))
+  y_MBL, counted_MBL = objective.all_targets(batch, c.futures)
   sums = objective.cross_entropy(c, o, h_MBLD, readout.table(), y_MBL, counted_MBL.astype(jnp.float32), counted_MBL)[1]
   return sums, target_bytes(batch, byte_length_V, c.futures), acceptance.drafts(c, h_MBLD, readout.table(), batch, allowed_V, o.chunk)
 
@@ -278,7 +279,7 @@ class _Run:
     self.byte_length_V = jax.device_put(byte_lengths(config, tokens), jax.NamedSharding(mesh, jax.P()))
     self.allowed_V = emitted(config, tokens)
     self.compiled = compiled_step(config)
-    self.speed = Speed(self.step, t.batch * config.data.length, 0, metrics.peak_flops() * mesh.size)
+    self.speed = Speed(self.step, t.batch * config.data.length, metrics.peak_flops() * mesh.size)
     self.writer = checkpoint.Writer(workdir, t.checkpoints_kept)
     self.log = metrics.Log(workdir, self.step, t.tensorboard)
     (workdir / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
@@ -288,26 +289,30 @@ class _Run:
     """Starts the next step; while it runs, records the one before."""
     with self.speed.waiting():
       batch = put(next(self.batches), self.mesh)
-    self._enter_stage()
-    self.state, found = self.compiled(self.state, batch, self.byte_length_V, self.step / self.config.train.steps)
+    with self.speed.paused() if self._enters_stage() else contextlib.nullcontext():  # which compiles
+      self.state, found = self.compiled(self.state, batch, self.byte_length_V, self.step / self.config.train.steps)
     self.step += 1
     self._record_last()
-    self.unrecorded = self.step, found, batch
+    self.unrecorded = self.step, found, batch, self.flops
 
-  def _enter_stage(self) -> None:
-    """Notes which futures the next step computes: its FLOPs, and a line when they change."""
+  def _enters_stage(self) -> bool:
+    """Whether the next step computes other futures than the last one; notes its FLOPs."""
     weights = self.config.objective.weights_M(self.config.model.futures, self.step / self.config.train.steps)
     active = tuple(weight > 0 for weight in weights)
-    if active != self.active:
-      self.speed.flops_per_token = metrics.flops_per_token(self.state.model, self.config.data.length, active)['total']
+    changed = active != self.active
+    if changed:
+      self._record_last()
+      self.flops = metrics.flops_per_token(self.state.model, self.config.data.length, active)['total'] * self.speed.tokens_per_step
       if not all(active) or self.active:
         self.display.line(f'step {self.step + 1}: futures {" ".join(str(m) for m, a in enumerate(active) if a)} are computed, the others have weight 0')
       self.active = active
+    return changed
 
   def _record_last(self) -> None:
     if self.unrecorded is None:
       return
-    (step, found, batch), self.unrecorded = self.unrecorded, None
+    (step, found, batch, flops), self.unrecorded = self.unrecorded, None
+    self.speed.flops += flops
     t, found = self.config.train, jax.tree.map(lambda x: x.tolist(), jax.device_get(found))
     bad = found['skipped_in_a_row']
     if bad:
