@@ -6,7 +6,9 @@ import pytest
 from flax import nnx
 
 from mtp_jax import layers
+from mtp_jax.config import MeshConfig
 from mtp_jax.layers import Cache, attend, documents, rms_norm, rotary, stack
+from mtp_jax.sharding import make_mesh, place
 
 
 def attend_numpy(q_BLHK, k_BSGK, v_BSGK, mask_BLS):
@@ -155,3 +157,17 @@ def test_a_stack_holds_independent_modules_in_order():
   assert len({w_DF.tobytes() for w_DF in stacked}) == 3
   assert 0.7 / 4 < stacked.std() < 1.0 / 4  # a normal of variance 1/16, cut at two sigma
   assert stack(Matrix, 0, key).w_DF.shape == (0, 16, 20)
+
+
+def test_the_tpu_kernel_is_attention_within_documents(assert_close):
+  """Interpreted, with grouped heads, packed documents and padding; its gradients too."""
+  rng, (B, L, H, G, K) = np.random.default_rng(0), (2, 128, 4, 2, 64)
+  q, k, v, g = (jnp.asarray(rng.standard_normal((B, L, heads, K)), jnp.float32) for heads in (H, G, G, H))
+  segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], [50, 1, 60, 17], axis=1).astype(np.int32)
+  seen = documents(jnp.asarray(segments))
+  with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2))):
+    q, k, v, g, rows = (place(x, letters) for x, letters in ((q, 'BLHK'), (k, 'BSGK'), (v, 'BSGK'), (g, 'BLHK'), (jnp.asarray(segments), 'BL')))
+    run = lambda attention: jax.jit(lambda *x: (lambda o, back: (o, back(g)))(*jax.vjp(attention, *x)))(q, k, v)
+    found = run(lambda q, k, v: layers._splash(q, k, v, rows, interpret=True))
+    wanted = run(lambda q, k, v: attend(q, k, v, seen.mask_BLS))
+  assert_close(found, wanted, 1e-4)

@@ -115,15 +115,15 @@ def _runs_splash(q_BLHK) -> bool:
           and q_BLHK.shape[1] % 128 == 0 and q_BLHK.shape[3] % 64 == 0)
 
 
-def _splash(q_BLHK, k_BSGK, v_BSGK, segments_BL):
-  """JAX's TPU kernel of causal attention within segments, each device on its own rows and heads."""
+def _splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, interpret: bool = False):
+  """JAX's TPU kernel of causal attention within segments, each device on its own rows and heads; `interpret` runs it anywhere."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
   def local(q_BLHK, k_BLGK, v_BLGK, segments_BL):
     _, L, H, K = q_BLHK.shape
     r = H // k_BLGK.shape[2]
-    kernel = kernels.make_splash_mha(mask=masks.MultiHeadMask([masks.CausalMask((L, L))] * H), head_shards=1, q_seq_shards=1)
+    kernel = kernels.make_splash_mha(mask=masks.MultiHeadMask([masks.CausalMask((L, L))] * H), head_shards=1, q_seq_shards=1, interpret=interpret)
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q_BLHK * K**-0.5, jnp.repeat(k_BLGK, r, 2), jnp.repeat(v_BLGK, r, 2)))
     o_BHLK = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=kernels.SegmentIds(s, s)))(q, k, v, segments_BL)
     return jnp.moveaxis(o_BHLK, 1, 2)
