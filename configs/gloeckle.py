@@ -5,11 +5,12 @@
 Equal parameters: M futures take M blocks from the trunk. Feed-forward width 8/3 of the width, up to a multiple of 256 (the paper gives
 none; 12 x layers x width^2 non-embedding parameters are its own count), vocabulary 32,000.
 
-parameters   0.3b 292 M, 0.6b 613 M, 1.3b 1.34 B, 3b 3.0 B, 7b 6.7 B, 13b 12.9 B
+parameters   0.3b 297 M, 0.6b 631 M, 1.3b 1.36 B, 3b 3.02 B, 7b 6.74 B, 13b 13.0 B
 data         2^23 tokens a step, 91 B tokens up to 3b, 209.7 B for 7b and 13b
-command      python -m mtp_jax plan --config=configs/gloeckle.py:0.3b,4 --topology=v5p:2x2x2 --config.mesh.fsdp=8
+command      python -m mtp_jax plan --config=configs/gloeckle.py:0.3b,4 --topology=v5p:2x2x2 --config.mesh.fsdp=8 --config.train.batch=32 \
+             --config.train.evaluate_rows=32
 """
-from mtp_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from mtp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 SHAPES = {  # width, layers, heads, steps, warm-up
     '0.3b': (1024, 18, 16, 10_850, 1000), '0.6b': (1280, 27, 20, 10_850, 1000), '1.3b': (2048, 24, 16, 10_850, 1000),
@@ -25,5 +26,4 @@ def get_config(which: str = '0.3b,4'):
       data=DataConfig(length=4096),
       optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=warmup, final_ratio=0.03),
       train=TrainConfig(steps=steps, batch=2048, evaluate_rows=2048),
-      mesh=MeshConfig(),
   ).to_config_dict()

@@ -18,7 +18,7 @@ from mtp_jax.sharding import make_mesh
 class Steps:
   """A config's train step, compiled, and its own data: every call is one step.
 
-  bytes: what the compiled step holds besides its arguments (temporaries), on one device.
+  temporary_bytes: what the compiled step holds besides its arguments, on one device.
   """
 
   def __init__(self, config: Config, loss=objective.loss):
@@ -27,14 +27,13 @@ class Steps:
     rows = data.Rows(data.prepare(config.data, tokens).train, config.data.length, config.model.futures, tokens.pad)
     self.config, self.mesh = config, make_mesh(config.mesh)
     self.batches = data.batches(rows, config.train.batch, config.data.seed)
-    weights = config.objective.weights_M(config.model.futures)
+    M, o = config.model.futures, config.objective
     with jax.set_mesh(self.mesh):
       self.state = jax.jit(lambda key: training.init(config, key))(jax.random.key(config.train.seed))
-      self.others = jnp.asarray(training.byte_lengths(config, tokens)), np.float32(weights)
-      active = tuple(weight > 0 for weight in weights)
-      step = functools.partial(training.step, config, active=active, loss=loss)
+      self.others = jnp.asarray(training.byte_lengths(config, tokens)), np.float32(o.weights_M(M))
+      step = functools.partial(training.step, config, active=o.active(M), loss=loss)
       self.compiled = jax.jit(step, donate_argnums=0).lower(self.state, training.put(next(self.batches), self.mesh), *self.others).compile()
-      self.flops_per_token = metrics.flops_per_token(self.state.model, config.data.length, active)['total']
+      self.flops_per_token = metrics.flops_per_token(self.state.model, config.data.length, o.active(M))['total']
       self.parameters = metrics.parameters(self.state.model)['total']
     self.temporary_bytes = self.compiled.memory_analysis().temp_size_in_bytes
 

@@ -92,9 +92,8 @@ def gradients(config: Config):
   def run(sizes=ONE, accumulate=1, loss=objective.loss, **changes):
     varied = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes), train=dataclasses.replace(config.train, accumulate=accumulate))
     mesh = make_mesh(sizes)
-    placed = jax.tree.map(lambda x: x, model)
     with jax.set_mesh(mesh):
-      placed = jax.device_put(placed, shardings(placed, mesh))
+      placed = jax.device_put(model, shardings(model, mesh))
       placed.config = varied.model
       step = jax.jit(lambda model, batch: train.gradients(varied, model, batch, weight_M, (True,) * M, loss)[2])
       return jax.device_get(step(placed, train.put(batch, mesh)))

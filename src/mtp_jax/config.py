@@ -101,6 +101,10 @@ class ObjectiveConfig:
     """The weight of each future when this fraction of training is done."""
     return tuple(weight_at(weight, fraction) for weight in (self.weights + self.weights[-1:] * futures)[:futures])
 
+  def active(self, futures: int, fraction: float = 0.0) -> tuple[bool, ...]:
+    """Which futures have a weight that is not 0, hence are computed, when this fraction of training is done."""
+    return tuple(weight > 0 for weight in self.weights_M(futures, fraction))
+
 
 def weight_at(weight: float | str, fraction: float) -> float:
   """A weight's value when this fraction of training is done; see `ObjectiveConfig`."""

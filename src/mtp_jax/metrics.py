@@ -57,10 +57,11 @@ def flops_per_token(model, length: int, active: tuple[bool, ...] | None = None) 
 def recomputed_flops_per_token(model, length: int) -> int:
   """What a train step multiplies besides, with remat='none': attention makes its scores once more in the backward pass, and the inner
   heads of a chain run once to find the states that the walk back starts from. Model-FLOP utilisation does not count it."""
-  c, size = model.config, lambda part, times: _forward_flops(model, length, part, times)
-  blocks = c.trunk_layers + (0 if c.kind == 'linear' else len(c.needed((True,) * c.futures)))
-  chained = 0 if c.independent else max(0, len(c.needed((True,) * c.futures)) - 1)
-  return blocks * 2 * c.heads * c.head_width * length + size('futures', chained)
+  c = model.config
+  heads = len(c.needed((True,) * c.futures))
+  blocks = c.trunk_layers + (0 if c.kind == 'linear' else heads)
+  chained = 0 if c.independent else max(0, heads - 1)
+  return blocks * 2 * c.heads * c.head_width * length + _forward_flops(model, length, 'futures', chained)
 
 
 def _forward_flops(model, length: int, part: str, times: int) -> int:

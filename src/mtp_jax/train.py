@@ -136,16 +136,15 @@ def target_bytes(batch, byte_length_V, futures: int):
   return jnp.sum(byte_length_V.at[y_BL].get(**out('BL')), where=counted_BL, dtype=jnp.int32)
 
 
-def compiled_step(config: Config, loss=objective.loss):
+def compiled_step(config: Config):
   """advance(state, batch, byte_length_V, fraction) -> (state, metrics): `step` with the weights at that fraction of training.
 
   Jitted once for each set of futures whose weight is not 0; the state is donated.
   """
-  jitted = jax.jit(functools.partial(step, config, loss=loss), donate_argnums=0, static_argnames='active')
+  jitted, M = jax.jit(functools.partial(step, config), donate_argnums=0, static_argnames='active'), config.model.futures
 
   def advance(state: State, batch, byte_length_V, fraction: float):
-    weights = config.objective.weights_M(config.model.futures, fraction)
-    return jitted(state, batch, byte_length_V, np.float32(weights), active=tuple(weight > 0 for weight in weights))
+    return jitted(state, batch, byte_length_V, np.float32(config.objective.weights_M(M, fraction)), active=config.objective.active(M, fraction))
   return advance
 
 
@@ -297,8 +296,7 @@ class _Run:
 
   def _enters_stage(self) -> bool:
     """Whether the next step computes other futures than the last one; notes its FLOPs."""
-    weights = self.config.objective.weights_M(self.config.model.futures, self.step / self.config.train.steps)
-    active = tuple(weight > 0 for weight in weights)
+    active = self.config.objective.active(self.config.model.futures, self.step / self.config.train.steps)
     changed = active != self.active
     if changed:
       self._record_last()
