@@ -80,9 +80,23 @@ def uncached(model, prompts_BP, length_B, limit_B, eos):
   return [row[:n].tolist() for row, n in zip(tokens_BS, length_B)]
 
 
-def generate(model, prompts_BP, length_B=LENGTHS_B, limit_B=LIMITS_B, *, draft, eos=NEVER, seed=0, temperature=1.0, sample=False, allowed_V=ALLOWED_V):
-  seed_B = (seed + np.arange(len(prompts_BP))).astype(np.uint32)
-  return decode.generate(model, prompts_BP, length_B, limit_B, seed_B, np.float32(temperature), allowed_V, np.int32(eos), slots=S, draft=draft, sample=sample)
+def sampler(n, *, seed=0, temperature=0.0, top_k=0, top_p=1.0, allowed_V=ALLOWED_V, same_seed=False, criterion=decode.Criterion()):
+  row = lambda x, dtype: np.broadcast_to(x, n).astype(dtype)
+  return decode.Sampler(row(np.add(seed, np.arange(n)) if np.ndim(seed) == 0 else seed, np.uint32), row(temperature, np.float32), row(top_k, np.int32), row(top_p, np.float32), np.asarray(allowed_V),
+                        not np.any(temperature), bool(np.any(top_k) or np.any(np.less(top_p, 1))), same_seed, criterion)
+
+
+def start(model, prompts_BP, length_B=LENGTHS_B, limit_B=LIMITS_B, *, draft, eos=NEVER, drafter=None, **options):
+  """(what `advance` needs besides a Progress, the first Progress)."""
+  decoder = decode.Decoder.of(model, V)
+  drafter = drafter or decode.futures(decoder, draft)
+  parts = decoder.reading(drafter.depth), drafter, sampler(len(prompts_BP), **options)
+  return parts, decode.prefill(*parts, prompts_BP, np.asarray(length_B, np.int32), np.asarray(limit_B, np.int32), np.int32(eos), slots=S + 8)
+
+
+def generate(model, prompts_BP, length_B=LENGTHS_B, limit_B=LIMITS_B, *, draft, eos=NEVER, lengths=None, cost_M=None, **options):
+  parts, progress = start(model, prompts_BP, length_B, limit_B, draft=draft, eos=eos, **options)
+  return decode.advance(*parts, progress, np.int32(eos), np.int32(1000), cost_M, lengths=lengths or (parts[1].depth,))
 
 
 def rows(end) -> list[list[int]]:
@@ -106,10 +120,12 @@ def test_every_draft_length_says_what_an_uncached_forward_says(trained, variant,
     assert end.done_B.all()
     new = np.arange(S) < LIMITS_B[:, None]
     new &= np.arange(S) >= LENGTHS_B[:, None]
-    depth_BS = np.asarray(end.depth_BS)
+    depth_BS = np.asarray(end.depth_BS)[:, :S]
+    assert not np.asarray(end.depth_BS)[:, S:].any()
     assert not depth_BS[~new].any() and depth_BS.max() <= draft
     np.testing.assert_array_equal(end.accepted_BK.sum(0), [(depth_BS == k + 1).sum() for k in range(draft)])
     np.testing.assert_array_equal(end.accepted_BK.sum(1) + end.forwards_B >= LIMITS_B - LENGTHS_B, True)
+    assert (np.asarray(end.accepted_BK) <= end.offered_BK).all() and (np.diff(end.offered_BK, axis=1) <= 0).all()
     forwards.append(int(end.forwards_B.sum()))
   assert forwards[0] == (LIMITS_B - LENGTHS_B).sum() and forwards[3] < 0.8 * forwards[0]
   assert inside > 0  # some row ended within an accepted draft
@@ -132,28 +148,19 @@ def test_a_row_does_not_depend_on_its_neighbours(trained, variant, prompts_BP):
     assert rows(generate(model, neighbours_BP, length_B, limit_B, draft=M - 1))[b] == alone[b]
 
 
-@pytest.fixture
-def passes(monkeypatch):
-  """The Progress before and after each pass of a greedy generation: its loop run by hand."""
-  def run(model, prompts_BP, limit_B, draft):
-    seen = []
-
-    def loop(goes_on, body, state):
-      body = jax.jit(body)
-      seen.append(jax.device_get(dataclasses.replace(state, memory=None)))
-      while goes_on(state):
-        state = body(state)
-        seen.append(jax.device_get(dataclasses.replace(state, memory=None)))
-      return state
-
-    monkeypatch.setattr(jax.lax, 'while_loop', loop)
-    seed_B = np.zeros(len(prompts_BP), np.uint32)
-    decode.generate.__wrapped__(model, prompts_BP, jnp.asarray(LENGTHS_B), limit_B, seed_B, np.float32(1), ALLOWED_V, NEVER, slots=S, draft=draft, sample=False)
-    return list(zip(seen, seen[1:]))
-  return run
+def passes(model, prompts_BP, limit_B, draft):
+  """The Progress before and after each pass of a greedy generation."""
+  parts, progress = start(model, prompts_BP, LENGTHS_B, limit_B, draft=draft)
+  seen, drafted = [], jax.jit(lambda p: parts[1].draft(parts[0], p.memory, p.tokens_BS, p.length_B[:, None], draft, parts[2])[0])
+  look = lambda: jax.device_get(dataclasses.replace(progress, memory=drafted(progress), caches=None))
+  seen.append(look())
+  while not progress.done_B.all():
+    progress = decode.advance(*parts, progress, NEVER, np.int32(1), lengths=(draft,))
+    seen.append(look())
+  return list(zip(seen, seen[1:]))
 
 
-def test_the_cache_says_what_the_true_prefix_says_after_every_accepted_length(trained, variant, prompts_BP, passes):
+def test_the_cache_says_what_the_true_prefix_says_after_every_accepted_length(trained, variant, prompts_BP):
   model, K, limit_B = trained(variant), M - 1, np.full(len(LENGTHS_B), S - M, np.int32)
   accepted = set()
   for before, after in passes(model, prompts_BP, limit_B, K):
@@ -166,32 +173,47 @@ def test_the_cache_says_what_the_true_prefix_says_after_every_accepted_length(tr
     last = after.length_B[live] - 1
     for k in range(K):  # a sequential future reads the drafts before its own
       drafts = np.asarray(choices_MBS(model, tokens_BS))[k + 1, live, last - 1]
-      np.testing.assert_array_equal(after.drafts_BK[live, k], drafts)
+      np.testing.assert_array_equal(after.memory[live, k], drafts)
       tokens_BS[live, last + 1 + k] = drafts
   assert accepted == set(range(M))
 
 
-def test_samples_are_the_same_for_every_draft_length_and_differ_by_seed(trained, family, prompts_BP):
-  model = trained(family)
-  wanted = rows(generate(model, prompts_BP, draft=0, sample=True, temperature=0.7))
+def test_at_the_same_seed_samples_are_those_of_plain_sampling_whatever_drafts(trained, variant, prompts_BP):
+  """Every draft length, truncated laws, adaptive lengths, and any company."""
+  model, options = trained(variant), {'temperature': np.array([0.7, 1.0, 0.0, 1.3, 0.7, 1.0]), 'top_k': np.array([0, 5, 0, 0, 9, 0]), 'top_p': np.array([1, 1, 1, .8, .9, 1]), 'same_seed': True}
+  wanted = rows(generate(model, prompts_BP, draft=0, **options))
   assert wanted != rows(generate(model, prompts_BP, draft=0))
   for draft in range(1, M):
-    end = generate(model, prompts_BP, draft=draft, sample=True, temperature=0.7)
+    end = generate(model, prompts_BP, draft=draft, **options)
     assert rows(end) == wanted
     assert end.accepted_BK.any()
-  other = rows(generate(model, prompts_BP, draft=0, sample=True, temperature=0.7, seed=100))
-  assert all(a != b for a, b, n in zip(wanted, other, LIMITS_B - LENGTHS_B) if n > 10)
-  assert rows(generate(model, prompts_BP, draft=0, sample=True, temperature=1e-6)) == rows(generate(model, prompts_BP, draft=0))
+  assert rows(generate(model, prompts_BP, draft=M - 1, lengths=(1, 2, 3), cost_M=np.array([1, 1.2, 1.3], np.float32), **options)) == wanted
+  order = np.array([4, 3, 1])
+  some = {name: value[order] if np.ndim(value) else value for name, value in options.items()}
+  assert rows(generate(model, prompts_BP[order], LENGTHS_B[order], LIMITS_B[order], draft=M - 1, seed=order, **some)) == [wanted[b] for b in order]
+  other = rows(generate(model, prompts_BP, draft=0, seed=100, **options))
+  assert all(a != b for b_, (a, b, n) in enumerate(zip(wanted, other, LIMITS_B - LENGTHS_B)) if n > 10 and b_ != 2)
+  assert wanted[2] == other[2] == rows(generate(model, prompts_BP, draft=0))[2]  # at temperature 0
+
+
+def test_a_sampled_row_does_not_depend_on_its_neighbours(trained, family, prompts_BP):
+  """By speculative sampling, whose text depends on the drafts, but not on the company."""
+  model, options = trained(family), {'temperature': np.array([0.7, 1.0, 0.0, 1.3, 0.7, 1.0])}
+  wanted = rows(generate(model, prompts_BP, draft=2, **options))
+  for order in ([3, 0], [4, 2, 1, 3]):
+    order = np.array(order)
+    found = rows(generate(model, prompts_BP[order], LENGTHS_B[order], LIMITS_B[order], draft=2, seed=order, temperature=options['temperature'][order]))
+    assert found == [wanted[b] for b in order]
 
 
 def test_samples_follow_the_softmax_of_capped_logits_over_temperature(trained, prompts_BP):
   model, rows_, temperature, cap = trained({'kind': 'parallel', 'logit_cap': 3.0}), 4096, 1.7, 3.0
   prompt_1P = prompts_BP[3:4]
-  end = generate(model, np.tile(prompt_1P, (rows_, 1)), np.full(rows_, 8), np.full(rows_, 9), draft=0, sample=True, temperature=temperature)
+  end = generate(model, np.tile(prompt_1P, (rows_, 1)), np.full(rows_, 8), np.full(rows_, 9), draft=0, temperature=temperature)
   found_V = np.bincount(np.asarray(end.tokens_BS)[:, 8], minlength=V)
 
   positions_1P, seen, readout = jnp.arange(8)[None], documents(jnp.ones((1, 8), jnp.int32)), model.readout()
-  z_1PD, _ = model.run_trunk(model.embed(prompt_1P), positions_1P, seen)
+  z_1PD = model.run_trunk(model.embed(prompt_1P), positions_1P, seen)
   logits_MV = readout.map(lambda m, h_1PD: h_1PD[0, -1] @ readout.table().T, z_1PD, None, positions_1P, seen)
   assert np.abs(logits_MV[0]).max() > cap
   p_V = np.exp(cap * np.tanh(np.float64(logits_MV[0]) / cap) / temperature) * ALLOWED_V

@@ -118,8 +118,7 @@ def test_a_block_is_its_equations(tiny, random_model, qk_norm, assert_close):
   block = jax.tree.map(lambda x: x[0], random_model(c).trunk)
   x = np.random.default_rng(0).standard_normal((2, 6, 16))
   positions = np.array([[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 0, 0]])
-  found, cache = jax.jit(block.__call__)(jnp.asarray(x, jnp.float32), positions, documents(jnp.asarray(SEGMENTS_BL)))
-  assert cache is None
+  found = jax.jit(lambda block, x: block(x, positions, documents(jnp.asarray(SEGMENTS_BL)))[0])(block, jnp.asarray(x, jnp.float32))
 
   w = {name: np.float64(getattr(block, name)[...]) for name in vars(block) if name[-1].isupper()}
   h = norm_numpy(x, w['attention_norm_D'], 0.1)
@@ -139,10 +138,20 @@ def test_new_entries_are_written_at_their_positions_and_those_outside_are_droppe
   np.testing.assert_array_equal(found, [[-2, 1, 2, 3, -1], [5, 6, -5, -6, 9]])
 
 
-def test_a_cache_shows_a_query_the_slots_up_to_its_own(tiny):
-  cache = Cache.empty(tiny(), 2, 4)
-  assert cache.k_BSGK.shape == cache.v_BSGK.shape == (2, 4, 2, 8)
-  np.testing.assert_array_equal(cache.mask(jnp.array([[0, 2], [3, -1]])), np.array([[[1, 0, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1], [0, 0, 0, 0]]], bool))
+def test_a_cache_shows_a_query_the_slots_up_to_its_own_and_no_other_sequence(tiny, assert_close):
+  """Written in two pieces, some slots twice, against attention over all that each query may see."""
+  rng, c, B, S = np.random.default_rng(0), tiny(), 2, 6
+  q, k, v = (jnp.asarray(rng.standard_normal((B, S, heads, c.head_width)), jnp.float32) for heads in (c.heads, c.kv_heads, c.kv_heads))
+  cache = Cache.empty(c, B, S)
+  assert cache.k_RSK.shape == cache.v_RSK.shape == (4, 6, 8)
+  first, second = jnp.array([[0, 1, 2], [0, 1, 2]]), jnp.array([[2, 3, 4, 9], [1, 2, 3, -1]])
+  cache = cache.write(q[:, :3, :2] * 0 + 7, v[:, :3], first)  # what stood at slot 0 is seen, what stood later is written anew
+  at = lambda x, index: jnp.take_along_axis(x, jnp.clip(index, 0, S - 1)[..., None, None], 1)
+  cache = cache.write(at(k, second), at(v, second), second)
+  k = k.at[:, 0].set(7).at[0, 1].set(7)
+  found = cache.attend(at(q, second), second)
+  mask = jnp.arange(S) <= second[..., None]
+  assert_close(found[:, :3], attend(at(q, second), k, v, mask)[:, :3])
 
 
 def test_a_stack_holds_independent_modules_in_order():

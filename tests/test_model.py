@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.config import ObjectiveConfig
-from mtp_jax.layers import documents, rms_norm
+from mtp_jax.layers import Documents, documents, rms_norm
 from mtp_jax.objective import loss, states, targets
 
 LENGTH = 12
@@ -60,18 +60,18 @@ def unrolled(model, batch):
   L = batch['tokens'].shape[1] - c.futures
   take = lambda stack, i: jax.tree.map(lambda x: x[i], stack)
   positions_BL, segments_BL = batch['positions'][:, :L], batch['segments'][:, :L]
-  mask_BLS = (segments_BL[:, :, None] == segments_BL[:, None, :]) & jnp.tril(jnp.ones((1, L, L), bool))
+  seen = Documents((segments_BL[:, :, None] == segments_BL[:, None, :]) & jnp.tril(jnp.ones((1, L, L), bool)), segments_BL)
   norm = lambda x_BLD, scale: rms_norm(x_BLD, scale[...], c.norm_epsilon)
   x_BLD = model.embed_VD[...][batch['tokens'][:, :L]]
   for i in range(c.trunk_layers):
-    x_BLD, _ = take(model.trunk, i)(x_BLD, positions_BL, mask_BLS)
+    x_BLD, _ = take(model.trunk, i)(x_BLD, positions_BL, seen)
   states = [norm(x_BLD, model.final_norm_D)]
   if c.kind == 'linear':
     states = [norm(x_BLD @ model.futures.map_Dd[m], model.final_norm_D) for m in range(c.futures)]
   elif c.kind in ('parallel', 'causal', 'anticausal'):
     states = [None] * c.futures
     for m in range(c.futures)[::-1 if c.kind == 'anticausal' else 1]:
-      y_BLD, _ = take(model.futures, m)(x_BLD, positions_BL, mask_BLS)
+      y_BLD, _ = take(model.futures, m)(x_BLD, positions_BL, seen)
       states[m] = norm(y_BLD, model.final_norm_D)
       x_BLD = x_BLD if c.kind == 'parallel' else y_BLD
   else:
@@ -80,7 +80,7 @@ def unrolled(model, batch):
       module = take(model.futures, 0 if c.share_modules else k - 1)
       e_BLD = model.embed_VD[...][batch['tokens'][:, k:k + L]]
       joined_BLD = norm(e_BLD, module.embedding_norm_D) @ module.join_CD[:16] + norm(read, module.hidden_norm_D) @ module.join_CD[16:]
-      x_BLD, _ = module.block(joined_BLD, positions_BL, mask_BLS)
+      x_BLD, _ = module.block(joined_BLD, positions_BL, seen)
       states.append(norm(x_BLD, module.out_norm_D))
       read = states[-1] if c.hidden_input == 'post_norm' else x_BLD
   nats = []
@@ -111,8 +111,8 @@ def test_scans_equal_a_loop_however_much_is_recomputed_or_run_at_once(tiny, rand
 def test_remat_saves_the_matmuls_or_only_a_blocks_input(tiny, random_model):
   def saved(remat):
     model = random_model(tiny(feed_forward=20, remat=remat))
-    x_BLD, positions_BL, mask_BLS = jnp.zeros((2, LENGTH, 16)), jnp.zeros((2, LENGTH), int), jnp.ones((2, LENGTH, LENGTH), bool)
-    back = jax.eval_shape(lambda model, x_BLD: jax.vjp(lambda model, x_BLD: model.run_trunk(x_BLD, positions_BL, mask_BLS)[0], model, x_BLD)[1], model, x_BLD)
+    x_BLD, positions_BL, seen = jnp.zeros((2, LENGTH, 16)), jnp.zeros((2, LENGTH), int), documents(jnp.ones((2, LENGTH), int))
+    back = jax.eval_shape(lambda model, x_BLD: jax.vjp(lambda model, x_BLD: model.run_trunk(x_BLD, positions_BL, seen), model, x_BLD)[1], model, x_BLD)
     return [x.shape for x in jax.tree.leaves(back) if x.shape[1:3] == (2, LENGTH)]
 
   none, dots, full = saved('none'), saved('dots'), saved('full')

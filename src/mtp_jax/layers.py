@@ -4,7 +4,7 @@
 
 RMSNorm (arXiv:1910.07467), rotary embedding in half-split order (arXiv:2104.09864), grouped-query attention
 (arXiv:2305.13245), SwiGLU (arXiv:2002.05202). One forward serves training and decoding: keys and values come from the
-tokens at hand, or, when a `Cache` is given, from all that was written into it so far. Parameters are float32 and cast to the
+`Documents` of the batch, or, in decoding, from all that was written into a `Cache` so far. Parameters are float32 and cast to the
 compute type, that of x_BLD, at the point of use.
 """
 import dataclasses
@@ -43,9 +43,20 @@ def rotary(x_BLHK, positions_BL, base: float):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Documents:
-  """Causal attention within documents; padding (segment 0) sees only padding: bool[B, L, S], and what it comes from."""
+  """What the tokens of a packed batch see: those before them in their document; padding (segment 0) sees only padding.
+
+  mask_BLS: bool; segments_BL: what it comes from. k_BSGK, v_BSGK: keys and values once written, over the whole length.
+  """
   mask_BLS: jax.Array
   segments_BL: jax.Array
+  k_BSGK: jax.Array | None = None
+  v_BSGK: jax.Array | None = None
+
+  def write(self, k_BLGK, v_BLGK, positions_BL) -> 'Documents':
+    return dataclasses.replace(self, k_BSGK=place(k_BLGK, 'BSGK'), v_BSGK=place(v_BLGK, 'BSGK'))
+
+  def attend(self, q_BLHK, positions_BL):
+    return attend(q_BLHK, self.k_BSGK, self.v_BSGK, self)
 
 
 def attend(q_BLHK, k_BSGK, v_BSGK, seen):
@@ -161,22 +172,37 @@ def write(old_BS, new_BL, positions_BL):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Keys and values of one block, or of a stack of them with a leading axis; slot s holds position s of its row."""
-  k_BSGK: jax.Array
-  v_BSGK: jax.Array
+  """Keys and values of one block while decoding; slot s holds position s of its sequence, which sees the slots up to its own.
+
+  The key heads of all sequences are rows (R = B x G), so that attention is one plain product of matrices a row, and XLA writes new
+  tokens into the arrays where they lie, copying nothing.
+  """
+  k_RSK: jax.Array
+  v_RSK: jax.Array
 
   @classmethod
   def empty(cls, c: ModelConfig, batch: int, slots: int) -> 'Cache':
-    zeros = jnp.zeros((batch, slots, c.kv_heads, c.head_width), c.dtype)
+    zeros = jnp.zeros((batch * c.kv_heads, slots, c.head_width), c.dtype)
     return cls(zeros, zeros)
 
   def write(self, k_BLGK, v_BLGK, positions_BL) -> 'Cache':
     """New keys and values at their positions."""
-    return Cache(write(self.k_BSGK, k_BLGK, positions_BL), write(self.v_BSGK, v_BLGK, positions_BL))
+    B, L, G, K = k_BLGK.shape
+    as_rows = lambda x_BLGK: jnp.reshape(jnp.moveaxis(x_BLGK, 2, 1), (B * G, L, K))
+    positions_RL = jnp.repeat(positions_BL, G, 0)
+    return Cache(write(self.k_RSK, as_rows(k_BLGK), positions_RL), write(self.v_RSK, as_rows(v_BLGK), positions_RL))
 
-  def mask(self, positions_BL):
-    """What a query at a position sees: the slots up to its own. bool[B, L, S]."""
-    return jnp.arange(self.k_BSGK.shape[-3]) <= positions_BL[..., None]
+  def attend(self, q_BLHK, positions_BL):
+    """Like `attend`, over the slots up to each query's position. float[B, L, H, K]."""
+    B, L, H, K = q_BLHK.shape
+    R, S, _ = self.k_RSK.shape
+    G, r = R // B, H * B // R
+    q_RLK = jnp.reshape(jnp.moveaxis(jnp.reshape(q_BLHK * K**-0.5, (B, L, G, r, K)), 2, 1), (R, L * r, K))
+    seen_BGLrS = jnp.broadcast_to(jnp.arange(S) <= positions_BL[:, None, :, None, None], (B, G, L, r, S))
+    scores_RLS = jnp.where(jnp.reshape(seen_BGLrS, (R, L * r, S)), einsum('RLK,RSK->RLS', q_RLK, self.k_RSK, jnp.float32), -1e30)
+    e_RLS = jnp.exp(scores_RLS - jnp.max(scores_RLS, -1, keepdims=True))
+    o_RLK = einsum('RLS,RSK->RLK', e_RLS.astype(self.v_RSK.dtype), self.v_RSK, jnp.float32) / jnp.sum(e_RLS, -1, keepdims=True)
+    return jnp.reshape(jnp.moveaxis(jnp.reshape(o_RLK.astype(q_BLHK.dtype), (B, G, L, r, K)), 1, 2), (B, L, H, K))
 
 
 def documents(segments_BL) -> Documents:
@@ -200,36 +226,33 @@ class Block(nnx.Module):
     self.config = c
 
   def keys_values(self, x_BLD, positions_BL):
-    """Keys and values of these tokens, over the whole length: (float[B, S, G, K], float[B, S, G, K])."""
+    """Keys and values of these tokens: (float[B, L, G, K], float[B, L, G, K])."""
     c, dtype = self.config, x_BLD.dtype
     h_BLD = rms_norm(x_BLD, self.attention_norm_D[...], c.norm_epsilon)
     k_BLGK = einsum('BLD,DGK->BLGK', h_BLD, self.wk_DGK[...].astype(dtype))
     v_BLGK = einsum('BLD,DGK->BLGK', h_BLD, self.wv_DGK[...].astype(dtype))
     if c.qk_norm:
       k_BLGK = rms_norm(k_BLGK, self.k_norm_K[...], c.norm_epsilon)
-    return place(rotary(k_BLGK, positions_BL, c.rope_base), 'BSGK'), place(v_BLGK, 'BSGK')
+    return rotary(k_BLGK, positions_BL, c.rope_base), v_BLGK
 
-  def read(self, x_BLD, positions_BL, k_BSGK, v_BSGK, seen):
-    """The block's output for these tokens, given the keys and values they may look at."""
+  def read(self, x_BLD, positions_BL, seen):
+    """The block's output for these tokens, given what they may look at."""
     c, dtype = self.config, x_BLD.dtype
     h_BLD = rms_norm(x_BLD, self.attention_norm_D[...], c.norm_epsilon)
     q_BLHK = einsum('BLD,DHK->BLHK', h_BLD, self.wq_DHK[...].astype(dtype))
     if c.qk_norm:
       q_BLHK = rms_norm(q_BLHK, self.q_norm_K[...], c.norm_epsilon)
-    o_BLHK = attend(rotary(q_BLHK, positions_BL, c.rope_base), k_BSGK, v_BSGK, seen)
+    o_BLHK = seen.attend(rotary(q_BLHK, positions_BL, c.rope_base), positions_BL)
     x_BLD += einsum('BLHK,HKD->BLD', o_BLHK, self.wo_HKD[...].astype(dtype))
     h_BLD = rms_norm(x_BLD, self.mlp_norm_D[...], c.norm_epsilon)
     gate_BLF = einsum('BLD,DF->BLF', h_BLD, self.gate_DF[...].astype(dtype))
     up_BLF = einsum('BLD,DF->BLF', h_BLD, self.up_DF[...].astype(dtype))
     return x_BLD + swiglu(gate_BLF, up_BLF, self.down_FD[...].astype(dtype))
 
-  def __call__(self, x_BLD, positions_BL, seen, cache: Cache | None = None):
-    """(x_BLD, cache): training on `Documents` without a cache, decoding with a mask and a cache."""
-    k_BSGK, v_BSGK = self.keys_values(x_BLD, positions_BL)
-    if cache is not None:
-      cache = cache.write(k_BSGK, v_BSGK, positions_BL)
-      k_BSGK, v_BSGK = cache.k_BSGK, cache.v_BSGK
-    return self.read(x_BLD, positions_BL, k_BSGK, v_BSGK, seen), cache
+  def __call__(self, x_BLD, positions_BL, seen):
+    """(x_BLD, seen): the `Documents` of a batch in training, in decoding a `Cache`; what comes back holds the new keys and values."""
+    seen = seen.write(*self.keys_values(x_BLD, positions_BL), positions_BL)
+    return self.read(x_BLD, positions_BL, seen), seen
 
 
 class Linear(nnx.Module):
@@ -238,8 +261,11 @@ class Linear(nnx.Module):
   def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
     self.map_Dd = nnx.Param(normal(c.width)(rngs.params(), (c.width, c.width)))
 
-  def __call__(self, x_BLD, positions_BL, seen, cache: Cache | None = None):
-    return einsum('BLD,Dd->BLd', x_BLD, self.map_Dd[...].astype(x_BLD.dtype)), cache
+  def read(self, x_BLD, positions_BL, seen):
+    return einsum('BLD,Dd->BLd', x_BLD, self.map_Dd[...].astype(x_BLD.dtype))
+
+  def __call__(self, x_BLD, positions_BL, seen):
+    return self.read(x_BLD, positions_BL, seen), seen
 
 
 def stack(make, n: int, key):

@@ -3,15 +3,16 @@ import dataclasses
 import functools
 import math
 import pathlib
-import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
 from mtp_jax import checkpoint, data, decode, tokenizer, train
 from mtp_jax.config import BadInput, Config, MeshConfig
+from mtp_jax.decode.engine import BUCKET, Engine, Text
+from mtp_jax.decode.verify import Criterion
 from mtp_jax.model import Model, conventions
 from mtp_jax.sharding import make_mesh
 
@@ -20,11 +21,12 @@ from mtp_jax.sharding import make_mesh
 class Generation:
   """What `LanguageModel.generate` returns: one entry a prompt, then figures over all of them.
 
-  ids: the new tokens, without the prompt. depths: for each of them 0 if future 0 spoke, m if a draft of future m was accepted.
-  text: the new tokens as text. tokens: how many. forwards: passes of the decode loop in which the rows took part, the pass over
-  the prompts not counted. offered and accepted: by draft depth, the passes in which all drafts before it were accepted, and those in
-  which it was as well. seconds: of wall-clock time,
-  compilation included on the first call of a shape.
+  ids: the new tokens, without the prompt; the last one ended the row, if an end of document or a stop string did. depths: for each of
+  them 0 if the model said it itself, m if its m-th draft was accepted. text: the new tokens as text, up to the stop string. tokens: how
+  many. forwards: passes in which the rows took part, that over the prompt, which gives the first token, included. offered and accepted:
+  by draft depth, the passes in which all drafts before it were accepted and it had room, and those in which it was as well. passes:
+  of the batch, by draft length. lossless: whether the text keeps the model's law. seconds: of wall-clock time, compilation included
+  on the first call of a shape.
   """
   ids: list[list[int]]
   depths: list[list[int]]
@@ -33,6 +35,8 @@ class Generation:
   forwards: int
   offered: list[int]
   accepted: list[int]
+  passes: list[int]
+  lossless: bool
   seconds: float
 
   @property
@@ -55,49 +59,118 @@ class LanguageModel:
   record: dict
   mesh: jax.sharding.Mesh
 
-  def generate(self, prompts: str | bytes | Sequence, max_tokens: int = 256, draft: int | None = None, temperature: float = 0.0, seed: int = 0) -> Generation:
-    """Continues one prompt or several; in float32 the output does not depend on `draft`, only the number of forwards does.
+  def generate(self, prompts: str | bytes | Sequence, max_tokens: int | Sequence[int] | None = None, draft: int | None = None,
+               temperature: float | Sequence[float] = 0.0, seed: int | Sequence[int] = 0, *, top_k: int | Sequence[int] = 0,
+               top_p: float | Sequence[float] = 1.0, drafter: 'str | LanguageModel' = 'futures', adaptive: bool = False,
+               same_seed: bool = False, criterion: Criterion = Criterion(), stop: str | Sequence[str] = (), max_length: int | None = None,
+               stream: Callable[[int, list[int], str], None] | None = None) -> Generation:
+    """Continues one prompt or several, on one device.
+
+    Numbers may be sequences, one entry a prompt. A row does not depend on its neighbours.
 
     Args:
-      prompts: text, bytes, or a sequence of them, or of token ids.
-      max_tokens: new tokens at most for each; a row ends early at its end of document.
-      draft: how many futures draft, 0 (plain autoregression) to M-1, which is the default.
-      temperature: 0 is greedy. seed: row i samples with seed + i.
+      prompts: text, bytes, or a sequence of them, or of token ids; none may be empty.
+      max_tokens: new tokens at most for each; a row ends early at its end of document or a stop string. By default what
+        `max_length` leaves, at most 256.
+      draft: drafts a pass, at most where `adaptive`. 0 is plain autoregression. By default all futures of this model, or 4.
+      temperature: 0 is greedy. top_k, top_p: draw from so many of the likeliest tokens, or from the fewest that hold this mass.
+      seed: row i samples with seed + i, or with its own entry.
+      drafter: 'futures'; 'lookup', what followed when the last few tokens stood in the text before; or another, smaller model.
+      adaptive: draft 1 to `draft` tokens, chosen each pass by recent acceptance and by costs, which are measured on the first call of a shape.
+      same_seed: couple drafts and tokens by shared noise, so that a sample does not depend on the drafts, in float32; fewer are accepted.
+      criterion: what accepts a draft; any but the exact one is lossy.
+      stop: strings that end a row.
+      max_length: tokens of a row in all, `bos` and prompt included; by default the rows that the model was trained on.
+      stream: called with (row, new ids, new text) as a row grows.
 
     Raises:
-      BadInput: when an argument is out of range. Runs on one device.
+      BadInput: when an argument is out of range.
     """
     one = isinstance(prompts, (str, bytes))
-    furthest = self.config.model.futures - 1
-    draft = furthest if draft is None else draft
-    if not 0 <= draft <= furthest:
-      raise BadInput(f'draft={draft}: this model has {furthest + 1} futures, so 0 to {furthest} can draft')
-    if max_tokens < 1:
-      raise BadInput(f'max_tokens={max_tokens}: must be at least 1')
-    if not 0 <= temperature < float('inf'):
-      raise BadInput(f'temperature={temperature}: must be 0 (greedy) or a positive number')
-    if not 0 <= seed < 2**31:
-      raise BadInput(f'seed={seed}: must lie between 0 and 2^31 - 1')
     rows = [np.concatenate([[self.tokenizer.bos], self._ids(prompt)]).astype(np.int32) for prompt in ([prompts] if one else prompts)]
     if not rows:
       raise BadInput('prompts=[]: pass at least one')
-    length_B = np.array([len(row) for row in rows], np.int32)
-    P = _round_up(length_B.max(), 64)
-    prompts_BP = np.full((len(rows), P), self.tokenizer.pad, np.int32)
-    for row, ids in zip(prompts_BP, rows):
-      row[:len(ids)] = ids
-    allowed_V = train.emitted(self.config, self.tokenizer)
+    B, length_B = len(rows), np.array([len(row) for row in rows], np.int32)
+    max_length = self.config.data.length if max_length is None else max_length
+    room_B = max_length - length_B
+    if room_B.min() < 1:
+      raise BadInput(f'prompt: {length_B.max()} tokens with the one that begins it, but max_length={max_length} holds them and at least one more; '
+                     'shorten it or raise max_length')
+    new_B = np.minimum(room_B, 256) if max_tokens is None else _per_row('max_tokens', max_tokens, B, lambda n: n >= 1, 'at least 1', np.int32)
+    if (new_B > room_B).any():
+      b = int(np.argmax(new_B - room_B))
+      raise BadInput(f'max_tokens={new_B[b]}: a prompt of {length_B[b]} tokens leaves room for {room_B[b]} within max_length={max_length}; '
+                     'lower max_tokens or raise max_length')
+    temperature_B = _per_row('temperature', temperature, B, lambda t: 0 <= t < math.inf, '0 (greedy) or a positive number', np.float32)
+    top_k_B = _per_row('top_k', top_k, B, lambda k: k >= 0, 'at least 1, or 0 for all', np.int32)
+    top_p_B = _per_row('top_p', top_p, B, lambda p: 0 < p <= 1, 'above 0 and at most 1', np.float32)
+    seed_B = _per_row('seed', seed, B, lambda s: 0 <= s < 2**31, 'between 0 and 2^31 - 1', np.uint32) + (np.arange(B) if np.ndim(seed) == 0 else 0)
+    stop = [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(text, str) and text for text in stop):
+      raise BadInput(f'stop={stop!r}: must be strings, none of them empty')
+    chosen = self.drafter(drafter, draft)
+    sampler = self.sampler(B, seed_B.astype(np.uint32), temperature_B, top_k_B, top_p_B, same_seed, criterion)
+    lengths = tuple(range(1, chosen.depth + 1)) if adaptive and chosen.depth else (chosen.depth,)
+    engine, limit_B = self.engine(chosen, sampler, lengths), length_B + new_B
+    if len(lengths) > 1:
+      shape = (chosen, B, *(-(-int(n) // BUCKET) for n in (length_B.max(), limit_B.max())), sampler.greedy, sampler.truncated, same_seed, criterion)
+      if shape not in self._costs:
+        self._costs[shape] = engine.costs(rows, limit_B)
+      engine = dataclasses.replace(engine, cost_M=self._costs[shape])
+    texts = [Text(self.tokenizer, stop) for _ in rows] if stop or stream else []
     start = time.perf_counter()
-    end = decode.generate(self._on_one_device, prompts_BP, length_B, length_B + max_tokens, (np.arange(len(rows)) + seed).astype(np.uint32),
-                          np.float32(max(temperature, 1e-6)), allowed_V, np.int32(self.tokenizer.eos),
-                          slots=_round_up(P + max_tokens, 64), draft=draft, sample=temperature > 0)
-    end = jax.device_get(dataclasses.replace(end, memory=None))
+    end, end_B = engine.run(rows, limit_B, texts, stream)
     seconds = time.perf_counter() - start
-    new = lambda x_BS: [row[a:b].tolist() for row, a, b in zip(x_BS, length_B, end.length_B)]
-    accepted = end.accepted_BK.sum(0)
-    offered = np.concatenate([[np.maximum(end.forwards_B - 1, 0).sum()], accepted[:-1]]) if draft else accepted  # the first pass has no drafts yet
-    return Generation(new(end.tokens_BS), new(end.depth_BS), [self.tokenizer.text(ids) for ids in new(end.tokens_BS)],
-                      int((end.length_B - length_B).sum()), int(end.forwards_B.sum()), offered.tolist(), accepted.tolist(), seconds)
+    ids, depths = ([row[a:b].tolist() for row, a, b in zip(x_BS, length_B, end_B)] for x_BS in (end.tokens_BS, end.depth_BS))
+    return Generation(ids, depths, [text.whole for text in texts] or [self.tokenizer.text(row) for row in ids], sum(map(len, ids)), int(end.forwards_B.sum()),
+                      end.offered_BK.sum(0).tolist(), end.accepted_BK.sum(0).tolist(), end.passes_M.tolist(), criterion.lossless, seconds)
+
+  def sampler(self, rows: int, seed_B=0, temperature_B=0.0, top_k_B=0, top_p_B=1.0, same_seed: bool = False, criterion: Criterion = Criterion()) -> decode.Sampler:
+    """How `rows` rows choose; numbers hold for all of them."""
+    seed_B, temperature_B, top_k_B, top_p_B = (np.broadcast_to(x, rows).astype(dtype) for x, dtype in (
+        (seed_B, np.uint32), (temperature_B, np.float32), (top_k_B, np.int32), (top_p_B, np.float32)))
+    allowed_V = train.emitted(self.config, self.tokenizer)[:self.tokenizer.size]
+    return decode.Sampler(seed_B, temperature_B, top_k_B, top_p_B, allowed_V, not temperature_B.any(), bool(top_k_B.any() or (top_p_B < 1).any()),
+                          same_seed, criterion)
+
+  def engine(self, drafter: decode.Drafter, sampler: decode.Sampler, lengths: tuple[int, ...]) -> Engine:
+    return Engine(self.decoder.reading(drafter.depth), drafter, sampler, self.tokenizer.eos, self.tokenizer.pad, lengths)
+
+  def drafter(self, drafter: 'str | LanguageModel' = 'futures', draft: int | None = None) -> decode.Drafter:
+    """What `generate` calls for.
+
+    Raises:
+      BadInput: it cannot draft so many tokens, or not for this model.
+    """
+    if draft is not None and draft < 0:
+      raise BadInput(f'draft={draft}: must be at least 0, plain autoregression')
+    if draft == 0:
+      return decode.Nothing()
+    if drafter == 'futures':
+      c, furthest = self.config.model, self.config.model.futures - 1
+      if draft is not None and draft > furthest and not (c.share_modules and furthest):
+        raise BadInput(f'draft={draft}: this model has {furthest + 1} futures, so 0 to {furthest} can draft')
+      return decode.futures(self.decoder, furthest if draft is None else draft)
+    draft = 4 if draft is None else draft
+    if drafter == 'lookup':
+      return decode.Lookup(draft)
+    if not isinstance(drafter, LanguageModel):
+      raise BadInput(f"drafter={drafter!r}: must be 'futures', 'lookup', or another model")
+    if drafter.tokenizer.digest != self.tokenizer.digest:
+      raise BadInput(f'drafter: its tokenizer, {drafter.config.data.tokenizer!r}, is not that of this model, {self.config.data.tokenizer!r}; '
+                     'a draft model must share it')
+    return decode.Other(drafter.decoder, draft)
+
+  @functools.cached_property
+  def decoder(self) -> decode.Decoder:
+    """The model laid out for decoding, on one device."""
+    on_one_device = jax.device_put(self.model, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+    return decode.Decoder.of(on_one_device, self.tokenizer.size)
+
+  @functools.cached_property
+  def _costs(self) -> dict:
+    """Seconds of a pass for each draft length, by the shapes they were measured on."""
+    return {}
 
   def evaluate(self, rows: int | None = None) -> dict:
     """nats, accuracy and count of each future, bits_per_byte of future 0, over the held-out documents, or `rows` rows of them at even distances."""
@@ -108,16 +181,11 @@ class LanguageModel:
       return train.evaluate(self.config, self.model, batches, train.byte_lengths(self.config, self.tokenizer),
                             train.emitted(self.config, self.tokenizer), self.mesh)
 
-  def seconds_per_forward(self, prompt_tokens: int = 32, max_tokens: int = 96, repeats: int = 3) -> list[float]:
-    """Of a decoding pass on this machine, one prompt at a time, for each draft length 0..M-1: what drafting and verifying cost."""
-    prompt, lengths = self.prepared.validation.document(0)[:prompt_tokens], range(self.config.model.futures)
-    run = lambda draft, tokens: self.generate([prompt], tokens, draft)
-    seconds = {draft: [] for draft in lengths}
-    for i in range(repeats + 1):  # the first run compiles
-      for draft in lengths:
-        found = run(draft, max_tokens)
-        seconds[draft] += [found.seconds / found.forwards] if i else []
-    return [statistics.median(seconds[draft]) for draft in lengths]
+  def seconds_per_forward(self, prompt_tokens: int = 32) -> list[float]:
+    """Of a greedy pass of one row on this machine, for each draft length 0..M-1: what drafting and verifying cost."""
+    row = self.prepared.validation.document(0)[:prompt_tokens]
+    engine = lambda drafter: self.engine(drafter, self.sampler(1), (drafter.depth,))
+    return [float(engine(self.drafter(draft=draft)).costs([row], [self.config.data.length], 32)[0]) for draft in range(self.config.model.futures)]
 
   @functools.cached_property
   def prepared(self) -> data.Prepared:
@@ -134,16 +202,12 @@ class LanguageModel:
         return found
     raise BadInput(f'config.data: only {len(found)} held-out documents have {2 * length} tokens or more, but {n} prompts are wanted')
 
-  @functools.cached_property
-  def _on_one_device(self) -> Model:
-    return jax.device_put(self.model, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
-
   def _ids(self, prompt):
-    if isinstance(prompt, (str, bytes)):
-      return self.tokenizer.encode(prompt)
-    ids = np.asarray(prompt)
+    ids = self.tokenizer.encode(prompt) if isinstance(prompt, (str, bytes)) else np.asarray(prompt)
     if ids.ndim != 1 or ids.size and (not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= self.tokenizer.size):
       raise BadInput(f'prompts: {prompt!r} is neither text nor a sequence of ids from 0 to {self.tokenizer.size - 1}')
+    if not ids.size:
+      raise BadInput('prompt: empty; say what to continue')
     return ids
 
 
@@ -174,5 +238,12 @@ def load(workdir, step: int | None = None) -> LanguageModel:
   return LanguageModel(config, tokens, model, record['step'], record, mesh)
 
 
-def _round_up(n, multiple: int) -> int:
-  return -(-int(n) // multiple) * multiple
+def _per_row(name: str, value, rows: int, holds, wanted: str, dtype) -> np.ndarray:
+  """One number a row."""
+  values_B = np.broadcast_to(value, rows) if np.ndim(value) == 0 else np.asarray(value)
+  if values_B.shape != (rows,):
+    raise BadInput(f'{name}={value!r}: must be a number, or {rows} of them, one a prompt')
+  for x in values_B.tolist():
+    if not holds(x):
+      raise BadInput(f'{name}={x:g}: must be {wanted}')
+  return values_B.astype(dtype)

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.layers import Block, Cache, Linear, normal, rms_norm, stack
+from mtp_jax.layers import Block, Linear, normal, rms_norm, stack
 from mtp_jax.sharding import einsum, lookup, place
 
 REMAT = {'none': lambda f: f,
@@ -40,12 +40,12 @@ class Module(nnx.Module):
     self.join_CD = nnx.Param(normal(2 * D)(rngs.params(), (2 * D, D)))
     self.block = Block(c, rngs)
 
-  def __call__(self, e_BLD, h_BLD, positions_BL, seen, cache: Cache | None = None):
-    """(state before its norm, state after it, cache)."""
+  def __call__(self, e_BLD, h_BLD, positions_BL, seen):
+    """(state before its norm, state after it, seen)."""
     epsilon = self.block.config.norm_epsilon
     x_BLC = jnp.concatenate([rms_norm(e_BLD, self.embedding_norm_D[...], epsilon), rms_norm(h_BLD, self.hidden_norm_D[...], epsilon)], -1)
-    x_BLD, cache = self.block(einsum('BLC,CD->BLD', x_BLC, self.join_CD[...].astype(x_BLC.dtype)), positions_BL, seen, cache)
-    return x_BLD, rms_norm(x_BLD, self.out_norm_D[...], epsilon), cache
+    x_BLD, seen = self.block(einsum('BLC,CD->BLD', x_BLC, self.join_CD[...].astype(x_BLC.dtype)), positions_BL, seen)
+    return x_BLD, rms_norm(x_BLD, self.out_norm_D[...], epsilon), seen
 
 
 HEADS = {'parallel': Block, 'linear': Linear, 'causal': Block, 'anticausal': Block, 'sequential': Module}
@@ -147,14 +147,13 @@ class Model(nnx.Module):
     """float[B, L, D] in the compute type."""
     return lookup(self.embed_VD[...], tokens_BL, self.config.dtype)
 
-  def run_trunk(self, x_BLD, positions_BL, seen, cache: Cache | None = None):
-    """(residual stream after N blocks, not normed; cache)."""
-    def layer(x_BLD, inputs):
-      block, cache = inputs
-      return block(x_BLD, positions_BL, seen, cache)
+  def run_trunk(self, x_BLD, positions_BL, seen):
+    """The residual stream after N blocks, not normed."""
+    def layer(x_BLD, block):
+      return block(x_BLD, positions_BL, seen)[0], None
 
     with jax.named_scope('trunk'):
-      return jax.lax.scan(REMAT[self.config.remat](layer), x_BLD, (self.trunk, cache))
+      return jax.lax.scan(REMAT[self.config.remat](layer), x_BLD, self.trunk)[0]
 
   def readout(self) -> Readout:
     table_VD = self.embed_VD if self.config.tie_embeddings else self.unembed_VD

@@ -68,7 +68,7 @@ def states(model: Model, batch):
   L = batch['tokens'].shape[1] - c.futures
   positions_BL, seen = place(batch['positions'][:, :L], 'BL'), documents(place(batch['segments'][:, :L], 'BL'))
   x_BLD = model.embed(place(batch['tokens'][:, :L], 'BL'))
-  return model.run_trunk(x_BLD, positions_BL, seen)[0], batch['tokens'], positions_BL, seen
+  return model.run_trunk(x_BLD, positions_BL, seen), batch['tokens'], positions_BL, seen
 
 
 def loss(model: Model, batch, coefficient_M, o: ObjectiveConfig, active: tuple[bool, ...] | None = None):

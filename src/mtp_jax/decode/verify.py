@@ -1,0 +1,199 @@
+"""Verification on distributions: which drafts the model accepts, and what it says instead.
+
+p is the model's law of the next token, q the law its draft was drawn from, both after temperature, top-k and top-p and of one type
+(`law`). Speculative sampling (Leviathan et al. 2022, arXiv:2211.17192, algorithm 1):
+
+    a draft x ~ q is accepted                  with probability min(1, p(x) / q(x))             `accepts`
+    the token after the last one accepted is   drawn from norm(max(0, p - q)) where a draft     `correction`
+                                               was rejected, from p after all of them
+
+The tokens then follow the model's own law exactly, whatever q is. At temperature 0 a law is one token's, and the same rules are
+greedy blockwise parallel decoding (Stern et al. 2018, arXiv:1811.03115).
+
+Randomness is keyed by row and position, never by the batch or by the number of passes. With `same_seed`, drafts and tokens share one
+Gumbel noise instead: a token is argmax(log p + noise), a draft argmax(log q + noise), accepted where they are equal. The text is then
+that of plain sampling at the same seed, whatever drafts; fewer drafts are accepted, at least overlap / (2 - overlap) of them.
+
+The criteria named lossy accept more and change the law of the text.
+"""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mtp_jax.config import BadInput, nearest
+
+CRITERIA = ('exact', 'lossy_top_k', 'lossy_distance', 'lossy_typical')
+OWN, DRAFT, ACCEPT = range(3)  # streams of randomness
+
+
+@dataclasses.dataclass(frozen=True)
+class Criterion:
+  """When a draft x is accepted, p being the model's law at the row's temperature (at 1 where that is 0), not truncated.
+
+  exact            as above; the text keeps its law
+  lossy_top_k      x is among the `threshold` likeliest tokens                              (Stern et al., section 5.1)
+  lossy_distance   |x - argmax p| <= threshold, of ids that are magnitudes                  (section 5.2)
+  lossy_typical    p(x) > min(threshold, sqrt(threshold) exp(-entropy of p))                (Medusa, arXiv:2401.10774, section 2.3)
+
+  min_block: tokens of a pass at least, whatever the criterion says (section 5.3); above 1 it is lossy too.
+
+  Raises:
+    BadInput: a field is out of range.
+  """
+  name: str = 'exact'
+  threshold: float = 0.0
+  min_block: int = 1
+
+  def __post_init__(self):
+    if self.name not in CRITERIA:
+      raise BadInput(f'criterion={self.name}: no such criterion; {nearest(self.name, CRITERIA)}')
+    wanted = {'lossy_top_k': (self.threshold >= 1, 'at least 1, so many of the likeliest tokens'),
+              'lossy_distance': (self.threshold >= 0, 'at least 0, a distance of ids'),
+              'lossy_typical': (0 < self.threshold < 1, 'between 0 and 1, such as 0.09')}
+    ok, range_ = wanted.get(self.name, (self.threshold == 0, '0, for the exact criterion has none'))
+    if not ok:
+      raise BadInput(f'threshold={self.threshold:g}: for {self.name} it must be {range_}')
+    if self.min_block < 1:
+      raise BadInput(f'min_block={self.min_block}: must be at least 1, the token that the model says itself')
+
+  @property
+  def lossless(self) -> bool:
+    return self.name == 'exact' and self.min_block == 1
+
+
+def law(logits_V, temperature, top_k=None, top_p=None):
+  """The law that tokens are drawn from: softmax(logits / temperature), cut to the likeliest `top_k`, then to the fewest likeliest of
+  those that hold `top_p` of their mass, and normed; all of it on the likeliest token where temperature is 0.
+
+  Args:
+    logits_V: float[..., V]; -inf where a token may not be said.
+    temperature, top_k, top_p: of the leading shape, or broadcast to it. top_k 0 and top_p 1 cut nothing. Equal tokens: the lower id first.
+  """
+  V, temperature = logits_V.shape[-1], jnp.asarray(temperature)[..., None]
+  p_V = jax.nn.softmax(logits_V / jnp.where(temperature > 0, temperature, 1))
+  if top_k is not None:
+    top_k, top_p = (jnp.asarray(x)[..., None] for x in (top_k, top_p))
+    order_V = jnp.argsort(-p_V, stable=True)
+    ranked_V = jnp.where((jnp.arange(V) < top_k) | (top_k == 0), jnp.take_along_axis(p_V, order_V, -1), 0)
+    before_V = jnp.cumsum(ranked_V, -1) - ranked_V
+    ranked_V = jnp.where((before_V < top_p * jnp.sum(ranked_V, -1, keepdims=True)) | (top_p >= 1), ranked_V, 0)
+    p_V = jnp.take_along_axis(ranked_V, jnp.argsort(order_V), -1)
+    p_V = p_V / jnp.sum(p_V, -1, keepdims=True)
+  return jnp.where(temperature > 0, p_V, jax.nn.one_hot(jnp.argmax(logits_V, -1), V, dtype=p_V.dtype))
+
+
+def accepts(p_KV, q_KV, drafts_K, uniform_K):
+  """Whether each draft, for itself, passes: bool[..., K]. uniform_K: in [0, 1)."""
+  at = lambda law_KV: jnp.take_along_axis(law_KV, drafts_K[..., None], -1)[..., 0]
+  return uniform_K * at(q_KV) < at(p_KV)
+
+
+def correction(p_TV, q_KV, accepted):
+  """The law of the token after the first `accepted` drafts: float[..., V]; T = K + 1."""
+  at = lambda law_TV: jnp.take_along_axis(law_TV, accepted[..., None, None], -2)[..., 0, :]
+  p_V, q_V = at(p_TV), at(jnp.concatenate([q_KV, jnp.zeros_like(p_TV[..., :1, :])], -2))
+  rest_V = jnp.maximum(p_V - q_V, 0)
+  mass = jnp.sum(rest_V, -1, keepdims=True)
+  return jnp.where(mass > 0, rest_V / jnp.where(mass > 0, mass, 1), p_V)
+
+
+def lossy_accepts(criterion: Criterion, p_KV, drafts_K):
+  """Whether each draft, for itself, passes a criterion that is not exact: bool[..., K]."""
+  at_K = jnp.take_along_axis(p_KV, drafts_K[..., None], -1)[..., 0]
+  if criterion.name == 'lossy_top_k':
+    return jnp.sum(p_KV > at_K[..., None], -1) < criterion.threshold
+  if criterion.name == 'lossy_distance':
+    return jnp.abs(drafts_K - jnp.argmax(p_KV, -1)) <= criterion.threshold
+  entropy_K = -jnp.sum(jax.scipy.special.xlogy(p_KV, p_KV), -1)
+  return at_K > jnp.minimum(criterion.threshold, criterion.threshold**0.5 * jnp.exp(-entropy_K))
+
+
+def in_a_row(passes_BK):
+  """How many drafts pass before the first that does not: int32[B]."""
+  return jnp.sum(jnp.cumprod(passes_BK.astype(jnp.int32), -1), -1, dtype=jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """How the rows of a batch choose: each has a seed (uint32), a temperature, a top_k and a top_p of its own.
+
+  allowed_V: bool, ids that may be said. Static: greedy, all temperatures are 0, so no law is needed; truncated, some row has a top_k
+  or top_p; same_seed and criterion as above.
+  """
+  seed_B: jax.Array
+  temperature_B: jax.Array
+  top_k_B: jax.Array
+  top_p_B: jax.Array
+  allowed_V: jax.Array
+  greedy: bool = dataclasses.field(default=True, metadata={'static': True})
+  truncated: bool = dataclasses.field(default=False, metadata={'static': True})
+  same_seed: bool = dataclasses.field(default=False, metadata={'static': True})
+  criterion: Criterion = dataclasses.field(default=Criterion(), metadata={'static': True})
+
+  def draft(self, logits_BTV, positions_BT):
+    """(drafts for these positions, int32[B, T]; their laws, float[B, T, V], None where `verify` needs none)."""
+    logits_BTV = self._allowed(logits_BTV)
+    if self.greedy:
+      return _argmax(logits_BTV), None
+    q_BTV = self._law(logits_BTV)
+    return self._draw(q_BTV, positions_BT, OWN if self.same_seed else DRAFT), q_BTV
+
+  def certain(self, drafts_BK):
+    """The laws of drafts that nothing was drawn for."""
+    return None if self.greedy else jax.nn.one_hot(drafts_BK, self.allowed_V.shape[0])
+
+  def verify(self, logits_BTV, drafts_BK, q_BKV, positions_BT):
+    """(how many drafts are accepted, int32[B]; the model's own token after them, int32[B]).
+
+    Args:
+      logits_BTV: the model's, for every draft and one token more; T = K + 1.
+      drafts_BK, q_BKV: what `draft` returned.
+      positions_BT: where these tokens will stand.
+    """
+    logits_BTV, K = self._allowed(logits_BTV), drafts_BK.shape[1]
+    at = lambda x_BT: jnp.take_along_axis(x_BT, accepted_B[:, None], 1)[:, 0]
+    p_BTV = None if self.greedy else self._law(logits_BTV)
+    if self.criterion.name == 'exact':
+      if self.greedy or self.same_seed:
+        own_BT = _argmax(logits_BTV) if self.greedy else self._draw(p_BTV, positions_BT, OWN)
+        accepted_B = self._at_least(in_a_row(drafts_BK == own_BT[:, :K]), K)
+        return accepted_B, at(own_BT)
+      passes_BK = accepts(p_BTV[:, :K], q_BKV, drafts_BK, self._uniform(positions_BT[:, :K]))
+    else:
+      temperature_B11 = jnp.where(self.temperature_B > 0, self.temperature_B, 1)[:, None, None]
+      passes_BK = lossy_accepts(self.criterion, jax.nn.softmax(logits_BTV[:, :K] / temperature_B11), drafts_BK)
+      q_BKV = None
+    accepted_B = self._at_least(in_a_row(passes_BK), K)
+    if self.greedy:
+      return accepted_B, at(_argmax(logits_BTV))
+    if q_BKV is None or not self.criterion.lossless:  # what was let through was not drawn for its law, so nothing is left to correct
+      q_BKV = jnp.zeros_like(p_BTV[:, :K])
+    return accepted_B, self._draw(correction(p_BTV, q_BKV, accepted_B)[:, None], at(positions_BT)[:, None], OWN)[:, 0]
+
+  def _at_least(self, accepted_B, K: int):
+    return jnp.maximum(accepted_B, min(self.criterion.min_block - 1, K))
+
+  def _allowed(self, logits_BTV):
+    return jnp.where(self.allowed_V, logits_BTV, -jnp.inf)
+
+  def _law(self, logits_BTV):
+    cut = (self.top_k_B[:, None], self.top_p_B[:, None]) if self.truncated else ()
+    return law(logits_BTV, self.temperature_B[:, None], *cut)
+
+  def _draw(self, law_BTV, positions_BT, stream: int):
+    """A token of each law, by Gumbel noise: argmax(log p + noise)."""
+    noise_BTV = self._keyed(lambda key: jax.random.gumbel(key, law_BTV.shape[2:]), positions_BT, stream)
+    return _argmax(jnp.log(law_BTV) + noise_BTV)
+
+  def _uniform(self, positions_BK):
+    return self._keyed(jax.random.uniform, positions_BK, ACCEPT)
+
+  def _keyed(self, random, positions_BT, stream: int):
+    one = lambda seed, position: random(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), position), stream))
+    return jax.vmap(jax.vmap(one, (None, 0)))(self.seed_B, positions_BT)
+
+
+def _argmax(x_BTV):
+  return jnp.argmax(x_BTV, -1).astype(jnp.int32)
