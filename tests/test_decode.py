@@ -1,6 +1,8 @@
 """Decoding against an uncached forward on the true prefix, and drafting against plain autoregression."""
 import dataclasses
 import functools
+import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from mtp_jax import decode, objective
+from mtp_jax import acceptance, decode, objective
 from mtp_jax.config import ObjectiveConfig
 from mtp_jax.layers import documents
 
@@ -80,7 +82,7 @@ def uncached(model, prompts_BP, length_B, limit_B, eos):
   return [row[:n].tolist() for row, n in zip(tokens_BS, length_B)]
 
 
-def sampler(n, *, seed=0, temperature=0.0, top_k=0, top_p=1.0, allowed_V=ALLOWED_V, same_seed=False, criterion=decode.Criterion()):
+def sampler(n, *, seed=0, temperature=0.0, top_k=0, top_p=1.0, allowed_V=ALLOWED_V, same_seed=False, criterion=decode.EXACT):
   row = lambda x, dtype: np.broadcast_to(x, n).astype(dtype)
   return decode.Sampler(row(np.add(seed, np.arange(n)) if np.ndim(seed) == 0 else seed, np.uint32), row(temperature, np.float32), row(top_k, np.int32), row(top_p, np.float32), np.asarray(allowed_V),
                         not np.any(temperature), bool(np.any(top_k) or np.any(np.less(top_p, 1))), same_seed, criterion)
@@ -227,3 +229,96 @@ def test_samples_follow_the_softmax_of_capped_logits_over_temperature(trained, p
   assert free >= 5
   bound = free * (1 - 2 / (9 * free) + 3.09 * np.sqrt(2 / (9 * free)))**3  # Wilson and Hilferty: exceeded once in a thousand seeds
   assert ((seen - expected)**2 / expected).sum() < bound
+
+
+@pytest.mark.parametrize('lengths', [(0,), (1,), (M - 1,), (1, 2, M - 1)], ids=str)
+def test_no_pass_copies_a_cache_and_every_array_is_given_on(trained, family, prompts_BP, lengths):
+  """In the compiled loop, of one row and of several: no array as large as a cache is copied, and all of Progress is written where it lies."""
+  model = trained(family)
+  for n in (1, 3):
+    parts, progress = start(model, prompts_BP[:n], LENGTHS_B[:n], LIMITS_B[:n], draft=max(lengths))
+    cost_M = np.ones(len(lengths), np.float32) if len(lengths) > 1 else None
+    text = decode.advance.lower(*parts, progress, NEVER, np.int32(5), cost_M, lengths=lengths).compile().as_text()
+    cache = progress.caches[0].k_RSK.shape
+    assert ','.join(map(str, cache)) in text
+    assert not re.findall(rf"= f32\[{','.join(map(str, cache))}\]\S* copy\(", text)
+    assert text.split('entry_computation_layout')[0].count('-alias') == len(jax.tree.leaves(progress))
+
+
+@pytest.mark.parametrize('drafts', ['shared module', 'other model', 'lookup'])
+def test_drafters_beyond_the_trained_depth_change_no_token(trained, prompts_BP, drafts):
+  """A shared module applied six times where it was trained for three, another model, and what followed before."""
+  model = trained({'kind': 'sequential', 'share_modules': True})
+  wanted = rows(generate(model, prompts_BP, draft=0))
+  other = decode.Decoder.of(trained({'kind': 'parallel'}), V)
+  drafter = {'shared module': None, 'other model': decode.Other(other, 6), 'lookup': decode.Lookup(6)}[drafts]
+  end = generate(model, prompts_BP, draft=6, drafter=drafter)
+  assert rows(end) == wanted
+  assert np.asarray(end.accepted_BK)[:, :3 if drafts == 'lookup' else 4].any(0).all() and int(end.forwards_B.sum()) < (LIMITS_B - LENGTHS_B).sum()
+  assert rows(generate(model, prompts_BP, draft=6, drafter=drafter, lengths=(1, 3, 6), cost_M=np.array([1, 1, 1], np.float32))) == wanted
+  sampled = {'temperature': 0.8, 'same_seed': True}
+  assert rows(generate(model, prompts_BP, draft=6, drafter=drafter, **sampled)) == rows(generate(model, prompts_BP, draft=0, **sampled))
+
+
+def test_another_model_drafts_what_it_would_say_itself(trained, prompts_BP):
+  """After every accepted length: its cached drafts against its own uncached forward on the true prefix."""
+  model, other = trained({'kind': 'parallel'}), trained({'kind': 'linear'})
+  parts, progress = start(model, prompts_BP, draft=3, drafter=decode.Other(decode.Decoder.of(other, V), 3))
+  drafted, accepted = jax.jit(lambda p: parts[1].draft(parts[0], p.memory, p.tokens_BS, p.length_B[:, None], 3, parts[2])[0]), set()
+  while not progress.done_B.all():
+    drafts_BK, live, tokens_BS, length_B = np.asarray(drafted(progress)), np.flatnonzero(~progress.done_B), np.array(progress.tokens_BS)[:, :S], np.asarray(progress.length_B)
+    for k in range(3):
+      inside = live[length_B[live] + k < S]
+      said = np.asarray(choices_MBS(other, tokens_BS))[0, inside, length_B[inside] + k - 1]
+      np.testing.assert_array_equal(drafts_BK[inside, k], said)
+      tokens_BS[inside, length_B[inside] + k] = said
+    progress = decode.advance(*parts, progress, NEVER, np.int32(1), lengths=(3,))
+    accepted |= set((np.asarray(progress.length_B) - length_B)[live].tolist())
+  assert {1, 4} <= accepted
+
+
+def test_lookup_is_the_longest_latest_repetition(trained, prompts_BP):
+  """By a double loop over places and lengths."""
+  rng, K = np.random.default_rng(3), 5
+  tokens_BS, length_B = rng.integers(0, 3, (200, 30)).astype(np.int32), rng.integers(2, 25, 200)
+  found = np.asarray(decode.Lookup(K, 4).draft(None, (), jnp.asarray(tokens_BS), jnp.asarray(length_B)[:, None], K, sampler(200, allowed_V=np.ones(3, bool)))[0])
+  for row, n, drafts in zip(tokens_BS, length_B, found):
+    best = (-1, -1)
+    for place in range(n - 1):
+      alike = next((i for i in range(4) if place - i < 0 or row[place - i] != row[n - 1 - i]), 4)
+      best = max(best, (alike, place))
+    text = row[:n].tolist()
+    for _ in range(K):
+      text.append(text[len(text) - (n - 1 - best[1])])
+    assert drafts.tolist() == text[n:]
+
+
+def test_the_draft_length_chosen_is_the_one_that_promises_most(prompts_BP):
+  """The device's choice against the planner's formula, on many counts and costs; what was never tried is tried when it is cheap."""
+  rng = np.random.default_rng(0)
+  for _ in range(50):
+    offered, share, cost_M = rng.integers(1000, 5000, 6), rng.random(6), 1 + np.cumsum(rng.random(6))
+    recent = np.stack([offered, offered * share]).astype(np.float32)
+    wanted = acceptance.best_draft((recent[1] + 0.8) / (recent[0] + 1), [np.inf, *cost_M]) - 1
+    assert int(decode.best_length(jnp.asarray(recent), jnp.asarray(cost_M, jnp.float32), (1, 2, 3, 4, 5, 6))) == wanted
+  assert int(decode.best_length(jnp.zeros((2, 3)), jnp.array([1.0, 1.01, 1.02]), (1, 2, 3))) == 2
+
+
+def test_speculative_sampling_keeps_the_law_over_many_passes(trained, family):
+  """4,096 samples of five tokens with three drafts: the law of the last pair of tokens against its exact law; noise is drawn anew each time."""
+  model, n = trained(family), 4096
+  prompts_BP, allowed_V = np.full((n, 4), 3, np.int32), np.arange(V) < 3
+  end = generate(model, prompts_BP, np.full(n, 4), np.full(n, 7), draft=3, temperature=1.5, allowed_V=allowed_V)
+  assert end.accepted_BK.any() and (np.asarray(end.forwards_B) > 1).any()
+  tree = np.array(list(itertools.product(range(3), repeat=3)), np.int32)
+  full_BS = np.concatenate([np.full((27, 4), 3, np.int32), tree], 1)
+  readout, batch = model.readout(), {'tokens': jnp.pad(full_BS, ((0, 0), (0, M))), 'segments': jnp.ones((27, 7 + M), int), 'positions': jnp.tile(jnp.arange(7 + M), (27, 1))}
+  logits = jnp.where(allowed_V, readout.map(lambda m, h: h @ readout.table().T, *objective.states(model, batch))[0], -jnp.inf)
+  law_BSV = np.float64(jax.nn.softmax(logits / 1.5))
+  chance = np.prod([law_BSV[np.arange(27), 3 + i, tree[:, i]] for i in range(3)], 0)
+  assert chance.sum() == pytest.approx(1, abs=1e-5)
+  seen = np.bincount(np.asarray(end.tokens_BS)[:, 4:7] @ [9, 3, 1], minlength=27)
+  often = chance * n >= 5
+  statistic = ((seen - chance * n)**2 / (chance * n))[often].sum() + (seen[~often].sum() - chance[~often].sum() * n)**2 / max(1, chance[~often].sum() * n)
+  free = int(often.sum())
+  assert statistic < free * (1 - 2 / (9 * free) + 3.09 * np.sqrt(2 / (9 * free)))**3  # exceeded once in a thousand seeds

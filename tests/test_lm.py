@@ -8,15 +8,16 @@ from test_checkpoint import experiment, random_state, write
 
 import mtp_jax
 from mtp_jax.config import BadInput
+from mtp_jax.decode import Criterion
 
-PROMPTS = ['a', 'the 12 é', '']
+PROMPTS = ['a', 'the 12 é', '.']
 
 
 @pytest.fixture(scope='module')
 def lm(tmp_path_factory):
   """Three futures, random weights with a large embedding, so that the argmax of one token differs from that of another."""
   folder = tmp_path_factory.mktemp('lm')
-  config = experiment(folder, model={'layers': 4, 'futures': 3}, objective={'weights': (1.0,)})
+  config = experiment(folder, model={'layers': 4, 'futures': 3}, objective={'weights': (1.0,)}, data={'length': 128})
   write(folder / 'run', config, random_state(config, seed=5))
   return mtp_jax.load(folder / 'run')
 
@@ -81,14 +82,15 @@ def agreeing(lm):
 @pytest.mark.parametrize('max_tokens', [1, 13, 14, 15])
 @pytest.mark.parametrize('name', ['lm', 'agreeing'])
 def test_tokens_are_forwards_and_accepted_drafts(request, name, max_tokens):
-  """Depths count the accepted drafts; all forwards but the first had drafts.
+  """Depths count the accepted drafts; the pass over the prompt has none.
 
-  A row that is cut off lacks its last forward's own token.
+  A row that is cut off lacks its last forward's own token; a draft that has no room is not offered.
   """
   found = request.getfixturevalue(name).generate('ab', max_tokens=max_tokens)
   depths = np.bincount(found.depths[0], minlength=3)
   assert found.tokens == depths.sum() and found.forwards - depths[0] in (0, 1)
-  assert found.accepted == depths[1:].tolist() and found.offered == [found.forwards - 1, *found.accepted[:-1]]
+  assert found.accepted == depths[1:].tolist() and sum(found.passes) == found.forwards
+  assert found.offered[0] <= found.forwards - 1 and found.offered[1] <= found.accepted[0]
   assert found.tokens_per_forward == found.tokens / found.forwards
 
 
@@ -96,22 +98,108 @@ def test_drafts_are_accepted_when_the_futures_agree(agreeing):
   found = agreeing.generate('ab', max_tokens=1 + 3 * 4)
   assert (found.tokens, found.forwards, found.tokens_per_forward) == (13, 5, 13 / 5)
   assert found.depths[0] == [0] + [1, 2, 0] * 4
-  assert found.acceptance == [1.0, 1.0]  # the first forward had no drafts
+  assert found.acceptance == [1.0, 1.0] and found.offered == [4, 4] and found.passes == [1, 0, 4]
 
 
 def test_a_sample_depends_on_its_seed_alone(lm):
   sample = lambda prompts, **options: lm.generate(prompts, max_tokens=12, temperature=1.0, **options).ids
-  assert sample(['a', 'b'], seed=3) == sample(['a', 'b'], seed=3, draft=0) != sample(['a', 'b'], seed=4)
-  assert sample(['a', 'b'], seed=3)[1] == sample('b', seed=4)[0]  # row i samples with seed + i
+  assert sample(['a', 'b'], seed=3) != sample(['a', 'b'], seed=4)
+  assert sample(['a', 'b'], seed=3, same_seed=True) == sample(['a', 'b'], seed=3, draft=0)
+  assert sample(['a', 'b'], seed=3)[1] == sample('b', seed=4)[0] == sample(['b', 'a'], seed=[4, 9])[0]  # row i samples with seed + i
+
+
+def test_each_row_has_its_own_numbers(lm):
+  """Against the same rows one at a time."""
+  own = {'max_tokens': [5, 9, 12], 'temperature': [0.0, 1.0, 0.5], 'top_k': [0, 3, 0], 'top_p': [1.0, 0.8, 0.9], 'seed': [7, 8, 7]}
+  found = lm.generate(PROMPTS, **own)
+  for i, prompt in enumerate(PROMPTS):
+    alone = lm.generate(prompt, **{name: values[i] for name, values in own.items()})
+    assert alone.ids[0] == found.ids[i] and len(alone.ids[0]) <= own['max_tokens'][i]
+
+
+def test_what_streams_is_the_text(lm, plain):
+  """Multi-byte characters come whole; with a stop string, what may be its beginning is held back."""
+  for options in ({}, {'stop': [plain.text[0][7:9]]}, {'draft': 0, 'stop': ['never', plain.text[1][5:8]]}):
+    parts = {row: [] for row in range(3)}
+    found = lm.generate(PROMPTS, max_tokens=20, stream=lambda row, ids, text, parts=parts: parts[row].append((ids, text)), **options)
+    for row in range(3):
+      assert ''.join(text for _, text in parts[row]) == found.text[row]
+      assert [token for ids, _ in parts[row] for token in ids] == found.ids[row]
+    assert max(map(len, parts.values())) > 1
+
+
+@pytest.mark.parametrize('draft', [0, 2])
+def test_a_stop_string_ends_the_row_before_it_and_only_that_row(lm, plain, draft):
+  raw = [lm.tokenizer.decode(row) for row in plain.ids]
+  stop = raw[0][6:8].decode('latin-1') if raw[0][6:8].isascii() else plain.text[0][4:6]
+  found = lm.generate(PROMPTS, max_tokens=20, draft=draft, stop=stop)
+  for row in range(3):
+    before, met, _ = raw[row].partition(stop.encode())
+    assert found.text[row] == before.decode(errors='replace')
+    assert lm.tokenizer.decode(found.ids[row]) == before + met  # the ids end with the token that completes it
+    assert len(found.ids[row]) == len(found.depths[row])
+  assert len(found.ids[0]) < 20
+
+
+def test_another_model_drafts_and_the_text_is_the_models_own(lm, plain, tmp_path):
+  """Itself, which is right always; and another, which seldom is."""
+  found = lm.generate(PROMPTS, max_tokens=20, draft=3, drafter=lm)
+  assert found.ids == plain.ids and found.acceptance == [1.0] * 3
+  config = experiment(tmp_path, model={'layers': 2, 'futures': 1}, objective={'weights': (1.0,)})
+  write(tmp_path / 'run', config, random_state(config, seed=9))
+  other = mtp_jax.load(tmp_path / 'run')
+  for options in ({}, {'adaptive': True}):
+    assert lm.generate(PROMPTS, max_tokens=20, draft=2, drafter=other, **options).ids == plain.ids
+  assert lm.generate(PROMPTS, max_tokens=20, draft=2, drafter=other, temperature=1.0, same_seed=True).ids == lm.generate(PROMPTS, max_tokens=20, draft=0, temperature=1.0).ids
+
+
+def test_lookup_drafts_what_followed_before(agreeing, lm, plain):
+  """A model that says one token for ever is guessed right as soon as it has said it twice."""
+  assert lm.generate(PROMPTS, max_tokens=20, draft=4, drafter='lookup').ids == plain.ids
+  found = agreeing.generate('ab', max_tokens=1 + 5 * 4, draft=4, drafter='lookup')
+  assert found.forwards <= 6 and found.accepted[-1] >= 3
+
+
+def test_adaptive_lengths_change_the_passes_but_not_the_text(lm, plain, agreeing):
+  found = lm.generate(PROMPTS, max_tokens=20, adaptive=True)
+  assert found.ids == plain.ids and sum(found.passes[1:]) > 0 and found.passes[0] == 1
+  assert agreeing.generate('ab', max_tokens=31, adaptive=True).acceptance == [1.0, 1.0]
+
+
+def test_lossy_criteria_say_that_they_are(lm, plain):
+  assert plain.lossless
+  found = lm.generate(PROMPTS, max_tokens=20, criterion=Criterion('lossy_top_k', 250))
+  assert not found.lossless and found.forwards < plain.forwards
+  assert lm.generate(PROMPTS, max_tokens=20, criterion=Criterion('lossy_top_k', 1)).ids == plain.ids  # the likeliest alone is greedy
+
+
+def test_prompts_of_one_bucket_share_their_programs(lm):
+  from mtp_jax.decode import advance, prefill
+  options = {'max_tokens': 7, 'draft': 1}
+  lm.generate(['abc', 'de'], **options)
+  counts = prefill._cache_size(), advance._cache_size()
+  lm.generate(['x' * 40, 'yz'], seed=5, **options)
+  lm.generate(['x', 'y' * 50], max_tokens=9, draft=1)
+  assert (prefill._cache_size(), advance._cache_size()) == counts
 
 
 @pytest.mark.parametrize('prompts, options, message', [
     ('a', {'draft': 3}, 'draft=3: this model has 3 futures, so 0 to 2 can draft'),
     ('a', {'draft': -1}, 'draft=-1: '),
+    ('', {}, 'prompt: empty'),
+    (['a', []], {}, 'prompt: empty'),
+    ('a' * 127, {}, 'prompt: 128 tokens with the one that begins it, but max_length=128'),
+    ('a' * 100, {'max_tokens': 40}, 'max_tokens=40: a prompt of 101 tokens leaves room for 27 within max_length=128'),
+    ('a', {'top_p': 0.0}, 'top_p=0: must be above 0 and at most 1'),
+    ('a', {'top_p': 1.5}, 'top_p=1.5: must be'),
+    ('a', {'top_k': -1}, 'top_k=-1: must be at least 1, or 0'),
+    (['a', 'b'], {'temperature': [1.0]}, r'temperature=\[1.0\]: must be a number, or 2 of them'),
+    ('a', {'stop': ['']}, 'stop='),
+    ('a', {'drafter': 'futurs', 'draft': 1}, "drafter='futurs': must be 'futures', 'lookup', or another model"),
     ('a', {'max_tokens': 0}, 'max_tokens=0: must be at least 1'),
     ('a', {'temperature': -0.5}, 'temperature=-0.5: must be 0'),
     ('a', {'temperature': float('nan')}, 'temperature=nan: must be 0'),
-    ('a', {'seed': -1}, 'seed=-1: must lie between'),
+    ('a', {'seed': -1}, 'seed=-1: must be between'),
     ([], {}, r'prompts=\[\]: pass at least one'),
     ([[1, 300]], {}, r'prompts: \[1, 300\] is neither text nor a sequence of ids from 0 to 258'),
     ([[-1]], {}, r'prompts: \[-1\] is neither'),
@@ -121,6 +209,12 @@ def test_a_sample_depends_on_its_seed_alone(lm):
 def test_bad_arguments_are_bad_input(lm, prompts, options, message):
   with pytest.raises(BadInput, match=message):
     lm.generate(prompts, **options)
+
+
+def test_a_draft_model_must_share_the_tokenizer(lm):
+  foreign = dataclasses.replace(lm, tokenizer=dataclasses.replace(lm.tokenizer, digest='other'))
+  with pytest.raises(BadInput, match='drafter: its tokenizer, .*, is not that of this model'):
+    lm.generate('a', draft=1, drafter=foreign)
 
 
 def test_evaluate_counts_every_target_once(lm):

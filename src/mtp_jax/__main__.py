@@ -87,16 +87,38 @@ def evaluate(f) -> int:
 
 
 def generate(f) -> int:
-  """Continues --prompt; in float32 the text does not depend on --draft, only the number of forwards does."""
+  """Continues --prompt. Greedily, or with --same_seed, the text does not depend on the drafts, in float32; else its law does not."""
   if f.prompt is None:
     raise BadInput("--prompt: missing; such as --prompt='def main():'")
-  _need_at_least(f, draft=-1)
+  if not f.prompt:
+    raise BadInput('--prompt: empty; say what to continue')
+  _need_at_least(f, draft=-1, max_tokens=0, max_length=0)
+  from mtp_jax.lm import Criterion, choices
+  choices(1, f.temperature, f.seed, f.top_k, f.top_p)  # complains before JAX starts
+  criterion, drafter = Criterion(f.criterion, f.threshold, f.min_block), f.drafter
   lm = _load(f)
-  found = lm.generate(f.prompt, f.max_tokens, None if f.draft < 0 else f.draft, f.temperature, f.seed)
+  if drafter not in ('futures', 'lookup'):
+    drafter = _load_drafter(lm, drafter)
+  stream = (lambda row, ids, text: print(text, end='', flush=True)) if f.stream and not f.json else None
+  if stream:
+    print(f.prompt, end='', flush=True)
+  found = lm.generate(f.prompt, f.max_tokens or None, None if f.draft < 0 else f.draft, f.temperature, f.seed, top_k=f.top_k, top_p=f.top_p,
+                      drafter=drafter, adaptive=f.adaptive, same_seed=f.same_seed, criterion=criterion, stop=f.stop or (),
+                      max_length=f.max_length or None, stream=stream)
+  passes = sum(found.passes)
+  mean_draft = sum(k * n for k, n in enumerate(found.passes)) / max(1, passes)
   values = {'text': found.text[0], 'tokens': found.tokens, 'forwards': found.forwards, 'tokens_per_forward': found.tokens_per_forward,
-            'seconds': found.seconds, 'acceptance': found.acceptance}
-  _report(f, values, [f.prompt + found.text[0], '', f'{found.tokens} tokens in {found.forwards} forwards: {found.tokens_per_forward:.2f} tokens per forward, '
-                      f'{found.seconds:.2f} s with compilation'])
+            'seconds': found.seconds, 'acceptance': found.acceptance, 'mean_draft': mean_draft, 'criterion': criterion.name, 'lossless': found.lossless}
+  lines = ['', f'{found.tokens} tokens in {found.forwards} forwards: {found.tokens_per_forward:.2f} tokens per forward, {found.seconds:.2f} s with compilation']
+  if found.acceptance:
+    lines.append('acceptance by depth: ' + ' '.join(f'{a:.2f}' for a in found.acceptance) + (f'; {mean_draft:.1f} drafts a pass' if f.adaptive else ''))
+  trained = lm.config.model.futures - 1
+  if drafter == 'futures' and len(found.acceptance) > trained:
+    lines.append(f'drafts beyond depth {trained} are those of a module applied more often than it was trained for')
+  if not found.lossless:
+    lines.append(f'lossy: {criterion.name}, threshold {criterion.threshold:g}, blocks of {criterion.min_block} at least; '
+                 'the text does not follow the law of the model')
+  _report(f, values, lines if stream else [f.prompt + found.text[0], *lines])
   return 0
 
 
@@ -176,18 +198,35 @@ def plan(f) -> int:
 
 
 def benchmark_decode(f) -> int:
-  """Held-out prompts, every draft length in alternation: tokens per forward and speed-up over plain autoregression."""
-  _need_at_least(f, prompts=1, prompt_tokens=1, max_tokens=1, repeats=1)
+  """Held-out prompts, every draft length and batch size in alternation: tokens per forward and speed-up over plain autoregression."""
+  _need_at_least(f, prompts=1, prompt_tokens=2, max_tokens=1, repeats=1, draft=-1)
+  sizes = f.batch.split(',')
+  if not all(size.isdigit() and int(size) > 0 for size in sizes):
+    raise BadInput(f'--batch={f.batch}: must be numbers of prompts decoded at once, such as 1,8')
+  if f.against not in ('', 'transformers'):
+    raise BadInput(f"--against={f.against}: must be 'transformers', or nothing")
   lm = _load(f)
   from mtp_jax import benchmark
-  found = benchmark.decode(lm, f.prompts, f.prompt_tokens, f.max_tokens, f.repeats)
-  lines = _table(('draft', 'tokens/forward', 'speed-up', 'overhead/step', 'tokens/s', 'acceptance by depth'),
-                 [(d['draft'], f'{d["tokens_per_forward"]:.2f}', f'{d["speed_up"]:.2f}', f'{d["overhead"]:.2f}', f'{d["tokens_per_second"]:,.0f}',
-                   ' '.join(f'{a:.2f}' for a in d['acceptance'])) for d in found['drafts']])
+  drafter = f.drafter if f.drafter in ('futures', 'lookup') else _load_drafter(lm, f.drafter)
+  found = benchmark.decode(lm, f.prompts, f.prompt_tokens, f.max_tokens, f.repeats, tuple(map(int, sizes)), None if f.draft < 0 else f.draft, drafter,
+                           f.temperature, f.against == 'transformers')
+  if f.plot:
+    benchmark.plot(found, f.plot)
+  head = ('batch', 'drafts', 'speed-up', 'tokens/forward', 'overhead/step', 'tokens/s', 'drafting', 'acceptance by depth')
+  lines = _table(head, [(d['batch'], d['draft'], f'{d["speed_up"]:.2f}', f'{d["tokens_per_forward"]:.2f}', f'{d["overhead"]:.2f}',
+                         f'{d["tokens_per_second"]:,.0f}', f'{d["drafting"]:.0%}', ' '.join(f'{a:.2f}' for a in d['acceptance'])) for d in found['rows']])
+  way = 'greedy' if f.temperature == 0 else f'temperature {f.temperature:g}'
+  about = f'{f.prompts} held-out prompts of {f.prompt_tokens} tokens, {f.max_tokens} new tokens each, {way}, drafts by {f.drafter}'
+  if f.temperature == 0:
+    differing = sum(d['differing'] for d in found['rows'])
+    about += f'; {differing} texts differ from plain decoding' if differing else '; every text is that of plain decoding'
+  for theirs in found['transformers']:
+    rows = [d for d in found['rows'] if d['batch'] == theirs['batch']]
+    best = max(rows, key=lambda d: d['tokens_per_second'])
+    times = lambda row, rate=theirs['tokens_per_second']: f'{row["tokens_per_second"] / rate:.2f} x'
+    lines.append(f'transformers, batch {theirs["batch"]}: {theirs["tokens_per_second"]:,.0f} tokens/s, {theirs["differing"]} texts differ; '
+                 f'plain decoding here is {times(rows[0])} that, with {best["draft"]} drafts {times(best)}')
   sample = found['sample']
-  about = f'{f.prompts} held-out prompts of {f.prompt_tokens} tokens, {f.max_tokens} new tokens each, one at a time, greedy'
-  differing = sum(d['differing'] for d in found['drafts'])
-  about += f'; {differing} differ from plain decoding' if differing else '; every text is that of plain decoding'
   _report(f, found, [about, *lines, '', 'a sample, from the bar on:', sample['prompt'][-200:] + '|' + sample['text'][:300]])
   return 0
 
@@ -202,13 +241,24 @@ COMMANDS = {
         ('rows', 0, 'only so many rows, at even distances; 0 is all'),
         ('speed', True, 'time a forward of each draft length, for the speed-up to expect'), JSON),
         'evaluate --workdir=runs/tiny'),
-    'generate': Command(generate, 'continue a prompt, drafting with the futures', (
+    'generate': Command(generate, 'continue a prompt, drafting ahead', (
         WORKDIR, STEP,
         ('prompt', None, 'text to continue'),
-        ('max_tokens', 256, 'new tokens at most'),
-        ('draft', -1, 'futures that draft: 0 is plain autoregression, -1 all'),
+        ('max_tokens', 0, 'new tokens at most; 0: what --max_length leaves, at most 256'),
+        ('max_length', 0, 'tokens in all; 0: the rows the model was trained on'),
+        ('drafter', 'futures', "futures, lookup (what followed the same few tokens before), or the workdir of a smaller model"),
+        ('draft', -1, 'tokens drafted: 0 is plain autoregression, -1 as many as there are futures'),
+        ('adaptive', False, 'draft 1 to --draft tokens, as recent acceptance and measured costs advise'),
         ('temperature', 0.0, '0 is greedy'),
-        ('seed', 0, 'of the sampling'), JSON),
+        ('top_k', 0, 'draw from so many of the likeliest tokens; 0: all'),
+        ('top_p', 1.0, 'draw from the fewest likeliest tokens that hold this mass'),
+        ('seed', 0, 'of the sampling'),
+        ('same_seed', False, 'a sample that does not depend on the drafts; fewer of them are accepted'),
+        ('criterion', 'exact', 'what accepts a draft: exact, or lossy_top_k, lossy_distance, lossy_typical'),
+        ('threshold', 0.0, 'of a lossy criterion: k, distance, or the bound of typical acceptance'),
+        ('min_block', 1, 'tokens of a pass at least; above 1 is lossy'),
+        ('stop', '', 'a string that ends the text'),
+        ('stream', False, 'print the text as it grows'), JSON),
         "generate --workdir=runs/tiny --prompt='def main():' --max_tokens=200"),
     'inspect': Command(inspect, 'parameters, FLOPs, conventions, digest', (WORKDIR, STEP, CONFIG, JSON), 'inspect --config=configs/tiny.py'),
     'certify': Command(certify, 'prove gradients, influence and FLOPs of a config', (CONFIG, JSON), 'certify --config=configs/tiny.py'),
@@ -226,7 +276,13 @@ COMMANDS = {
         ('prompts', 8, 'held-out prompts'),
         ('prompt_tokens', 128, 'tokens of each'),
         ('max_tokens', 128, 'new tokens of each'),
-        ('repeats', 3, 'timed runs of each draft length; the median counts'), JSON),
+        ('batch', '1', 'prompts decoded at once; several sizes: 1,8'),
+        ('drafter', 'futures', 'futures, lookup, or the workdir of a smaller model'),
+        ('draft', -1, 'longest draft; -1 as many as there are futures'),
+        ('temperature', 0.0, '0 is greedy'),
+        ('repeats', 3, 'timed runs of each draft length; the median counts'),
+        ('against', '', "'transformers': Hugging Face's, same weights, plain decoding on the CPU"),
+        ('plot', '', 'a PNG of tokens per forward and speed-up'), JSON),
         'benchmark decode --workdir=runs/tiny'),
 }
 
@@ -352,6 +408,15 @@ def _load(f):
   checkpoint.metadata(f.workdir, None if f.step < 0 else f.step)  # complains before JAX starts
   from mtp_jax.lm import load
   return load(f.workdir, None if f.step < 0 else f.step)
+
+
+def _load_drafter(lm, workdir: str):
+  """A draft model, refused before it is loaded when its tokenizer is another."""
+  from mtp_jax import checkpoint
+  from mtp_jax.lm import load
+  record = checkpoint.metadata(workdir, None)
+  checkpoint.check_same('--drafter=' + workdir, lm.tokenizer.digest, record, 'tokenizer', 'a draft model must share the tokenizer of the model')
+  return load(workdir)
 
 
 def _report(f, values: dict, lines: list[str]) -> None:

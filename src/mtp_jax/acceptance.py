@@ -14,10 +14,12 @@ the probability u(t) that a forward starts at t follows from those before it,
 
 and a document of T tokens takes sum_t u(t) forwards. Given the document the law is exact: greedily for a text that the model wrote
 greedily, at temperature 1 for one that speculative sampling wrote. Over other documents it says how the model would fare if they were
-its own. (A decoder that couples drafts and samples by shared noise, as `decode` does, accepts less than beta, though at least
-beta / (2 - beta).)
+its own. (Drafts and tokens coupled by shared noise, the decoder's `same_seed`, agree less often: at least beta / (2 - beta).)
+
+What acceptance is worth (Leviathan et al., section 3): `expected_tokens`, `walltime_factor`, `operations_factor`, `best_draft`.
 """
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,31 @@ class Drafts:
   forwards_WM: jax.Array
   offered_WK: jax.Array
   accepted_WK: jax.Array
+
+
+def expected_tokens(acceptance_K: Sequence[float]) -> float:
+  """Of a pass with K drafts: 1 + a_1 + a_1 a_2 + ..., a_k being accepted given that those before it were. With one a for all it is
+  (1 - a^(K+1)) / (1 - a) (Leviathan et al., equation 1)."""
+  total = reached = 1.0
+  for a in acceptance_K:
+    reached *= a
+    total += reached
+  return total
+
+
+def walltime_factor(acceptance_K: Sequence[float], cost: float) -> float:
+  """Speed over plain decoding, if a draft takes `cost` of the time of a pass of the model and verifying is free (theorem 3.8)."""
+  return expected_tokens(acceptance_K) / (len(acceptance_K) * cost + 1)
+
+
+def operations_factor(acceptance_K: Sequence[float], cost: float = 0.0) -> float:
+  """Arithmetic operations a token over those of plain decoding; `cost` is that of a draft in operations (theorem 3.11)."""
+  return (len(acceptance_K) * (cost + 1) + 1) / expected_tokens(acceptance_K)
+
+
+def best_draft(acceptance_K: Sequence[float], cost_M: Sequence[float]) -> int:
+  """The draft length 0..K with most tokens for its cost; cost_M: of a pass with so many drafts, 1 + k c in Leviathan's model."""
+  return max(range(len(cost_M)), key=lambda k: expected_tokens(acceptance_K[:k]) / cost_M[k])
 
 
 def drafts(c: ModelConfig, h_MBLD, w_VD, batch, allowed_V, chunk: int) -> Drafts:

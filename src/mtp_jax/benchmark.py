@@ -1,8 +1,12 @@
 """Speed, as ratios within one run: a train step against this machine's own matmul or another step, drafting against plain autoregression."""
+import dataclasses
 import functools
 import math
+import os
 import statistics
 import time
+import typing
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +14,9 @@ import numpy as np
 
 from mtp_jax import data, metrics, objective, tokenizer
 from mtp_jax import train as training
-from mtp_jax.config import Config
-from mtp_jax.lm import LanguageModel
+from mtp_jax.config import BadInput, Config
+from mtp_jax.decode import Nothing
+from mtp_jax.lm import LanguageModel, choices
 from mtp_jax.sharding import make_mesh
 
 
@@ -95,36 +100,154 @@ def against(config: Config, other: Config | None, steps: int) -> dict:
           'memory_ratio': one['temporary_bytes'] / two['temporary_bytes']}
 
 
-def decode(lm: LanguageModel, prompts: int, prompt_tokens: int, max_tokens: int, repeats: int) -> dict:
-  """Greedy continuations of held-out prompts, one prompt at a time, for every draft length in alternation.
+def decode(lm: LanguageModel, prompts: int, prompt_tokens: int, max_tokens: int, repeats: int, batches: tuple[int, ...] = (1,),
+           draft: int | None = None, drafter='futures', temperature: float = 0.0, against_transformers: bool = False) -> dict:
+  """Continuations of held-out prompts, for every draft length 0..`draft` and every batch size, all in alternation in this process.
+
+  Args:
+    batches: prompts decoded at once.
+    draft, drafter, temperature: as in `LanguageModel.generate`.
+    against_transformers: time Hugging Face transformers on the same weights as well, plain decoding on the CPU.
 
   Returns:
-    drafts: for each draft length tokens_per_forward, acceptance by depth, tokens_per_second, speed_up over draft 0 and
-    overhead, the cost of a pass over that of a plain one: tokens_per_forward / speed_up; differing, continuations that are not
-    those of draft 0 (none in float32). Seconds are the median of the
-    repeats, summed over the prompts, prefill included, compilation not. sample: a prompt and its continuation.
+    rows: for each batch size and draft length tokens_per_forward, acceptance by depth (given that all before were accepted),
+    tokens_per_second, speed_up over draft 0 of the same batch size, overhead (the cost of a pass over that of a plain one,
+    tokens_per_forward / speed_up), drafting (the share of a pass's time that is not verifying), and differing, continuations that are not those
+    of draft 0 one at a time (none when greedy, in float32). Seconds are the median of the repeats, summed over the prompts, prefill
+    included, compilation not. transformers: tokens_per_second by batch size, and differing. sample: a prompt and its continuation.
   """
   held_out = lm.held_out_prompts(prompts, prompt_tokens)
-  lengths = range(lm.config.model.futures)
-  run = lambda prompt, draft: lm.generate([prompt], max_tokens, draft)
-  for draft in lengths:
-    run(held_out[0], draft)  # compiles
-  seconds, found = dict.fromkeys(lengths, 0.0), {draft: [] for draft in lengths}
-  for prompt in held_out:
-    timed = {draft: [] for draft in lengths}
-    for _ in range(repeats):
-      for draft in lengths:
-        timed[draft].append(run(prompt, draft))
-    for draft in lengths:
-      seconds[draft] += statistics.median(g.seconds for g in timed[draft])
-      found[draft].append(timed[draft][0])
-  rows = []
-  for draft in lengths:
-    tokens, forwards = sum(g.tokens for g in found[draft]), sum(g.forwards for g in found[draft])
-    speed_up = seconds[0] / seconds[draft]
-    by_depth = zip(*([*zip(g.accepted, g.offered)] for g in found[draft]))
-    accepted_offered = [[sum(numbers) for numbers in zip(*pairs)] for pairs in by_depth]
-    rows.append({'draft': draft, 'tokens_per_forward': tokens / forwards, 'speed_up': speed_up, 'overhead': tokens / forwards / speed_up,
-                 'tokens_per_second': tokens / seconds[draft], 'acceptance': [a / n if n else math.nan for a, n in accepted_offered],
-                 'differing': sum(g.ids != plain.ids for g, plain in zip(found[draft], found[0]))})
-  return {'drafts': rows, 'sample': {'prompt': lm.tokenizer.text(held_out[0]), 'text': found[0][0].text[0]}}
+  lengths, options = range(lm.drafter(drafter, draft).depth + 1), {'drafter': drafter, 'temperature': temperature, 'max_length': 1 + prompt_tokens + max_tokens}
+  runs = [functools.partial(lm.generate, max_tokens=max_tokens, draft=k, **options) for k in lengths]
+  runs += [functools.partial(_transformers(lm), max_tokens=max_tokens)] if against_transformers else []
+  for batch in batches:
+    if len(held_out) % batch:
+      raise BadInput(f'--batch={batch}: {len(held_out)} prompts do not divide into such batches; --prompts={-(-len(held_out) // batch) * batch} would')
+  plain, rows, beside = [], [], []
+  for batch in batches:
+    groups = [held_out[i:i + batch] for i in range(0, len(held_out), batch)]
+    seconds, found = _alternate(runs, groups, repeats)
+    texts = [[ids for g in results for ids in g.ids] for results in found]
+    plain = plain or texts[0]
+    per_second = [sum(map(len, said)) / s for said, s in zip(texts, seconds)]
+    differing = [sum(a != b for a, b in zip(said, plain)) for said in texts]
+    for k in lengths:
+      total = lambda name, results=found[k]: np.sum([getattr(g, name) for g in results], 0).tolist()
+      per_forward, speed_up = total('tokens') / total('forwards'), seconds[0] / seconds[k]
+      rows.append({'batch': batch, 'draft': k, 'speed_up': speed_up, 'tokens_per_forward': per_forward, 'overhead': per_forward / speed_up,
+                   'tokens_per_second': per_second[k], 'drafting': _drafting(lm, groups[0], k, options),
+                   'acceptance': [a / n if n else math.nan for a, n in zip(total('accepted'), total('offered'))], 'differing': differing[k]})
+    if against_transformers:
+      beside.append({'batch': batch, 'tokens_per_second': per_second[-1], 'differing': differing[-1]})
+  return {'rows': rows, 'transformers': beside, 'sample': {'prompt': lm.tokenizer.text(held_out[0]), 'text': lm.tokenizer.text(plain[0])}}
+
+
+def _alternate(runs: list, groups: list, repeats: int) -> tuple[list[float], list[list]]:
+  """Every run on every group of prompts, in alternation: for each run (median seconds, summed over the groups; results)."""
+  for run in runs:
+    run(groups[0])  # compiles
+  seconds, found = [0.0] * len(runs), [[] for _ in runs]
+  for group in groups:
+    timed = [[run(group) for run in runs] for _ in range(repeats)]
+    for i in range(len(runs)):
+      seconds[i] += statistics.median(results[i].seconds for results in timed)
+      found[i].append(timed[0][i])
+  return seconds, found
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Given(Nothing):
+  """Drafts that cost nothing: what is left of a pass is verifying."""
+
+  def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
+    drafts_BK = jnp.zeros((len(tokens_BS), k), jnp.int32)
+    return drafts_BK, sampler.certain(drafts_BK), memory
+
+
+def _drafting(lm: LanguageModel, group, k: int, options: dict) -> float:
+  """The share of a pass's time that its k drafts take: two loops of passes, with and without them."""
+  if k == 0:
+    return 0.0
+  rows = [np.concatenate([[lm.tokenizer.bos], ids]).astype(np.int32) for ids in group]
+  sampler = lm.sampler(*choices(len(rows), options['temperature']))
+  engine = lambda drafter: lm.engine(drafter, sampler, (k,))
+  cost = lambda drafter: float(engine(drafter).costs(rows, [options['max_length']] * len(rows), 16)[0])
+  return max(0.0, 1 - cost(_Given(k)) / cost(lm.drafter(options['drafter'], k)))
+
+
+class _Theirs(typing.NamedTuple):
+  ids: list[list[int]]
+  seconds: float
+
+
+def _transformers(lm: LanguageModel) -> Callable[[list, int], _Theirs]:
+  """Greedy decoding of the same weights by Hugging Face transformers, on the CPU, of prompts of equal length.
+
+  Raises:
+    BadInput: it is not installed, or the model is none that its Llama can be.
+  """
+  try:
+    import torch
+    import transformers
+  except ImportError as error:
+    raise BadInput(f"--against=transformers: {error}; pip install -e '.[transformers]'") from None
+  c, decoder = lm.config.model, lm.decoder
+  if c.qk_norm or c.logit_cap or c.dtype != 'float32':
+    raise BadInput('--against=transformers: its Llama has no qk_norm and no logit_cap, and is compared in float32')
+  layers = [*decoder.layers, *(decoder.head(m) for m in decoder.running if c.kind != 'linear')]
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+      vocab_size=lm.tokenizer.size, hidden_size=c.width, intermediate_size=c.feed_forward, num_hidden_layers=len(layers), num_attention_heads=c.heads,
+      num_key_value_heads=c.kv_heads, head_dim=c.head_width, rms_norm_eps=c.norm_epsilon, max_position_embeddings=1 << 20, tie_word_embeddings=False,
+      rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_base}, bos_token_id=lm.tokenizer.bos, eos_token_id=lm.tokenizer.eos,
+      pad_token_id=lm.tokenizer.pad)).eval()
+  tensor = lambda x: torch.from_numpy(np.array(x))
+  flat = lambda x, rows: tensor(np.asarray(x).reshape(rows, -1).T)
+  weights = {'model.embed_tokens.weight': tensor(decoder.embed_VD[:lm.tokenizer.size]), 'model.norm.weight': tensor(decoder.final_norm_D),
+             'lm_head.weight': tensor(decoder.unembed_DV.T)}
+  for i, block in enumerate(layers):
+    own = {'input_layernorm': tensor(block.attention_norm_D[...]), 'post_attention_layernorm': tensor(block.mlp_norm_D[...]),
+           'self_attn.q_proj': flat(block.wq_DHK[...], c.width), 'self_attn.k_proj': flat(block.wk_DGK[...], c.width),
+           'self_attn.v_proj': flat(block.wv_DGK[...], c.width), 'self_attn.o_proj': flat(block.wo_HKD[...], c.heads * c.head_width),
+           'mlp.gate_proj': flat(block.gate_DF[...], c.width), 'mlp.up_proj': flat(block.up_DF[...], c.width),
+           'mlp.down_proj': flat(block.down_FD[...], c.feed_forward)}
+    weights |= {f'model.layers.{i}.{name}.weight': value for name, value in own.items()}
+  llama.load_state_dict(weights)
+  if c.kind == 'linear' and c.futures > 1:
+    linear = torch.nn.Linear(c.width, c.width, bias=False)
+    linear.load_state_dict({'weight': flat(decoder.head(0).map_Dd[...], c.width)})
+    llama.model.norm = torch.nn.Sequential(linear, llama.model.norm)
+
+  def run(prompts, max_tokens):
+    ids = torch.tensor(np.stack([np.concatenate([[lm.tokenizer.bos], prompt]) for prompt in prompts]))
+    start = time.perf_counter()
+    with torch.inference_mode():
+      out = llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False,
+                           suppress_tokens=[lm.tokenizer.bos, lm.tokenizer.pad])
+    seconds = time.perf_counter() - start
+    found = out[:, ids.shape[1]:].tolist()
+    return _Theirs([row[:row.index(lm.tokenizer.eos) + 1] if lm.tokenizer.eos in row else row for row in found], seconds)
+
+  return run
+
+
+def plot(found: dict, path: str) -> None:
+  """Tokens per forward and speed-up by draft length, a line a batch size; Raises BadInput without matplotlib."""
+  try:
+    import matplotlib
+  except ImportError as error:
+    raise BadInput(f"--plot={path}: {error}; pip install -e '.[notebook]'") from None
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+  figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
+  for batch in dict.fromkeys(row['batch'] for row in found['rows']):
+    rows = [row for row in found['rows'] if row['batch'] == batch]
+    for axes, name in ((left, 'tokens_per_forward'), (right, 'speed_up')):
+      axes.plot([row['draft'] for row in rows], [row[name] for row in rows], 'o-', label=f'batch {batch}')
+  left.set(xlabel='drafts a pass', ylabel='tokens per forward', ylim=(0, None))
+  right.set(xlabel='drafts a pass', ylabel='speed-up over plain decoding', ylim=(0, None))
+  right.axhline(1, color='grey', linewidth=0.8)
+  right.legend()
+  figure.savefig(path, dpi=150)
+  pyplot.close(figure)

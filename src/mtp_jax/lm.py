@@ -11,8 +11,7 @@ import numpy as np
 
 from mtp_jax import checkpoint, data, decode, tokenizer, train
 from mtp_jax.config import BadInput, Config, MeshConfig
-from mtp_jax.decode.engine import BUCKET, Engine, Text
-from mtp_jax.decode.verify import Criterion
+from mtp_jax.decode import BUCKET, EXACT, Criterion, Engine, Text
 from mtp_jax.model import Model, conventions
 from mtp_jax.sharding import make_mesh
 
@@ -62,7 +61,7 @@ class LanguageModel:
   def generate(self, prompts: str | bytes | Sequence, max_tokens: int | Sequence[int] | None = None, draft: int | None = None,
                temperature: float | Sequence[float] = 0.0, seed: int | Sequence[int] = 0, *, top_k: int | Sequence[int] = 0,
                top_p: float | Sequence[float] = 1.0, drafter: 'str | LanguageModel' = 'futures', adaptive: bool = False,
-               same_seed: bool = False, criterion: Criterion = Criterion(), stop: str | Sequence[str] = (), max_length: int | None = None,
+               same_seed: bool = False, criterion: Criterion = EXACT, stop: str | Sequence[str] = (), max_length: int | None = None,
                stream: Callable[[int, list[int], str], None] | None = None) -> Generation:
     """Continues one prompt or several, on one device.
 
@@ -101,19 +100,17 @@ class LanguageModel:
       b = int(np.argmax(new_B - room_B))
       raise BadInput(f'max_tokens={new_B[b]}: a prompt of {length_B[b]} tokens leaves room for {room_B[b]} within max_length={max_length}; '
                      'lower max_tokens or raise max_length')
-    temperature_B = _per_row('temperature', temperature, B, lambda t: 0 <= t < math.inf, '0 (greedy) or a positive number', np.float32)
-    top_k_B = _per_row('top_k', top_k, B, lambda k: k >= 0, 'at least 1, or 0 for all', np.int32)
-    top_p_B = _per_row('top_p', top_p, B, lambda p: 0 < p <= 1, 'above 0 and at most 1', np.float32)
-    seed_B = _per_row('seed', seed, B, lambda s: 0 <= s < 2**31, 'between 0 and 2^31 - 1', np.uint32) + (np.arange(B) if np.ndim(seed) == 0 else 0)
+    chosen = choices(B, temperature, seed, top_k, top_p)
     stop = [stop] if isinstance(stop, str) else list(stop)
     if not all(isinstance(text, str) and text for text in stop):
       raise BadInput(f'stop={stop!r}: must be strings, none of them empty')
-    chosen = self.drafter(drafter, draft)
-    sampler = self.sampler(B, seed_B.astype(np.uint32), temperature_B, top_k_B, top_p_B, same_seed, criterion)
-    lengths = tuple(range(1, chosen.depth + 1)) if adaptive and chosen.depth else (chosen.depth,)
-    engine, limit_B = self.engine(chosen, sampler, lengths), length_B + new_B
+    drafts = self.drafter(drafter, draft)
+    sampler = self.sampler(*chosen, same_seed, criterion)
+    lengths = tuple(range(1, drafts.depth + 1)) if adaptive and drafts.depth else (drafts.depth,)
+    engine, limit_B = self.engine(drafts, sampler, lengths), length_B + new_B
     if len(lengths) > 1:
-      shape = (chosen, B, *(-(-int(n) // BUCKET) for n in (length_B.max(), limit_B.max())), sampler.greedy, sampler.truncated, same_seed, criterion)
+      shape = (drafter if isinstance(drafter, str) else id(drafter), drafts.depth, B, length_B.max() // BUCKET, limit_B.max() // BUCKET,
+               sampler.greedy, sampler.truncated, same_seed, criterion)
       if shape not in self._costs:
         self._costs[shape] = engine.costs(rows, limit_B)
       engine = dataclasses.replace(engine, cost_M=self._costs[shape])
@@ -125,10 +122,8 @@ class LanguageModel:
     return Generation(ids, depths, [text.whole for text in texts] or [self.tokenizer.text(row) for row in ids], sum(map(len, ids)), int(end.forwards_B.sum()),
                       end.offered_BK.sum(0).tolist(), end.accepted_BK.sum(0).tolist(), end.passes_M.tolist(), criterion.lossless, seconds)
 
-  def sampler(self, rows: int, seed_B=0, temperature_B=0.0, top_k_B=0, top_p_B=1.0, same_seed: bool = False, criterion: Criterion = Criterion()) -> decode.Sampler:
-    """How `rows` rows choose; numbers hold for all of them."""
-    seed_B, temperature_B, top_k_B, top_p_B = (np.broadcast_to(x, rows).astype(dtype) for x, dtype in (
-        (seed_B, np.uint32), (temperature_B, np.float32), (top_k_B, np.int32), (top_p_B, np.float32)))
+  def sampler(self, temperature_B, seed_B, top_k_B, top_p_B, same_seed: bool = False, criterion: Criterion = EXACT) -> decode.Sampler:
+    """How the rows of a batch choose; see `choices`."""
     allowed_V = train.emitted(self.config, self.tokenizer)[:self.tokenizer.size]
     return decode.Sampler(seed_B, temperature_B, top_k_B, top_p_B, allowed_V, not temperature_B.any(), bool(top_k_B.any() or (top_p_B < 1).any()),
                           same_seed, criterion)
@@ -184,7 +179,7 @@ class LanguageModel:
   def seconds_per_forward(self, prompt_tokens: int = 32) -> list[float]:
     """Of a greedy pass of one row on this machine, for each draft length 0..M-1: what drafting and verifying cost."""
     row = self.prepared.validation.document(0)[:prompt_tokens]
-    engine = lambda drafter: self.engine(drafter, self.sampler(1), (drafter.depth,))
+    engine = lambda drafter: self.engine(drafter, self.sampler(*choices(1)), (drafter.depth,))
     return [float(engine(self.drafter(draft=draft)).costs([row], [self.config.data.length], 32)[0]) for draft in range(self.config.model.futures)]
 
   @functools.cached_property
@@ -236,6 +231,19 @@ def load(workdir, step: int | None = None) -> LanguageModel:
   with jax.set_mesh(mesh):
     model = checkpoint.restore(workdir, record['step'], parameters=train.abstract(config, mesh).model)['parameters']
   return LanguageModel(config, tokens, model, record['step'], record, mesh)
+
+
+def choices(rows: int, temperature=0.0, seed=0, top_k=0, top_p=1.0) -> tuple[np.ndarray, ...]:
+  """(temperature_B, seed_B, top_k_B, top_p_B), checked; see `LanguageModel.generate`. Starts no device.
+
+  Raises:
+    BadInput: a number is out of range.
+  """
+  seed_B = _per_row('seed', seed, rows, lambda s: 0 <= s < 2**31, 'between 0 and 2^31 - 1', np.uint32)
+  return (_per_row('temperature', temperature, rows, lambda t: 0 <= t < math.inf, '0 (greedy) or a positive number', np.float32),
+          seed_B + np.arange(rows, dtype=np.uint32) * np.uint32(np.ndim(seed) == 0),
+          _per_row('top_k', top_k, rows, lambda k: k >= 0, 'at least 1, or 0 for all', np.int32),
+          _per_row('top_p', top_p, rows, lambda p: 0 < p <= 1, 'above 0 and at most 1', np.float32))
 
 
 def _per_row(name: str, value, rows: int, holds, wanted: str, dtype) -> np.ndarray:

@@ -1,137 +1,16 @@
-"""Decoding with a cache: a drafter guesses the next tokens, the next pass of the model verifies them, all rows of a batch at once.
+"""Decoding: the futures, or another drafter, guess the next tokens; the next forward verifies them.
 
-A pass, on the device, of rows that each know a number of tokens of their own (Stern et al. 2018, arXiv:1811.03115, section 4;
-Leviathan et al. 2022, arXiv:2211.17192, algorithm 1):
-
-    draft     k tokens after those known                                         drafters.py
-    forward   the last known token and the drafts, through trunk and cache       decoder.py
-    verify    accept some of them, and one token of the model's own              verify.py
-
-The pass over the prompts gives the first token. With k = 0 a pass is plain autoregression. Greedily, and with `same_seed`, the
-text does not depend on the drafter, token for token, in float32 (in bfloat16 a pass over several tokens may round a near-tie the
-other way); else its law does not.
-
-Prompts are left-aligned: a row's slot s in a cache is its position s. `advance` gives its Progress away to the next one, caches and
-all, and writes into them where they lie.
+    verify.py     which drafts are accepted, and what is said instead, from the laws alone
+    decoder.py    a Model laid out for decoding, and its forward with a cache
+    drafters.py   futures, another model, prompt lookup
+    loop.py       the passes, on the device
+    engine.py     the host's side: buckets of shapes, costs, text as it grows
 """
-import dataclasses
-import functools
-
-import jax
-import jax.numpy as jnp
-
 from mtp_jax.decode.decoder import Decoder
 from mtp_jax.decode.drafters import Drafter, Lookup, Nothing, Other, futures
-from mtp_jax.decode.verify import CRITERIA, Criterion, Sampler
-from mtp_jax.layers import write
+from mtp_jax.decode.engine import BUCKET, Engine, Text
+from mtp_jax.decode.loop import Progress, advance, best_length, prefill
+from mtp_jax.decode.verify import EXACT, Criterion, Sampler
 
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Progress:
-  """The loop's state; K is the drafter's depth.
-
-  caches: of the model's forward. memory: the drafter's. tokens_BS: int32. depth_BS: 0 where the model spoke itself, m where its m-th
-  draft was accepted. length_B: tokens known. forwards_B: passes in which the row took part, that over its prompt included.
-  offered_BK: passes in which all drafts before this one were accepted and it had room; accepted_BK: in which it was as well.
-  passes_M: of the batch, by draft length. recent_2K: offered and accepted, old passes counting less.
-  """
-  caches: tuple
-  memory: object
-  tokens_BS: jax.Array
-  depth_BS: jax.Array
-  length_B: jax.Array
-  limit_B: jax.Array
-  done_B: jax.Array
-  forwards_B: jax.Array
-  offered_BK: jax.Array
-  accepted_BK: jax.Array
-  passes_M: jax.Array
-  recent_2K: jax.Array
-
-
-@functools.partial(jax.jit, static_argnames='slots')
-def prefill(decoder: Decoder, drafter: Drafter, sampler: Sampler, prompts_BP, length_B, limit_B, eos, *, slots: int) -> Progress:
-  """The pass over the prompts, and the first token after each.
-
-  Args:
-    prompts_BP: int32, left-aligned.
-    length_B: int32 >= 1, tokens of each prompt.
-    limit_B: int32, tokens of each row in all; a row whose limit is its length does nothing.
-    eos: int32, the id that ends a row.
-    slots: S, positions a cache holds: the drafter's depth more than the longest limit, at least.
-  """
-  (B, P), K = prompts_BP.shape, drafter.depth
-  positions_BP, last_B1 = jnp.broadcast_to(jnp.arange(P), (B, P)), length_B[:, None] - 1
-  forward, caches = decoder.forward(prompts_BP, positions_BP, decoder.caches(B, slots))
-  memory = drafter.begin(decoder, forward, prompts_BP, positions_BP, last_B1, slots)
-  next_B1D = jnp.take_along_axis(forward.next_BTD, last_B1[..., None], 1)
-  zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
-  accepted_B, own_B = sampler.verify(decoder.logits(next_B1D), zeros(B, 0), sampler.certain(zeros(B, 0)), length_B[:, None])
-  start = Progress(caches, memory, jnp.pad(prompts_BP, ((0, 0), (0, slots - P))), zeros(B, slots), length_B, limit_B, length_B >= limit_B,
-                   zeros(B), zeros(B, K), zeros(B, K), zeros(K + 1), jnp.zeros((2, K)))
-  return _emit(start, zeros(B, 0), accepted_B, own_B, eos)
-
-
-@functools.partial(jax.jit, static_argnames='lengths', donate_argnames='progress')
-def advance(decoder: Decoder, drafter: Drafter, sampler: Sampler, progress: Progress, eos, passes, cost_M=None, *, lengths: tuple[int, ...]) -> Progress:
-  """At most `passes` passes more, fewer when all rows are done.
-
-  Args:
-    progress: given away.
-    passes: int32.
-    lengths: how many tokens to draft. Of several, each pass takes the one that promises most tokens for its cost, given what was
-      accepted of late.
-    cost_M: seconds of a pass for each of `lengths`; only their ratios matter. Needed only where there are several.
-  """
-  steps = [functools.partial(_pass, decoder, drafter, sampler, eos, k) for k in lengths]
-
-  def step(state):
-    i, p = state
-    return i + 1, steps[0](p) if len(steps) == 1 else jax.lax.switch(best_length(p.recent_2K, cost_M, lengths), steps, p)
-
-  return jax.lax.while_loop(lambda state: (state[0] < passes) & ~jnp.all(state[1].done_B), step, (0, progress))[1]
-
-
-def best_length(recent_2K, cost_M, lengths: tuple[int, ...]):
-  """The index in `lengths` with the largest 1 + a_1 + a_1 a_2 + ... over its cost, a_k being the acceptance at depth k: eight of ten where
-  nothing is known, so that what has not been tried of late is tried again."""
-  acceptance_K = (recent_2K[1] + 0.8) / (recent_2K[0] + 1)
-  tokens_M = 1 + jnp.pad(jnp.cumsum(jnp.cumprod(acceptance_K)), (1, 0))
-  return jnp.argmax(tokens_M[jnp.array(lengths)] / cost_M)
-
-
-def _pass(decoder: Decoder, drafter: Drafter, sampler: Sampler, eos, k: int, p: Progress) -> Progress:
-  """Draft, forward, verify."""
-  length_B1 = p.length_B[:, None]
-  with jax.named_scope('draft'):
-    drafts_BK, q_BKV, memory = drafter.draft(decoder, p.memory, p.tokens_BS, length_B1, k, sampler)
-  block_BT = jnp.concatenate([jnp.take_along_axis(p.tokens_BS, length_B1 - 1, 1), drafts_BK], 1)
-  positions_BT = length_B1 - 1 + jnp.arange(k + 1)
-  with jax.named_scope('forward'):
-    forward, caches = decoder.forward(block_BT, positions_BT, p.caches)
-  with jax.named_scope('verify'):
-    accepted_B, own_B = sampler.verify(decoder.logits(forward.next_BTD), drafts_BK, q_BKV, positions_BT + 1)
-  memory = drafter.learn(decoder, memory, forward, positions_BT, accepted_B[:, None])
-  return _emit(dataclasses.replace(p, caches=caches, memory=memory), drafts_BK, accepted_B, own_B, eos)
-
-
-def _emit(p: Progress, drafts_BK, accepted_B, own_B, eos) -> Progress:
-  """Writes the accepted drafts and the own token of every row that is not done, up to its limit and its first eos."""
-  k = drafts_BK.shape[1]
-  ahead_T, accepted_B1, slots_BT = jnp.arange(k + 1), accepted_B[:, None], p.length_B[:, None] + jnp.arange(k + 1)
-  new_BT = jnp.where(ahead_T < accepted_B1, jnp.pad(drafts_BK, ((0, 0), (0, 1))), own_B[:, None])
-  offered_BT = (ahead_T <= accepted_B1) & (slots_BT < p.limit_B[:, None]) & ~p.done_B[:, None]
-  ends_BT = offered_BT & (new_BT == eos)
-  emitted_BT = offered_BT & (jnp.cumsum(ends_BT, 1) - ends_BT == 0)
-  slots_BT = jnp.where(emitted_BT, slots_BT, p.tokens_BS.shape[1])
-  length_B = p.length_B + jnp.sum(emitted_BT, 1, dtype=jnp.int32)
-  offered_BK = emitted_BT[:, :k]
-  accepted_BK = offered_BK & (ahead_T[:k] < accepted_B1)
-  counted_2K = jnp.stack([jnp.sum(offered_BK, 0), jnp.sum(accepted_BK, 0)]).astype(jnp.float32)
-  return dataclasses.replace(
-      p, tokens_BS=write(p.tokens_BS, new_BT, slots_BT), depth_BS=write(p.depth_BS, jnp.where(ahead_T < accepted_B1, ahead_T + 1, 0), slots_BT),
-      length_B=length_B, done_B=p.done_B | jnp.any(ends_BT & emitted_BT, 1) | (length_B >= p.limit_B), forwards_B=p.forwards_B + ~p.done_B,
-      offered_BK=p.offered_BK.at[:, :k].add(offered_BK), accepted_BK=p.accepted_BK.at[:, :k].add(accepted_BK),
-      passes_M=p.passes_M.at[k].add(1), recent_2K=(0.95 * p.recent_2K).at[:, :k].add(counted_2K))
+__all__ = ['BUCKET', 'Criterion', 'Decoder', 'Drafter', 'EXACT', 'Engine', 'Lookup', 'Nothing', 'Other', 'Progress', 'Sampler', 'Text', 'advance',
+           'best_length', 'futures', 'prefill']

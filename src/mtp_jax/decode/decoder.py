@@ -68,7 +68,7 @@ class Decoder:
 
   def caches(self, batch: int, slots: int) -> tuple:
     """Empty ones of all that `forward` runs."""
-    return (Cache.empty(self.config, batch, slots),) * len(self.layers) + (self.cache(batch, slots),) * len(self._running)
+    return (Cache.empty(self.config, batch, slots),) * len(self.layers) + (self.cache(batch, slots),) * len(self.running)
 
   def forward(self, tokens_BT, positions_BT, caches: tuple) -> tuple[Forward, tuple]:
     """New tokens through the trunk and the heads that stand on the way of the next token."""
@@ -77,7 +77,7 @@ class Decoder:
       x_BTD, cache = layer(x_BTD, positions_BT, cache)
       written.append(cache)
     state_BTD = x_BTD
-    for m, cache in zip(self._running, caches[len(self.layers):]):
+    for m, cache in zip(self.running, caches[len(self.layers):]):
       x_BTD, cache = self.head(m)(x_BTD, positions_BT, cache)
       written.append(cache)
       read[m] = self.norm(x_BTD)
@@ -87,7 +87,7 @@ class Decoder:
     return Forward(state_BTD, next_BTD, tuple(read[m] for m in range(1, self.read + 1))), tuple(written)
 
   @property
-  def _running(self) -> list[int]:
+  def running(self) -> list[int]:
     """The futures whose heads every forward runs, in their order."""
     c = self.config
     if c.first_future:
@@ -99,6 +99,6 @@ class Decoder:
 def _lay_out(model: Model, size: int) -> Decoder:
   c, readout = model.config, model.readout()
   cast = lambda path, x: x.astype(c.dtype) if len(letters(path)) > 1 else x
-  rows = lambda stack, n: tuple(jax.tree_util.tree_map_with_path(cast, jax.tree.map(lambda x: x[i], stack)) for i in range(n))
-  return Decoder(rows(model.trunk, c.trunk_layers), rows(readout.heads, c.modules), readout.final_norm_D, model.embed_VD[...].astype(c.dtype),
-                 readout.table()[:size].T, c)
+  row = lambda stack, i: jax.tree_util.tree_map_with_path(lambda path, x: cast(path, x[i]), stack)
+  return Decoder(tuple(row(model.trunk, i) for i in range(c.trunk_layers)), tuple(row(readout.heads, i) for i in range(c.modules)),
+                 readout.final_norm_D, model.embed_VD[...].astype(c.dtype), readout.table()[:size].T, c)

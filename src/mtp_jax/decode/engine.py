@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax import decode
 from mtp_jax.decode.decoder import Decoder
 from mtp_jax.decode.drafters import Drafter
+from mtp_jax.decode.loop import Progress, advance, prefill
 from mtp_jax.decode.verify import Sampler
 from mtp_jax.tokenizer import Tokenizer
 
@@ -20,7 +20,7 @@ EVER = np.int32(2**31 - 1)  # passes
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-  """A model, its drafter, and how rows choose. lengths and cost_M as in `decode.advance`."""
+  """A model, its drafter, and how rows choose. lengths and cost_M as in `loop.advance`."""
   decoder: Decoder
   drafter: Drafter
   sampler: Sampler
@@ -29,19 +29,19 @@ class Engine:
   lengths: tuple[int, ...]
   cost_M: np.ndarray | None = None
 
-  def begin(self, rows: Sequence[np.ndarray], limit_B) -> decode.Progress:
+  def begin(self, rows: Sequence[np.ndarray], limit_B) -> Progress:
     """The pass over the prompts. limit_B: tokens of each row in all."""
     length_B, K = np.array([len(row) for row in rows], np.int32), self.drafter.depth
     P = _up(length_B.max())
     prompts_BP = np.full((len(rows), P), self.pad, np.int32)
     for row, ids in zip(prompts_BP, rows):
       row[:len(ids)] = ids
-    return decode.prefill(self.decoder, self.drafter, self.sampler, prompts_BP, length_B, np.asarray(limit_B, np.int32), np.int32(self.eos),
+    return prefill(self.decoder, self.drafter, self.sampler, prompts_BP, length_B, np.asarray(limit_B, np.int32), np.int32(self.eos),
                           slots=max(P, _up(max(limit_B) + K)))
 
-  def advance(self, progress: decode.Progress, passes: int = EVER) -> decode.Progress:
+  def advance(self, progress: Progress, passes: int = EVER) -> Progress:
     """progress is given away."""
-    return decode.advance(self.decoder, self.drafter, self.sampler, progress, np.int32(self.eos), np.int32(passes), self.cost_M, lengths=self.lengths)
+    return advance(self.decoder, self.drafter, self.sampler, progress, np.int32(self.eos), np.int32(passes), self.cost_M, lengths=self.lengths)
 
   def costs(self, rows: Sequence[np.ndarray], limit_B, passes: int = 4) -> np.ndarray:
     """Seconds of a pass for each of `lengths`, on these shapes: the least of three times, after one that compiles."""

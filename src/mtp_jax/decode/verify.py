@@ -62,6 +62,9 @@ class Criterion:
     return self.name == 'exact' and self.min_block == 1
 
 
+EXACT = Criterion()
+
+
 def law(logits_V, temperature, top_k=None, top_p=None):
   """The law that tokens are drawn from: softmax(logits / temperature), cut to the likeliest `top_k`, then to the fewest likeliest of
   those that hold `top_p` of their mass, and normed; all of it on the likeliest token where temperature is 0.
@@ -130,7 +133,7 @@ class Sampler:
   greedy: bool = dataclasses.field(default=True, metadata={'static': True})
   truncated: bool = dataclasses.field(default=False, metadata={'static': True})
   same_seed: bool = dataclasses.field(default=False, metadata={'static': True})
-  criterion: Criterion = dataclasses.field(default=Criterion(), metadata={'static': True})
+  criterion: Criterion = dataclasses.field(default=EXACT, metadata={'static': True})
 
   def draft(self, logits_BTV, positions_BT):
     """(drafts for these positions, int32[B, T]; their laws, float[B, T, V], None where `verify` needs none)."""
