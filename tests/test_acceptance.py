@@ -115,10 +115,10 @@ def test_greedy_forwards_are_those_that_the_decoder_makes(lm):
   allowed_V = train.emitted(lm.config, lm.tokenizer)
   for prompt in ('the 1', 'a', '2 é the', 'import'):
     for draft in (1, 3):
-      said = lm.generate(prompt, max_tokens=60, draft=draft)
+      said = lm.generate(prompt, max_tokens=60, draft=draft, max_length=80)
       ids = np.concatenate([[lm.tokenizer.bos], lm.tokenizer.encode(prompt), said.ids[0]])
       t, forwards, accepted = len(ids) - len(said.ids[0]) - 1, 0, np.zeros(draft, int)
-      agrees = laws_MBLV(lm._on_one_device, as_row(lm, ids), allowed_V).argmax(-1)[:, 0]
+      agrees = laws_MBLV(jax.device_put(lm.model, jax.sharding.SingleDeviceSharding(jax.devices()[0])), as_row(lm, ids), allowed_V).argmax(-1)[:, 0]
       while t < len(ids) - 1:
         n = 0
         while n < draft and t + 2 + n < len(ids) and agrees[n + 1, t] == agrees[0, t + n + 1]:
@@ -165,3 +165,45 @@ def test_sampled_forwards_agree_with_speculative_sampling_within_its_confidence_
   half = 3.3 * forwards.std() / math.sqrt(documents)  # exceeded once in a thousand seeds
   assert abs(float(found.forwards_WM[1, 2]) / documents - forwards.mean()) < half
   assert half / forwards.mean() < 0.02
+
+
+# Leviathan et al., table 1: acceptance, draft length, operations, speed (a draft costs nothing)
+TABLE_1 = [(0.6, 2, 1.53, 1.96), (0.7, 3, 1.58, 2.53), (0.8, 2, 1.23, 2.44), (0.8, 5, 1.63, 3.69), (0.9, 2, 1.11, 2.71), (0.9, 10, 1.60, 6.86)]
+# table 4, T5-XXL: draft length, acceptance, cost of a draft, the expected speed
+TABLE_4 = [(7, .75, .02, 3.2), (7, .80, .04, 3.3), (7, .82, .11, 2.5), (7, .62, .02, 2.3), (5, .68, .04, 2.4), (3, .71, .11, 2.0),
+           (5, .65, .02, 2.4), (5, .73, .04, 2.6), (3, .74, .11, 2.0), (5, .53, .02, 1.9), (3, .55, .04, 1.8), (3, .56, .11, 1.6)]
+
+
+@pytest.mark.parametrize('a, k, operations, speed', TABLE_1)
+def test_leviathans_table_1_to_the_printed_digit(a, k, operations, speed):
+  assert (round(acceptance.operations_factor([a] * k), 2), round(acceptance.walltime_factor([a] * k, 0.0), 2)) == (operations, speed)
+
+
+@pytest.mark.parametrize('k, a, cost, speed', TABLE_4)
+def test_the_expected_column_of_leviathans_table_4_to_the_printed_digit(k, a, cost, speed):
+  """He computed it before he rounded acceptance and cost to two digits, so some are met only within that rounding."""
+  least, most = (round(acceptance.walltime_factor([a + sign * 0.005] * k, cost - sign * 0.005), 1) for sign in (-1, 1))
+  assert least <= speed <= most
+  as_printed = round(acceptance.walltime_factor([a] * k, cost), 1) == speed
+  assert as_printed or (k, a, cost) in {(5, .68, .04), (3, .71, .11), (3, .56, .11)}
+
+
+def test_expected_tokens_are_those_of_walking_through_every_outcome():
+  """Conditional acceptances that differ by depth, all 2^K ways; with one acceptance, the closed form."""
+  rates = [0.9, 0.5, 0.7, 0.2]
+  total = 0.0
+  for outcome in np.ndindex(2, 2, 2, 2):
+    n = next((i for i, passed in enumerate(outcome) if not passed), 4)
+    total += (n + 1) * np.prod([a if passed else 1 - a for a, passed in zip(rates, outcome)])
+  assert acceptance.expected_tokens(rates) == pytest.approx(total, rel=1e-12)
+  assert acceptance.expected_tokens([0.8] * 5) == pytest.approx((1 - 0.8**6) / (1 - 0.8), rel=1e-12)
+  assert acceptance.expected_tokens([1.0] * 3) == 4 and acceptance.expected_tokens([]) == 1
+
+
+def test_the_best_draft_is_that_of_trying_them_all_and_none_when_a_draft_costs_more_than_it_brings():
+  """Leviathan et al., corollary 3.9: some speed-up exists iff the acceptance exceeds the cost."""
+  for a in (0.1, 0.5, 0.8, 0.95):
+    for cost in (0.02, 0.09, 0.11, 0.3, 0.6, 0.9):
+      speeds = [acceptance.walltime_factor([a] * k, cost) for k in range(30)]
+      best = acceptance.best_draft([a] * 29, [1 + cost * k for k in range(30)])
+      assert best == int(np.argmax(speeds)) and (best > 0) == (a > cost)

@@ -13,6 +13,7 @@ import pytest
 from mtp_jax import acceptance, decode, objective
 from mtp_jax.config import ObjectiveConfig
 from mtp_jax.layers import documents
+from mtp_jax.requests import EXACT
 
 M, V, S = 4, 24, 44
 LENGTHS_B = np.array([1, 2, 5, 8, 3, 8], np.int32)
@@ -82,7 +83,7 @@ def uncached(model, prompts_BP, length_B, limit_B, eos):
   return [row[:n].tolist() for row, n in zip(tokens_BS, length_B)]
 
 
-def sampler(n, *, seed=0, temperature=0.0, top_k=0, top_p=1.0, allowed_V=ALLOWED_V, same_seed=False, criterion=decode.EXACT):
+def sampler(n, *, seed=0, temperature=0.0, top_k=0, top_p=1.0, allowed_V=ALLOWED_V, same_seed=False, criterion=EXACT):
   row = lambda x, dtype: np.broadcast_to(x, n).astype(dtype)
   return decode.Sampler(row(np.add(seed, np.arange(n)) if np.ndim(seed) == 0 else seed, np.uint32), row(temperature, np.float32), row(top_k, np.int32), row(top_p, np.float32), np.asarray(allowed_V),
                         not np.any(temperature), bool(np.any(top_k) or np.any(np.less(top_p, 1))), same_seed, criterion)

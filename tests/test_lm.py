@@ -8,7 +8,7 @@ from test_checkpoint import experiment, random_state, write
 
 import mtp_jax
 from mtp_jax.config import BadInput
-from mtp_jax.decode import Criterion
+from mtp_jax.requests import Criterion
 
 PROMPTS = ['a', 'the 12 é', '.']
 
@@ -178,8 +178,8 @@ def test_prompts_of_one_bucket_share_their_programs(lm):
   options = {'max_tokens': 7, 'draft': 1}
   lm.generate(['abc', 'de'], **options)
   counts = prefill._cache_size(), advance._cache_size()
-  lm.generate(['x' * 40, 'yz'], seed=5, **options)
-  lm.generate(['x', 'y' * 50], max_tokens=9, draft=1)
+  lm.generate(['x' * 20, 'yz'], seed=5, **options)
+  lm.generate(['x', 'y' * 15], max_tokens=9, draft=1)
   assert (prefill._cache_size(), advance._cache_size()) == counts
 
 

@@ -37,6 +37,7 @@ def place(tmp_path_factory):
   shutil.copytree(folder / 'run' / checkpoint.FOLDER / '3', folder / 'broken' / checkpoint.FOLDER / '3')
   (folder / 'broken' / checkpoint.FOLDER / '3' / '_CHECKPOINT_METADATA').write_text('{"custom_me')
   write(folder / 'elsewhere', config, random_state(config), conventions={})
+  write(folder / 'foreign', config, random_state(config), tokenizer='other')
   return folder
 
 
@@ -106,8 +107,20 @@ BAD = {
     'negative rows': (['evaluate', '--workdir=run', '--rows=-3'], '--rows=-3: must be at least 0'),
     'rows that are no number': (['evaluate', '--workdir=run', '--rows=x'], '--rows=x'),
     'draft too large': ([*GENERATE, '--draft=2'], 'draft=2: this model has 2 futures, so 0 to 1 can draft'),
-    'negative temperature': ([*GENERATE, '--temperature=-1'], 'temperature=-1.0: must be 0 (greedy) or a positive number'),
-    'no tokens': ([*GENERATE, '--max_tokens=0'], 'max_tokens=0: must be at least 1'),
+    'negative temperature': ([*GENERATE, '--temperature=-1'], 'temperature=-1: must be 0 (greedy) or a positive number'),
+    'top_p of 0': ([*GENERATE, '--top_p=0'], 'top_p=0: must be above 0 and at most 1'),
+    'top_p of 2': ([*GENERATE, '--top_p=2'], 'top_p=2: must be above 0 and at most 1'),
+    'fewer than none': ([*GENERATE, '--max_tokens=-1'], '--max_tokens=-1: must be at least 0'),
+    'empty prompt': (['generate', '--workdir=run', '--prompt='], '--prompt: empty; say what to continue'),
+    'criterion misspelt': ([*GENERATE, '--criterion=lossy_topk'], "criterion=lossy_topk: no such criterion; did you mean 'lossy_top_k'?"),
+    'threshold of exactness': ([*GENERATE, '--threshold=2'], 'threshold=2: for exact it must be 0'),
+    'draft: prompt too long': (['generate', '--workdir=run', '--prompt=' + 'a' * 20], 'prompt: 21 tokens with the one that begins it, but max_length=16 holds them and at least one more'),
+    'draft: no room': ([*GENERATE, '--max_tokens=24'], 'max_tokens=24: a prompt of 2 tokens leaves room for 14 within max_length=16'),
+    'draft: other tokenizer': ([*GENERATE, '--drafter=foreign'], '--drafter=foreign: '),
+    'draft: no such drafter': ([*GENERATE, '--drafter=nowhere'], 'nowhere: holds no checkpoint'),
+    'batch in words': (['benchmark', 'decode', '--workdir=run', '--batch=1,two'], '--batch=1,two: must be numbers of prompts decoded at once, such as 1,8'),
+    'draft: batch that does not divide': (['benchmark', 'decode', '--workdir=run', '--prompts=2', '--prompt_tokens=8', '--batch=3'], '--batch=3: 2 prompts do not divide into such batches; --prompts=3 would'),
+    'decode against nobody': (['benchmark', 'decode', '--workdir=run', '--against=torch'], "--against=torch: must be 'transformers'"),
     'weight in other words': ([*TRAIN, "--config.objective.weights=(1, '0.3 until 0.5 0.1')"], "config.objective.weights=(1.0, '0.3 until 0.5 0.1'): 'until' is no step, linear or cosine"),
     'against nothing': (['benchmark', 'train', '--config=tiny.py', '--against=nowhere.py'], '--against=nowhere.py: no such file'),
     'against a config that raises': (['benchmark', 'train', '--config=tiny.py', '--against=raises.py'], '--against=raises.py: ZeroDivisionError'),
@@ -130,7 +143,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, place, arguments, wanted):
 def test_bad_input_is_told_before_jax_is_imported(place):
   """One fresh interpreter, every command line that needs no more than the config file."""
   early = [arguments for name, (arguments, _) in BAD.items() if not any(word in name for word in (
-      'mesh', 'documents', 'tokenizer', 'vocabulary', 'resume', 'conventions', 'checkpoint', 'nothing', 'step', 'draft', 'temperature', 'no tokens', 'too many'))]
+      'mesh', 'documents', 'tokenizer', 'vocabulary', 'resume', 'conventions', 'checkpoint', 'nothing', 'step', 'draft', 'too many'))]
   assert len(early) > 20
   program = ('import json, os, sys\nfrom mtp_jax.__main__ import main\nos.chdir(sys.argv[2])\nfor arguments in json.loads(sys.argv[1]):\n'
              '  assert main(arguments) == 2\n  assert "jax" not in sys.modules, arguments\n')
@@ -201,11 +214,25 @@ def test_evaluate_says_when_the_documents_are_others(run, place):
 
 
 def test_generate_prints_the_same_text_for_every_draft(run):
-  found = [last_line(run, *GENERATE, '--max_tokens=24', f'--draft={draft}') for draft in (0, 1, -1)]
+  found = [last_line(run, *GENERATE, '--max_tokens=24', '--max_length=40', f'--draft={draft}') for draft in (0, 1, -1)]
   assert all({'text', 'tokens', 'forwards', 'tokens_per_forward', 'seconds'} <= f.keys() for f in found)
   assert found[0]['text'] == found[1]['text'] == found[2]['text'] and found[0]['tokens'] == found[0]['forwards'] == 24
-  code, out, _ = run(*GENERATE, '--max_tokens=24', '--draft=1')
-  assert code == 0 and 'tokens per forward' in out[-1]
+  code, out, _ = run(*GENERATE, '--max_tokens=24', '--max_length=40', '--draft=1')
+  assert code == 0 and 'tokens per forward' in out[-2] and out[-1].startswith('acceptance by depth: ')
+  text = '\n'.join(out[:-3])
+  assert text == 'a' + found[0]['text']
+  code, streamed, _ = run(*GENERATE, '--max_tokens=24', '--max_length=40', '--draft=1', '--stream')
+  assert code == 0 and '\n'.join(streamed[:-2]) == text
+
+
+def test_what_is_lossy_says_so_and_what_is_not_does_not(run):
+  plain = last_line(run, *GENERATE, '--max_tokens=10')
+  assert (plain['criterion'], plain['lossless']) == ('exact', True)
+  lossy = last_line(run, *GENERATE, '--max_tokens=10', '--criterion=lossy_top_k', '--threshold=259')
+  assert (lossy['criterion'], lossy['lossless'], lossy['acceptance']) == ('lossy_top_k', False, [1.0])
+  assert run(*GENERATE, '--max_tokens=10', '--criterion=lossy_top_k', '--threshold=259')[1][-1].startswith('lossy: lossy_top_k, threshold 259')
+  assert run(*GENERATE, '--max_tokens=10', '--min_block=2')[1][-1].startswith('lossy: exact, threshold 0, blocks of 2 at least')
+  assert not any('lossy' in line for line in run(*GENERATE, '--max_tokens=10')[1])
 
 
 def test_inspect_prints_what_a_checkpoint_holds(run, place):
@@ -239,5 +266,10 @@ def test_train_and_both_benchmarks_print_one_object(run, place):
   assert found['flops_ratio'] == found['memory_ratio'] == 1 and found['time_ratio'] > 0 and found['config'].keys() == found['other'].keys()
   found = last_line(run, 'benchmark', 'train', '--config=tiny.py', '--against=dense', '--steps=1')
   assert found['flops_ratio'] == 1 and found['memory_ratio'] < 1
-  found = last_line(run, 'benchmark', 'decode', '--workdir=run', '--prompts=2', '--prompt_tokens=8', '--max_tokens=8', '--repeats=1')
-  assert [row['draft'] for row in found['drafts']] == [0, 1] and found['drafts'][0]['tokens_per_forward'] == 1.0
+  found = last_line(run, 'benchmark', 'decode', '--workdir=run', '--prompts=2', '--prompt_tokens=8', '--max_tokens=8', '--repeats=1', '--batch=1,2', '--plot=decode.png')
+  assert [(row['batch'], row['draft']) for row in found['rows']] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+  for batch in (0, 2):
+    plain, drafted = found['rows'][batch:batch + 2]
+    assert plain['tokens_per_forward'] == plain['speed_up'] == plain['overhead'] == 1 and plain['acceptance'] == []
+    assert drafted['overhead'] * drafted['speed_up'] == pytest.approx(drafted['tokens_per_forward']) and 0 <= drafted['drafting'] < 1
+  assert not any(row['differing'] for row in found['rows']) and (place / 'decode.png').read_bytes().startswith(b'\x89PNG')

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import BadInput
-from mtp_jax.decode.verify import Criterion, Sampler, accepts, correction, in_a_row, law, lossy_accepts
+from mtp_jax.decode.verify import Sampler, accepts, correction, in_a_row, law, lossy_accepts
+from mtp_jax.requests import Criterion
 
 V = 3
 GRID = [(temperature, top_k, top_p) for temperature in (0.0, 0.6, 1.0, 2.5) for top_k in (0, 1, 2) for top_p in (1.0, 0.7, 0.3)]

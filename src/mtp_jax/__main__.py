@@ -93,8 +93,8 @@ def generate(f) -> int:
   if not f.prompt:
     raise BadInput('--prompt: empty; say what to continue')
   _need_at_least(f, draft=-1, max_tokens=0, max_length=0)
-  from mtp_jax.lm import Criterion, choices
-  choices(1, f.temperature, f.seed, f.top_k, f.top_p)  # complains before JAX starts
+  from mtp_jax.requests import Criterion, choices
+  choices(1, f.temperature, f.seed, f.top_k, f.top_p)
   criterion, drafter = Criterion(f.criterion, f.threshold, f.min_block), f.drafter
   lm = _load(f)
   if drafter not in ('futures', 'lookup'):

@@ -16,7 +16,8 @@ from mtp_jax import data, metrics, objective, tokenizer
 from mtp_jax import train as training
 from mtp_jax.config import BadInput, Config
 from mtp_jax.decode import Nothing
-from mtp_jax.lm import LanguageModel, choices
+from mtp_jax.lm import LanguageModel
+from mtp_jax.requests import choices
 from mtp_jax.sharding import make_mesh
 
 

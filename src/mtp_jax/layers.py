@@ -185,6 +185,10 @@ class Cache:
     zeros = jnp.zeros((batch * c.kv_heads, slots, c.head_width), c.dtype)
     return cls(zeros, zeros)
 
+  def grown(self, slots: int) -> 'Cache':
+    """With room for more."""
+    return Cache(*(jnp.pad(x_RSK, ((0, 0), (0, slots - x_RSK.shape[1]), (0, 0))) for x_RSK in (self.k_RSK, self.v_RSK)))
+
   def write(self, k_BLGK, v_BLGK, positions_BL) -> 'Cache':
     """New keys and values at their positions."""
     B, L, G, K = k_BLGK.shape

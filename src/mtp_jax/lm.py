@@ -11,8 +11,9 @@ import numpy as np
 
 from mtp_jax import checkpoint, data, decode, tokenizer, train
 from mtp_jax.config import BadInput, Config, MeshConfig
-from mtp_jax.decode import BUCKET, EXACT, Criterion, Engine, Text
+from mtp_jax.decode import BUCKET, Engine, Text
 from mtp_jax.model import Model, conventions
+from mtp_jax.requests import EXACT, Criterion, choices, per_row
 from mtp_jax.sharding import make_mesh
 
 
@@ -95,7 +96,7 @@ class LanguageModel:
     if room_B.min() < 1:
       raise BadInput(f'prompt: {length_B.max()} tokens with the one that begins it, but max_length={max_length} holds them and at least one more; '
                      'shorten it or raise max_length')
-    new_B = np.minimum(room_B, 256) if max_tokens is None else _per_row('max_tokens', max_tokens, B, lambda n: n >= 1, 'at least 1', np.int32)
+    new_B = np.minimum(room_B, 256) if max_tokens is None else per_row('max_tokens', max_tokens, B, lambda n: n >= 1, 'at least 1', np.int32)
     if (new_B > room_B).any():
       b = int(np.argmax(new_B - room_B))
       raise BadInput(f'max_tokens={new_B[b]}: a prompt of {length_B[b]} tokens leaves room for {room_B[b]} within max_length={max_length}; '
@@ -231,27 +232,3 @@ def load(workdir, step: int | None = None) -> LanguageModel:
   with jax.set_mesh(mesh):
     model = checkpoint.restore(workdir, record['step'], parameters=train.abstract(config, mesh).model)['parameters']
   return LanguageModel(config, tokens, model, record['step'], record, mesh)
-
-
-def choices(rows: int, temperature=0.0, seed=0, top_k=0, top_p=1.0) -> tuple[np.ndarray, ...]:
-  """(temperature_B, seed_B, top_k_B, top_p_B), checked; see `LanguageModel.generate`. Starts no device.
-
-  Raises:
-    BadInput: a number is out of range.
-  """
-  seed_B = _per_row('seed', seed, rows, lambda s: 0 <= s < 2**31, 'between 0 and 2^31 - 1', np.uint32)
-  return (_per_row('temperature', temperature, rows, lambda t: 0 <= t < math.inf, '0 (greedy) or a positive number', np.float32),
-          seed_B + np.arange(rows, dtype=np.uint32) * np.uint32(np.ndim(seed) == 0),
-          _per_row('top_k', top_k, rows, lambda k: k >= 0, 'at least 1, or 0 for all', np.int32),
-          _per_row('top_p', top_p, rows, lambda p: 0 < p <= 1, 'above 0 and at most 1', np.float32))
-
-
-def _per_row(name: str, value, rows: int, holds, wanted: str, dtype) -> np.ndarray:
-  """One number a row."""
-  values_B = np.broadcast_to(value, rows) if np.ndim(value) == 0 else np.asarray(value)
-  if values_B.shape != (rows,):
-    raise BadInput(f'{name}={value!r}: must be a number, or {rows} of them, one a prompt')
-  for x in values_B.tolist():
-    if not holds(x):
-      raise BadInput(f'{name}={x:g}: must be {wanted}')
-  return values_B.astype(dtype)

@@ -27,7 +27,7 @@ class Drafter(typing.Protocol):
   depth: int
 
   def begin(self, decoder: Decoder, forward: Forward, tokens_BP, positions_BP, last_B1, slots: int):
-    """The memory after the prompts, which end at the index last_B1, and before the model's own token after each."""
+    """The memory after the prompts, which end at the index last_B1, and before the model's own token after each, for so many slots."""
 
   def draft(self, decoder: Decoder, memory, tokens_BS, length_B1, k: int, sampler: Sampler):
     """(int32[B, k], their laws as `Sampler.draft` returns them, memory): drafts for the positions length_B1 + 0..k-1."""
@@ -103,9 +103,9 @@ class Modules:
 
   def begin(self, decoder, forward, tokens_BP, positions_BP, last_B1, slots):
     B, P, _ = forward.state_BTD.shape
-    caches = (decoder.cache(B, slots),) * self.depth
+    caches = (decoder.cache(B, P),) * self.depth
     caches, _ = self._run(decoder, caches, forward.state_BTD, tokens_BP, positions_BP, lambda m, h_B1D, tokens_BP: tokens_BP)
-    return jnp.pad(forward.state_BTD, ((0, 0), (0, slots - P), (0, 0))), caches
+    return jnp.pad(forward.state_BTD, ((0, 0), (0, slots - P), (0, 0))), tuple(cache.grown(slots) for cache in caches)
 
   def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
     (state_BSD, caches), laws = memory, []
@@ -145,7 +145,8 @@ class Other:
   depth: int = _static()
 
   def begin(self, decoder, forward, tokens_BP, positions_BP, last_B1, slots):
-    return self.model.forward(tokens_BP, positions_BP, self.model.caches(len(tokens_BP), slots))[1]
+    caches = self.model.forward(tokens_BP, positions_BP, self.model.caches(*tokens_BP.shape))[1]
+    return tuple(cache and cache.grown(slots) for cache in caches)
 
   def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
     positions_BT, drafts, laws = length_B1 + jnp.arange(-2, 0), [], []

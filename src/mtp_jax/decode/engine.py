@@ -14,7 +14,7 @@ from mtp_jax.decode.loop import Progress, advance, prefill
 from mtp_jax.decode.verify import Sampler
 from mtp_jax.tokenizer import Tokenizer
 
-BUCKET = 64  # prompts and caches are as long as a multiple of this
+BUCKET = 32  # prompts and caches are as long as a multiple of this
 EVER = np.int32(2**31 - 1)  # passes
 
 

@@ -63,7 +63,8 @@ def prefill(decoder: Decoder, drafter: Drafter, sampler: Sampler, prompts_BP, le
   """
   (B, P), K = prompts_BP.shape, drafter.depth
   positions_BP, last_B1 = jnp.broadcast_to(jnp.arange(P), (B, P)), length_B[:, None] - 1
-  forward, caches = decoder.forward(prompts_BP, positions_BP, decoder.caches(B, slots))
+  forward, caches = decoder.forward(prompts_BP, positions_BP, decoder.caches(B, P))  # no prompt attends to slots beyond it
+  caches = tuple(cache and cache.grown(slots) for cache in caches)
   memory = drafter.begin(decoder, forward, prompts_BP, positions_BP, last_B1, slots)
   next_B1D = jnp.take_along_axis(forward.next_BTD, last_B1[..., None], 1)
   zeros = lambda *shape: jnp.zeros(shape, jnp.int32)

@@ -21,48 +21,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.config import BadInput, nearest
+from mtp_jax.requests import EXACT, Criterion
 
-CRITERIA = ('exact', 'lossy_top_k', 'lossy_distance', 'lossy_typical')
 OWN, DRAFT, ACCEPT = range(3)  # streams of randomness
-
-
-@dataclasses.dataclass(frozen=True)
-class Criterion:
-  """When a draft x is accepted, p being the model's law at the row's temperature (at 1 where that is 0), not truncated.
-
-  exact            as above; the text keeps its law
-  lossy_top_k      x is among the `threshold` likeliest tokens                              (Stern et al., section 5.1)
-  lossy_distance   |x - argmax p| <= threshold, of ids that are magnitudes                  (section 5.2)
-  lossy_typical    p(x) > min(threshold, sqrt(threshold) exp(-entropy of p))                (Medusa, arXiv:2401.10774, section 2.3)
-
-  min_block: tokens of a pass at least, whatever the criterion says (section 5.3); above 1 it is lossy too.
-
-  Raises:
-    BadInput: a field is out of range.
-  """
-  name: str = 'exact'
-  threshold: float = 0.0
-  min_block: int = 1
-
-  def __post_init__(self):
-    if self.name not in CRITERIA:
-      raise BadInput(f'criterion={self.name}: no such criterion; {nearest(self.name, CRITERIA)}')
-    wanted = {'lossy_top_k': (self.threshold >= 1, 'at least 1, so many of the likeliest tokens'),
-              'lossy_distance': (self.threshold >= 0, 'at least 0, a distance of ids'),
-              'lossy_typical': (0 < self.threshold < 1, 'between 0 and 1, such as 0.09')}
-    ok, range_ = wanted.get(self.name, (self.threshold == 0, '0, for the exact criterion has none'))
-    if not ok:
-      raise BadInput(f'threshold={self.threshold:g}: for {self.name} it must be {range_}')
-    if self.min_block < 1:
-      raise BadInput(f'min_block={self.min_block}: must be at least 1, the token that the model says itself')
-
-  @property
-  def lossless(self) -> bool:
-    return self.name == 'exact' and self.min_block == 1
-
-
-EXACT = Criterion()
 
 
 def law(logits_V, temperature, top_k=None, top_p=None):
