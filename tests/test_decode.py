@@ -93,7 +93,7 @@ def start(model, prompts_BP, length_B=LENGTHS_B, limit_B=LIMITS_B, *, draft, eos
   """(what `advance` needs besides a Progress, the first Progress)."""
   decoder = decode.Decoder.of(model, V)
   drafter = drafter or decode.futures(decoder, draft)
-  parts = decoder.reading(drafter.depth), drafter, sampler(len(prompts_BP), **options)
+  parts = decoder.reading(drafter.reads), drafter, sampler(len(prompts_BP), **options)
   return parts, decode.prefill(*parts, prompts_BP, np.asarray(length_B, np.int32), np.asarray(limit_B, np.int32), np.int32(eos), slots=S + 8)
 
 
@@ -181,9 +181,9 @@ def test_the_cache_says_what_the_true_prefix_says_after_every_accepted_length(tr
   assert accepted == set(range(M))
 
 
-def test_at_the_same_seed_samples_are_those_of_plain_sampling_whatever_drafts(trained, variant, prompts_BP):
+def test_at_the_same_seed_samples_are_those_of_plain_sampling_whatever_drafts(trained, family, prompts_BP):
   """Every draft length, truncated laws, adaptive lengths, and any company."""
-  model, options = trained(variant), {'temperature': np.array([0.7, 1.0, 0.0, 1.3, 0.7, 1.0]), 'top_k': np.array([0, 5, 0, 0, 9, 0]), 'top_p': np.array([1, 1, 1, .8, .9, 1]), 'same_seed': True}
+  model, options = trained(family), {'temperature': np.array([0.7, 1.0, 0.0, 1.3, 0.7, 1.0]), 'top_k': np.array([0, 5, 0, 0, 9, 0]), 'top_p': np.array([1, 1, 1, .8, .9, 1]), 'same_seed': True}
   wanted = rows(generate(model, prompts_BP, draft=0, **options))
   assert wanted != rows(generate(model, prompts_BP, draft=0))
   for draft in range(1, M):
@@ -303,6 +303,17 @@ def test_the_draft_length_chosen_is_the_one_that_promises_most(prompts_BP):
     wanted = acceptance.best_draft((recent[1] + 0.8) / (recent[0] + 1), [np.inf, *cost_M]) - 1
     assert int(decode.best_length(jnp.asarray(recent), jnp.asarray(cost_M, jnp.float32), (1, 2, 3, 4, 5, 6))) == wanted
   assert int(decode.best_length(jnp.zeros((2, 3)), jnp.array([1.0, 1.01, 1.02]), (1, 2, 3))) == 2
+
+
+def test_lengths_follow_what_is_accepted(trained, prompts_BP):
+  """A drafter that is always right is asked for all it has; one that is never right soon for the least."""
+  model, cost_M = trained({'kind': 'parallel'}), np.array([1.0, 1.3, 1.6], np.float32)
+  right, wrong = decode.Other(decode.Decoder.of(model, V), 3), decode.Other(decode.Decoder.of(jax.tree.map(lambda x: -x, model), V), 3)
+  passes = lambda drafter: generate(model, prompts_BP, draft=3, drafter=drafter, lengths=(1, 2, 3), cost_M=cost_M).passes_M.tolist()
+  found = passes(right)
+  assert found[3] > 0.8 * sum(found)
+  found = passes(wrong)
+  assert found[1] > 0.8 * sum(found)
 
 
 def test_speculative_sampling_keeps_the_law_over_many_passes(trained, family):

@@ -141,6 +141,39 @@ def test_a_stop_string_ends_the_row_before_it_and_only_that_row(lm, plain, draft
   assert len(found.ids[0]) < 20
 
 
+def test_a_stop_string_met_early_ends_its_row_while_others_run_on(lm):
+  """The others go on for many passes of the host; the ended row gains nothing, neither ids nor stream."""
+  for seed in range(0, 60, 3):
+    options = {'max_tokens': 60, 'temperature': 2.0, 'seed': seed}
+    free = lm.generate(PROMPTS, draft=0, **options)
+    raw = [lm.tokenizer.decode(row) for row in free.ids]
+    places = [(b, at) for b in range(3) for at in range(12) if raw[b][at:at + 2].isascii() and all(raw[b][at:at + 2] not in raw[other] for other in {0, 1, 2} - {b})]
+    if places and min(map(len, free.ids)) > 40:
+      break
+  b, at = places[0]
+  stop, heard = raw[b][at:at + 2].decode(), {row: [] for row in range(3)}
+  found = lm.generate(PROMPTS, draft=1, same_seed=True, stop=[stop], stream=lambda row, ids, text: heard[row].extend(ids), **options)
+  end = raw[b].index(stop.encode()) + 2
+  assert found.ids == [ids[:end] if row == b else ids for row, ids in enumerate(free.ids)] == [heard[row] for row in range(3)]
+  assert found.tokens == sum(map(len, found.ids)) and found.text[b] == raw[b][:end - 2].decode(errors='replace')
+
+
+@pytest.mark.parametrize('kind', ['causal', 'anticausal'])
+def test_a_chain_of_heads_takes_any_drafter(tmp_path, kind):
+  config = experiment(tmp_path, model={'layers': 4, 'futures': 3, 'kind': kind}, objective={'weights': (1.0,)}, data={'length': 128})
+  write(tmp_path / 'run', config, random_state(config, seed=5))
+  chain = mtp_jax.load(tmp_path / 'run')
+  wanted = chain.generate(PROMPTS, max_tokens=12, draft=0).ids
+  for options in ({'drafter': 'lookup'}, {'drafter': chain, 'draft': 3}, {}):
+    assert chain.generate(PROMPTS, max_tokens=12, **options).ids == wanted
+
+
+def test_adaptive_samples_are_those_of_the_same_seed(lm):
+  """Draft lengths depend on timings, the text does not."""
+  options = {'max_tokens': 20, 'temperature': 0.8, 'seed': 3}
+  assert lm.generate(PROMPTS, adaptive=True, **options).ids == lm.generate(PROMPTS, draft=0, **options).ids
+
+
 def test_another_model_drafts_and_the_text_is_the_models_own(lm, plain, tmp_path):
   """Itself, which is right always; and another, which seldom is."""
   found = lm.generate(PROMPTS, max_tokens=20, draft=3, drafter=lm)
@@ -193,10 +226,17 @@ def test_prompts_of_one_bucket_share_their_programs(lm):
     ('a', {'top_p': 0.0}, 'top_p=0: must be above 0 and at most 1'),
     ('a', {'top_p': 1.5}, 'top_p=1.5: must be'),
     ('a', {'top_k': -1}, 'top_k=-1: must be at least 1, or 0'),
+    ('a', {'top_k': 2**31}, 'top_k=2147483648: must be'),
+    ('a', {'top_k': 0.5}, 'top_k=0.5: must be at least 1, or 0 for all, a whole number'),
+    ('a', {'top_p': 1e-50}, 'top_p=1e-50: must be above 0'),
+    ('a', {'temperature': 1e39}, r'temperature=1e\+39: must be'),
+    ('a', {'max_tokens': 2**32 + 3}, 'max_tokens=4294967299: must be between'),
+    ('a', {'draft': 1.5}, 'draft=1.5: must be'),
+    ('a', {'seed': 'x'}, "seed='x': must be a number"),
     (['a', 'b'], {'temperature': [1.0]}, r'temperature=\[1.0\]: must be a number, or 2 of them'),
     ('a', {'stop': ['']}, 'stop='),
     ('a', {'drafter': 'futurs', 'draft': 1}, "drafter='futurs': must be 'futures', 'lookup', or another model"),
-    ('a', {'max_tokens': 0}, 'max_tokens=0: must be at least 1'),
+    ('a', {'max_tokens': 0}, 'max_tokens=0: must be between 1 and'),
     ('a', {'temperature': -0.5}, 'temperature=-0.5: must be 0'),
     ('a', {'temperature': float('nan')}, 'temperature=nan: must be 0'),
     ('a', {'seed': -1}, 'seed=-1: must be between'),

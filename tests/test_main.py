@@ -117,7 +117,12 @@ BAD = {
     'draft: prompt too long': (['generate', '--workdir=run', '--prompt=' + 'a' * 20], 'prompt: 21 tokens with the one that begins it, but max_length=16 holds them and at least one more'),
     'draft: no room': ([*GENERATE, '--max_tokens=24'], 'max_tokens=24: a prompt of 2 tokens leaves room for 14 within max_length=16'),
     'draft: other tokenizer': ([*GENERATE, '--drafter=foreign'], '--drafter=foreign: '),
-    'draft: no such drafter': ([*GENERATE, '--drafter=nowhere'], 'nowhere: holds no checkpoint'),
+    'draft: no such drafter': ([*GENERATE, '--drafter=nowhere'], "--drafter=nowhere: neither 'futures' nor 'lookup', nor the workdir of a model"),
+    'draft: beyond all measure': ([*GENERATE, '--drafter=lookup', '--draft=9999999999'], 'draft=9999999999: must be between 0 and 256'),
+    'draft: longest beyond all measure': ([*GENERATE, '--max_length=99999999999'], 'max_length=99999999999: must be between 2 and'),
+    'draft: streamed, too long': (['generate', '--workdir=run', '--stream', '--prompt=' + 'a' * 20], 'prompt: 21 tokens'),
+    'infinitely hot': ([*GENERATE, '--temperature=1e39'], 'temperature=1e+39: must be 0 (greedy) or a positive number'),
+    'draft: adaptive and lossy': ([*GENERATE, '--adaptive', '--min_block=2'], 'adaptive: needs the exact criterion'),
     'batch in words': (['benchmark', 'decode', '--workdir=run', '--batch=1,two'], '--batch=1,two: must be numbers of prompts decoded at once, such as 1,8'),
     'draft: batch that does not divide': (['benchmark', 'decode', '--workdir=run', '--prompts=2', '--prompt_tokens=8', '--batch=3'], '--batch=3: 2 prompts do not divide into such batches; --prompts=3 would'),
     'decode against nobody': (['benchmark', 'decode', '--workdir=run', '--against=torch'], "--against=torch: must be 'transformers'"),
@@ -227,9 +232,9 @@ def test_generate_prints_the_same_text_for_every_draft(run):
 
 def test_what_is_lossy_says_so_and_what_is_not_does_not(run):
   plain = last_line(run, *GENERATE, '--max_tokens=10')
-  assert (plain['criterion'], plain['lossless']) == ('exact', True)
+  assert (plain['criterion']['name'], plain['lossless']) == ('exact', True)
   lossy = last_line(run, *GENERATE, '--max_tokens=10', '--criterion=lossy_top_k', '--threshold=259')
-  assert (lossy['criterion'], lossy['lossless'], lossy['acceptance']) == ('lossy_top_k', False, [1.0])
+  assert lossy['criterion'] == {'name': 'lossy_top_k', 'threshold': 259, 'min_block': 1} and (lossy['lossless'], lossy['acceptance']) == (False, [1.0])
   assert run(*GENERATE, '--max_tokens=10', '--criterion=lossy_top_k', '--threshold=259')[1][-1].startswith('lossy: lossy_top_k, threshold 259')
   assert run(*GENERATE, '--max_tokens=10', '--min_block=2')[1][-1].startswith('lossy: exact, threshold 0, blocks of 2 at least')
   assert not any('lossy' in line for line in run(*GENERATE, '--max_tokens=10')[1])

@@ -104,6 +104,15 @@ def test_a_law_is_cut_and_normed_as_its_words_say():
   np.testing.assert_allclose(law(jnp.asarray(logits), 0.5), [law_numpy(row, 0.5, 0, 1.0) for row in logits], atol=1e-12)
 
 
+def test_a_law_is_a_law_at_any_temperature_compiled_or_not():
+  logits = jnp.asarray([3.0, 1.0, -np.inf, -4.0], jnp.float32)
+  for temperature in (1e-38, 1e-30, 1e-15, 1e-10, 1e-3, 1e30):
+    for run in (law, jax.jit(law)):
+      p = run(logits, jnp.float32(temperature), jnp.int32(0), jnp.float32(1e-30))
+      np.testing.assert_array_equal(p, [1, 0, 0, 0])
+      np.testing.assert_allclose(run(logits, jnp.float32(temperature)), [1, 0, 0, 0] if temperature < 1 else [1 / 3, 1 / 3, 0, 1 / 3], atol=1e-6)
+
+
 def test_equal_laws_leave_nothing_to_correct():
   p_V = jnp.array([0.25, 0.75, 0.0])
   np.testing.assert_array_equal(correction(p_V[None].repeat(2, 0), p_V[None], jnp.int32(0)), p_V)  # never drawn from, but a law
@@ -143,6 +152,19 @@ def test_a_block_is_never_shorter_than_its_least():
     sampler = batch(2, greedy=True, temperature_B=np.zeros(2, np.float32), criterion=Criterion(min_block=min_block))
     accepted, own = sampler.verify(logits, drafts, None, jnp.arange(4)[None].repeat(2, 0))
     assert accepted.tolist() == wanted and own.tolist() == [2, 2]
+
+
+def test_a_lossy_criterion_judges_at_the_rows_temperature_and_the_model_then_speaks_its_own_law():
+  """p(draft) is .15 at temperature 1 and .05 at .5, the bound of typical acceptance .0958 and .09; what is rejected is replaced by a draw from p,
+  the draft among it, not from what p has more than q."""
+  n, p = 20_000, np.array([0.5, 0.3, 0.15, 0.05])
+  logits, positions, drafts = jnp.tile(jnp.log(p), (n, 2, 1)), jnp.tile(jnp.arange(2), (n, 1)), jnp.full((n, 1), 2)
+  for temperature, wanted in ((1.0, 1), (0.5, 0), (0.0, 1)):
+    sampler = batch(n, temperature_B=np.full(n, temperature, np.float32), criterion=Criterion('lossy_typical', 0.09))
+    accepted, own = sampler.verify(logits, drafts, sampler.certain(drafts), positions)
+    assert set(np.asarray(accepted).tolist()) == {wanted}
+    law_V = np.eye(4)[0] if temperature == 0 else p**(1 / temperature) / (p**(1 / temperature)).sum()
+    np.testing.assert_array_less(np.abs(np.bincount(own, minlength=4) / n - law_V), 4.5 * np.sqrt(law_V * (1 - law_V) / n) + 1e-12)
 
 
 def test_a_batch_of_temperature_0_is_the_greedy_batch():

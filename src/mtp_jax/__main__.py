@@ -99,16 +99,15 @@ def generate(f) -> int:
   lm = _load(f)
   if drafter not in ('futures', 'lookup'):
     drafter = _load_drafter(lm, drafter)
-  stream = (lambda row, ids, text: print(text, end='', flush=True)) if f.stream and not f.json else None
-  if stream:
-    print(f.prompt, end='', flush=True)
+  said = [f.prompt]  # before the first new text, so that nothing is printed when a number turns out to be wrong
+  stream = (lambda row, ids, text: print((said.pop() if said else '') + text, end='', flush=True)) if f.stream and not f.json else None
   found = lm.generate(f.prompt, f.max_tokens or None, None if f.draft < 0 else f.draft, f.temperature, f.seed, top_k=f.top_k, top_p=f.top_p,
                       drafter=drafter, adaptive=f.adaptive, same_seed=f.same_seed, criterion=criterion, stop=f.stop or (),
                       max_length=f.max_length or None, stream=stream)
-  passes = sum(found.passes)
-  mean_draft = sum(k * n for k, n in enumerate(found.passes)) / max(1, passes)
+  mean_draft = sum(k * n for k, n in enumerate(found.passes)) / max(1, sum(found.passes) - 1)  # the pass over the prompt drafts nothing
   values = {'text': found.text[0], 'tokens': found.tokens, 'forwards': found.forwards, 'tokens_per_forward': found.tokens_per_forward,
-            'seconds': found.seconds, 'acceptance': found.acceptance, 'mean_draft': mean_draft, 'criterion': criterion.name, 'lossless': found.lossless}
+            'seconds': found.seconds, 'acceptance': found.acceptance, 'mean_draft': mean_draft, 'lossless': found.lossless,
+            'criterion': dataclasses.asdict(criterion)}
   lines = ['', f'{found.tokens} tokens in {found.forwards} forwards: {found.tokens_per_forward:.2f} tokens per forward, {found.seconds:.2f} s with compilation']
   if found.acceptance:
     lines.append('acceptance by depth: ' + ' '.join(f'{a:.2f}' for a in found.acceptance) + (f'; {mean_draft:.1f} drafts a pass' if f.adaptive else ''))
@@ -248,7 +247,7 @@ COMMANDS = {
         ('max_length', 0, 'tokens in all; 0: the rows the model was trained on'),
         ('drafter', 'futures', "futures, lookup (what followed the same few tokens before), or the workdir of a smaller model"),
         ('draft', -1, 'tokens drafted: 0 is plain autoregression, -1 as many as there are futures'),
-        ('adaptive', False, 'draft 1 to --draft tokens, as recent acceptance and measured costs advise'),
+        ('adaptive', False, 'draft 1 to --draft tokens, as recent acceptance and measured costs advise; implies --same_seed'),
         ('temperature', 0.0, '0 is greedy'),
         ('top_k', 0, 'draw from so many of the likeliest tokens; 0: all'),
         ('top_p', 1.0, 'draw from the fewest likeliest tokens that hold this mass'),
@@ -414,7 +413,10 @@ def _load_drafter(lm, workdir: str):
   """A draft model, refused before it is loaded when its tokenizer is another."""
   from mtp_jax import checkpoint
   from mtp_jax.lm import load
-  record = checkpoint.metadata(workdir, None)
+  try:
+    record = checkpoint.metadata(workdir, None)
+  except BadInput as error:
+    raise BadInput(f"--drafter={workdir}: neither 'futures' nor 'lookup', nor the workdir of a model: {error}") from None
   checkpoint.check_same('--drafter=' + workdir, lm.tokenizer.digest, record, 'tokenizer', 'a draft model must share the tokenizer of the model')
   return load(workdir)
 

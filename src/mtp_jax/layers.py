@@ -30,14 +30,22 @@ def rms_norm(x_BLD, scale_D, epsilon: float):
   return (x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + epsilon) * scale_D).astype(x_BLD.dtype)
 
 
-def rotary(x_BLHK, positions_BL, base: float):
-  """Rotates the pairs (k, k + K/2) by position * base^(-2k/K)."""
+def rotary(x_BLHK, positions_BL, base: float, slots: int | None = None):
+  """Rotates the pairs (k, k + K/2) by position * base^(-2k/K).
+
+  slots: where positions lie below it and a loop surrounds all this, sines are read from a table, which XLA makes before the loop.
+  """
   half = x_BLHK.shape[-1] // 2
-  frequency = base ** (-jnp.arange(half) / half)
-  angle = positions_BL[..., None, None] * jnp.tile(frequency, 2)
+  frequency_K = jnp.tile(base ** (-jnp.arange(half) / half), 2)
+  if slots is None:
+    angle = positions_BL[..., None] * frequency_K
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+  else:
+    angle = jnp.arange(slots)[:, None] * frequency_K
+    cos, sin = jnp.cos(angle)[positions_BL], jnp.sin(angle)[positions_BL]
   a, b = jnp.split(x_BLHK, 2, -1)
   turned_BLHK = jnp.concatenate([-b, a], -1)  # exact in any type, so that nothing float32 is as large as x
-  return (x_BLHK * jnp.cos(angle) + turned_BLHK * jnp.sin(angle)).astype(x_BLHK.dtype)
+  return (x_BLHK * cos[:, :, None] + turned_BLHK * sin[:, :, None]).astype(x_BLHK.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +59,7 @@ class Documents:
   segments_BL: jax.Array
   k_BSGK: jax.Array | None = None
   v_BSGK: jax.Array | None = None
+  slots = None  # positions are bounded by nothing
 
   def write(self, k_BLGK, v_BLGK, positions_BL) -> 'Documents':
     return dataclasses.replace(self, k_BSGK=place(k_BLGK, 'BSGK'), v_BSGK=place(v_BLGK, 'BSGK'))
@@ -185,9 +194,13 @@ class Cache:
     zeros = jnp.zeros((batch * c.kv_heads, slots, c.head_width), c.dtype)
     return cls(zeros, zeros)
 
+  @property
+  def slots(self) -> int:
+    return self.k_RSK.shape[1]
+
   def grown(self, slots: int) -> 'Cache':
     """With room for more."""
-    return Cache(*(jnp.pad(x_RSK, ((0, 0), (0, slots - x_RSK.shape[1]), (0, 0))) for x_RSK in (self.k_RSK, self.v_RSK)))
+    return Cache(*(jnp.pad(x_RSK, ((0, 0), (0, slots - self.slots), (0, 0))) for x_RSK in (self.k_RSK, self.v_RSK)))
 
   def write(self, k_BLGK, v_BLGK, positions_BL) -> 'Cache':
     """New keys and values at their positions."""
@@ -229,15 +242,15 @@ class Block(nnx.Module):
       self.q_norm_K, self.k_norm_K = nnx.Param(jnp.ones(K)), nnx.Param(jnp.ones(K))
     self.config = c
 
-  def keys_values(self, x_BLD, positions_BL):
-    """Keys and values of these tokens: (float[B, L, G, K], float[B, L, G, K])."""
+  def keys_values(self, x_BLD, positions_BL, slots: int | None):
+    """Keys and values of these tokens: (float[B, L, G, K], float[B, L, G, K]). slots: as in `rotary`."""
     c, dtype = self.config, x_BLD.dtype
     h_BLD = rms_norm(x_BLD, self.attention_norm_D[...], c.norm_epsilon)
     k_BLGK = einsum('BLD,DGK->BLGK', h_BLD, self.wk_DGK[...].astype(dtype))
     v_BLGK = einsum('BLD,DGK->BLGK', h_BLD, self.wv_DGK[...].astype(dtype))
     if c.qk_norm:
       k_BLGK = rms_norm(k_BLGK, self.k_norm_K[...], c.norm_epsilon)
-    return rotary(k_BLGK, positions_BL, c.rope_base), v_BLGK
+    return rotary(k_BLGK, positions_BL, c.rope_base, slots), v_BLGK
 
   def read(self, x_BLD, positions_BL, seen):
     """The block's output for these tokens, given what they may look at."""
@@ -246,7 +259,7 @@ class Block(nnx.Module):
     q_BLHK = einsum('BLD,DHK->BLHK', h_BLD, self.wq_DHK[...].astype(dtype))
     if c.qk_norm:
       q_BLHK = rms_norm(q_BLHK, self.q_norm_K[...], c.norm_epsilon)
-    o_BLHK = seen.attend(rotary(q_BLHK, positions_BL, c.rope_base), positions_BL)
+    o_BLHK = seen.attend(rotary(q_BLHK, positions_BL, c.rope_base, seen.slots), positions_BL)
     x_BLD += einsum('BLHK,HKD->BLD', o_BLHK, self.wo_HKD[...].astype(dtype))
     h_BLD = rms_norm(x_BLD, self.mlp_norm_D[...], c.norm_epsilon)
     gate_BLF = einsum('BLD,DF->BLF', h_BLD, self.gate_DF[...].astype(dtype))
@@ -255,7 +268,7 @@ class Block(nnx.Module):
 
   def __call__(self, x_BLD, positions_BL, seen):
     """(x_BLD, seen): the `Documents` of a batch in training, in decoding a `Cache`; what comes back holds the new keys and values."""
-    seen = seen.write(*self.keys_values(x_BLD, positions_BL), positions_BL)
+    seen = seen.write(*self.keys_values(x_BLD, positions_BL, seen.slots), positions_BL)
     return self.read(x_BLD, positions_BL, seen), seen
 
 

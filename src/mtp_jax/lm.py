@@ -76,9 +76,10 @@ class LanguageModel:
       temperature: 0 is greedy. top_k, top_p: draw from so many of the likeliest tokens, or from the fewest that hold this mass.
       seed: row i samples with seed + i, or with its own entry.
       drafter: 'futures'; 'lookup', what followed when the last few tokens stood in the text before; or another, smaller model.
-      adaptive: draft 1 to `draft` tokens, chosen each pass by recent acceptance and by costs, which are measured on the first call of a shape.
+      adaptive: draft 1 to `draft` tokens, chosen each pass by the batch's recent acceptance and by costs, which are measured on the first
+        call of a shape. Lengths then depend on timings, so samples are those of `same_seed`.
       same_seed: couple drafts and tokens by shared noise, so that a sample does not depend on the drafts, in float32; fewer are accepted.
-      criterion: what accepts a draft; any but the exact one is lossy.
+      criterion: what accepts a draft; any but the exact one is lossy, and the text then depends on the drafts.
       stop: strings that end a row.
       max_length: tokens of a row in all, `bos` and prompt included; by default the rows that the model was trained on.
       stream: called with (row, new ids, new text) as a row grows.
@@ -91,12 +92,12 @@ class LanguageModel:
     if not rows:
       raise BadInput('prompts=[]: pass at least one')
     B, length_B = len(rows), np.array([len(row) for row in rows], np.int32)
-    max_length = self.config.data.length if max_length is None else max_length
+    max_length = self.config.data.length if max_length is None else int(per_row('max_length', max_length, 1, 2, 2**24)[0])
     room_B = max_length - length_B
     if room_B.min() < 1:
       raise BadInput(f'prompt: {length_B.max()} tokens with the one that begins it, but max_length={max_length} holds them and at least one more; '
                      'shorten it or raise max_length')
-    new_B = np.minimum(room_B, 256) if max_tokens is None else per_row('max_tokens', max_tokens, B, lambda n: n >= 1, 'at least 1', np.int32)
+    new_B = np.minimum(room_B, 256) if max_tokens is None else per_row('max_tokens', max_tokens, B, 1, 2**24)
     if (new_B > room_B).any():
       b = int(np.argmax(new_B - room_B))
       raise BadInput(f'max_tokens={new_B[b]}: a prompt of {length_B[b]} tokens leaves room for {room_B[b]} within max_length={max_length}; '
@@ -106,15 +107,17 @@ class LanguageModel:
     if not all(isinstance(text, str) and text for text in stop):
       raise BadInput(f'stop={stop!r}: must be strings, none of them empty')
     drafts = self.drafter(drafter, draft)
-    sampler = self.sampler(*chosen, same_seed, criterion)
+    if adaptive and not criterion.lossless:
+      raise BadInput(f'adaptive: needs the exact criterion, for with {criterion.name} the text would depend on timings')
+    sampler = self.sampler(*chosen, same_seed or adaptive, criterion)
     lengths = tuple(range(1, drafts.depth + 1)) if adaptive and drafts.depth else (drafts.depth,)
     engine, limit_B = self.engine(drafts, sampler, lengths), length_B + new_B
     if len(lengths) > 1:
       shape = (drafter if isinstance(drafter, str) else id(drafter), drafts.depth, B, length_B.max() // BUCKET, limit_B.max() // BUCKET,
-               sampler.greedy, sampler.truncated, same_seed, criterion)
+               sampler.greedy, sampler.truncated)
       if shape not in self._costs:
-        self._costs[shape] = engine.costs(rows, limit_B)
-      engine = dataclasses.replace(engine, cost_M=self._costs[shape])
+        self._costs[shape] = engine.costs(rows, limit_B), drafter  # which is kept, so that no other takes its id
+      engine = dataclasses.replace(engine, cost_M=self._costs[shape][0])
     texts = [Text(self.tokenizer, stop) for _ in rows] if stop or stream else []
     start = time.perf_counter()
     end, end_B = engine.run(rows, limit_B, texts, stream)
@@ -130,7 +133,7 @@ class LanguageModel:
                           same_seed, criterion)
 
   def engine(self, drafter: decode.Drafter, sampler: decode.Sampler, lengths: tuple[int, ...]) -> Engine:
-    return Engine(self.decoder.reading(drafter.depth), drafter, sampler, self.tokenizer.eos, self.tokenizer.pad, lengths)
+    return Engine(self.decoder.reading(drafter.reads), drafter, sampler, self.tokenizer.eos, self.tokenizer.pad, lengths)
 
   def drafter(self, drafter: 'str | LanguageModel' = 'futures', draft: int | None = None) -> decode.Drafter:
     """What `generate` calls for.
@@ -138,8 +141,8 @@ class LanguageModel:
     Raises:
       BadInput: it cannot draft so many tokens, or not for this model.
     """
-    if draft is not None and draft < 0:
-      raise BadInput(f'draft={draft}: must be at least 0, plain autoregression')
+    if draft is not None:
+      draft = int(per_row('draft', draft, 1, 0, 256)[0])
     if draft == 0:
       return decode.Nothing()
     if drafter == 'futures':

@@ -1,6 +1,5 @@
 """What a request for text may say, checked. Nothing here imports JAX."""
 import dataclasses
-import math
 
 import numpy as np
 
@@ -53,19 +52,27 @@ def choices(rows: int, temperature=0.0, seed=0, top_k=0, top_p=1.0) -> tuple[np.
   Raises:
     BadInput: a number is out of range.
   """
-  seed_B = per_row('seed', seed, rows, lambda s: 0 <= s < 2**31, 'between 0 and 2^31 - 1', np.uint32)
-  return (per_row('temperature', temperature, rows, lambda t: 0 <= t < math.inf, '0 (greedy) or a positive number', np.float32),
+  seed_B = per_row('seed', seed, rows, 0, 2**31 - 1, np.uint32)
+  return (per_row('temperature', temperature, rows, 0, float(np.finfo(np.float32).max), np.float32, '0 (greedy) or a positive number'),
           seed_B + np.arange(rows, dtype=np.uint32) * np.uint32(np.ndim(seed) == 0),
-          per_row('top_k', top_k, rows, lambda k: k >= 0, 'at least 1, or 0 for all', np.int32),
-          per_row('top_p', top_p, rows, lambda p: 0 < p <= 1, 'above 0 and at most 1', np.float32))
+          per_row('top_k', top_k, rows, 0, 2**31 - 1, wanted='at least 1, or 0 for all'),
+          per_row('top_p', top_p, rows, float(np.finfo(np.float32).tiny), 1, np.float32, 'above 0 and at most 1'))
 
 
-def per_row(name: str, value, rows: int, holds, wanted: str, dtype) -> np.ndarray:
-  """One number a row."""
-  values_B = np.broadcast_to(value, rows) if np.ndim(value) == 0 else np.asarray(value)
+def per_row(name: str, value, rows: int, least, most, dtype=np.int32, wanted: str = '') -> np.ndarray:
+  """One number a row, from `least` to `most`, and whole where `dtype` is.
+
+  Raises:
+    BadInput: it is none, or not one a row.
+  """
+  try:
+    values_B = np.broadcast_to(np.asarray(value, np.float64), rows) if np.ndim(value) == 0 else np.asarray(value, np.float64)
+  except (TypeError, ValueError):
+    raise BadInput(f'{name}={value!r}: must be a number') from None
   if values_B.shape != (rows,):
     raise BadInput(f'{name}={value!r}: must be a number, or {rows} of them, one a prompt')
+  whole = np.issubdtype(dtype, np.integer)
   for x in values_B.tolist():
-    if not holds(x):
-      raise BadInput(f'{name}={x:g}: must be {wanted}')
+    if not least <= x <= most or whole and x != int(x):
+      raise BadInput(f'{name}={x:.12g}: must be {wanted or f"between {least} and {most}"}' + (', a whole number' if whole and x % 1 else ''))
   return values_B.astype(dtype)

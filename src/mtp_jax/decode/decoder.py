@@ -46,7 +46,7 @@ class Decoder:
     return _lay_out(model, size)
 
   def reading(self, read: int) -> 'Decoder':
-    return dataclasses.replace(self, read=read if self.config.kind in ('causal', 'anticausal') else 0)
+    return dataclasses.replace(self, read=read)
 
   def embed(self, tokens_BT):
     return self.embed_VD[tokens_BT]

@@ -23,8 +23,9 @@ from mtp_jax.layers import write
 
 
 class Drafter(typing.Protocol):
-  """The face of them all. depth: drafts at most."""
+  """The face of them all. depth: drafts at most. reads: futures past the next that the model's forward must read for it."""
   depth: int
+  reads: int
 
   def begin(self, decoder: Decoder, forward: Forward, tokens_BP, positions_BP, last_B1, slots: int):
     """The memory after the prompts, which end at the index last_B1, and before the model's own token after each, for so many slots."""
@@ -57,6 +58,7 @@ def _at(x_BT, index_BK):
 class Heads:
   """Memory: (the trunk's state at the last true position, the heads' caches)."""
   depth: int = _static()
+  reads = 0
 
   def begin(self, decoder, forward, tokens_BP, positions_BP, last_B1, slots):
     empty = decoder.cache(len(tokens_BP), slots)
@@ -69,8 +71,8 @@ class Heads:
 
   def learn(self, decoder, memory, forward, positions_BT, last_B1):
     """Every head writes, whether or not it will draft."""
-    keys_values = lambda m: decoder.head(m).keys_values(forward.state_BTD, positions_BT)
-    caches = tuple(cache and cache.write(*keys_values(m), positions_BT) for m, cache in enumerate(memory[1], 1))
+    keys_values = lambda m, cache: decoder.head(m).keys_values(forward.state_BTD, positions_BT, cache.slots)
+    caches = tuple(cache and cache.write(*keys_values(m, cache), positions_BT) for m, cache in enumerate(memory[1], 1))
     return _at(forward.state_BTD, last_B1), caches
 
 
@@ -79,6 +81,10 @@ class Heads:
 class Chain:
   """Memory: what the unembedding reads for the drafts, at the last true position."""
   depth: int = _static()
+
+  @property
+  def reads(self) -> int:
+    return self.depth
 
   def begin(self, decoder, forward, tokens_BP, positions_BP, last_B1, slots):
     return self.learn(decoder, None, forward, positions_BP, last_B1)
@@ -100,6 +106,7 @@ class Modules:
   A shared module drafts beyond the depth it was trained for.
   """
   depth: int = _static()
+  reads = 0
 
   def begin(self, decoder, forward, tokens_BP, positions_BP, last_B1, slots):
     B, P, _ = forward.state_BTD.shape
@@ -143,6 +150,7 @@ class Other:
   """
   model: Decoder
   depth: int = _static()
+  reads = 0
 
   def begin(self, decoder, forward, tokens_BP, positions_BP, last_B1, slots):
     caches = self.model.forward(tokens_BP, positions_BP, self.model.caches(*tokens_BP.shape))[1]
@@ -170,6 +178,7 @@ class Lookup:
   over and over. No memory."""
   depth: int = _static()
   longest: int = _static(default=4)
+  reads = 0
 
   def begin(self, decoder, forward, tokens_BP, positions_BP, last_B1, slots):
     return ()
@@ -192,6 +201,7 @@ class Lookup:
 class Nothing:
   """No drafts. No memory."""
   depth: int = _static(default=0)
+  reads = 0
 
   def begin(self, decoder, forward, tokens_BP, positions_BP, last_B1, slots):
     return ()

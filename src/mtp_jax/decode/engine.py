@@ -62,7 +62,8 @@ class Engine:
     """Decodes to the end: (the Progress, its arrays on the host and without caches; tokens of each row that count).
 
     Args:
-      texts: one a row, where somebody reads along: a row then ends at its stop string, and a few passes may be made for nothing.
+      texts: one a row, where somebody reads along: a row then ends at its stop string; the few passes it makes before the host sees
+        that are counted, though their tokens are not.
       tell: called with (row, new ids, new text).
     """
     progress, length_B, done = self.begin(rows, limit_B), np.array([len(row) for row in rows]), not texts
@@ -92,7 +93,9 @@ class Text:
 
   def grow(self, ids: Sequence[int], last: bool) -> tuple[list[int], str]:
     """(these ids, up to the one that completes a stop string; text that is now certain, without the stop string)."""
-    for i, token in enumerate(() if self.stopped else ids, 1):
+    if self.stopped:
+      return [], ''
+    for i, token in enumerate(ids, 1):
       before = len(self._bytes)
       self._bytes += self._tokenizer.decode([token])
       found = [self._bytes.find(stop, max(0, before - len(stop) + 1)) for stop in self._stop]

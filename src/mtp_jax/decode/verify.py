@@ -35,13 +35,14 @@ def law(logits_V, temperature, top_k=None, top_p=None):
     temperature, top_k, top_p: of the leading shape, or broadcast to it. top_k 0 and top_p 1 cut nothing. Equal tokens: the lower id first.
   """
   V, temperature = logits_V.shape[-1], jnp.asarray(temperature)[..., None]
-  p_V = jax.nn.softmax(logits_V / jnp.where(temperature > 0, temperature, 1))
+  p_V = jax.nn.softmax((logits_V - jnp.max(logits_V, -1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1))
   if top_k is not None:
     top_k, top_p = (jnp.asarray(x)[..., None] for x in (top_k, top_p))
     order_V = jnp.argsort(-p_V, stable=True)
     ranked_V = jnp.where((jnp.arange(V) < top_k) | (top_k == 0), jnp.take_along_axis(p_V, order_V, -1), 0)
     before_V = jnp.cumsum(ranked_V, -1) - ranked_V
-    ranked_V = jnp.where((before_V < top_p * jnp.sum(ranked_V, -1, keepdims=True)) | (top_p >= 1), ranked_V, 0)
+    within_V = before_V < top_p * jnp.sum(ranked_V, -1, keepdims=True)
+    ranked_V = jnp.where(within_V | (top_p >= 1) | (jnp.arange(V) == 0), ranked_V, 0)
     p_V = jnp.take_along_axis(ranked_V, jnp.argsort(order_V), -1)
     p_V = p_V / jnp.sum(p_V, -1, keepdims=True)
   return jnp.where(temperature > 0, p_V, jax.nn.one_hot(jnp.argmax(logits_V, -1), V, dtype=p_V.dtype))
