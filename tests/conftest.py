@@ -7,6 +7,7 @@ os.environ['XLA_FLAGS'] = ('--xla_force_host_platform_device_count=8 --xla_backe
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import functools
+import gc
 
 import jax
 import numpy as np
@@ -14,6 +15,15 @@ import pytest
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.model import Model
+
+
+@pytest.fixture(scope='module', autouse=True)
+def forget_programs():
+  """Every compiled program holds memory maps, of which a process may have only so many (65,530): LLVM crashes beyond."""
+  yield
+  jax.clear_caches()
+  gc.collect()
+
 
 FAMILIES = {
     'parallel': {'kind': 'parallel'},

@@ -141,8 +141,8 @@ def test_nothing_is_accepted_before_anything_was_drafted(trained, family, prompt
   np.testing.assert_array_equal(end.forwards_B, np.where(active, 1 + -(-(LIMITS_B - LENGTHS_B - 1) // M), 0))
 
 
-def test_a_row_does_not_depend_on_its_neighbours(trained, variant, prompts_BP):
-  model, other = trained(variant), np.random.default_rng(5)
+def test_a_row_does_not_depend_on_its_neighbours(trained, family, prompts_BP):
+  model, other = trained(family), np.random.default_rng(5)
   alone = rows(generate(model, prompts_BP, draft=M - 1))
   for b in (0, 3):
     neighbours_BP, length_B = other.integers(0, V, prompts_BP.shape).astype(np.int32), other.integers(1, 9, len(LENGTHS_B)).astype(np.int32)

@@ -8,6 +8,7 @@ from test_checkpoint import experiment, random_state, write
 
 import mtp_jax
 from mtp_jax.config import BadInput
+from mtp_jax.decode import Text
 from mtp_jax.requests import Criterion
 
 PROMPTS = ['a', 'the 12 é', '.']
@@ -126,6 +127,19 @@ def test_what_streams_is_the_text(lm, plain):
       assert ''.join(text for _, text in parts[row]) == found.text[row]
       assert [token for ids, _ in parts[row] for token in ids] == found.ids[row]
     assert max(map(len, parts.values())) > 1
+
+
+@pytest.mark.parametrize('pieces', [1, 2, 5])
+def test_what_may_begin_a_stop_string_or_a_character_is_held_back(lm, pieces):
+  """A text in pieces of some bytes: nothing that is heard is ever taken back, and all of it is heard in the end."""
+  for whole, stop, wanted, ended in (('é, then the end; more', ['ends', 'end;', 'e end'], 'é, then th', True), ('is it the en', ['end'], 'is it the en', False)):
+    text, heard, kept, raw = Text(lm.tokenizer, stop), '', [], whole.encode()
+    for at in range(0, len(raw), pieces):
+      ids, said = text.grow(list(raw[at:at + pieces]), last=at + pieces >= len(raw))
+      heard, kept = heard + said, kept + ids
+      assert wanted.startswith(heard)
+    assert (heard, text.whole, text.stopped) == (wanted, wanted, ended)
+    assert bytes(kept) == (raw[:raw.index(b'e end') + 5] if ended else raw)
 
 
 @pytest.mark.parametrize('draft', [0, 2])
