@@ -3,6 +3,7 @@
     B batch  L length (queries)  S source length (keys)  D width  C two states side by side (2D)  H query heads
     G key/value heads  K head width  F feed-forward width  V vocabulary  N trunk layers (stacked)  M futures (stacked)
     P parts of a batch, one for each device that holds other tokens  T tokens of a part
+    R rows of a cache, B x G
 
 `x_BLD` is a float array of batch x length x width, `einsum('BLD,DHK->BLHK', x_BLD, wq_DHK)` contracts it, and
 `spec('BLHK')` says where the result lives on a mesh with the axes data, fsdp, context, tensor and expert. A parameter's name
