@@ -210,7 +210,8 @@ def test_lookup_drafts_what_followed_before(agreeing, lm, plain):
 def test_adaptive_lengths_change_the_passes_but_not_the_text(lm, plain, agreeing):
   found = lm.generate(PROMPTS, max_tokens=20, adaptive=True)
   assert found.ids == plain.ids and sum(found.passes[1:]) > 0 and found.passes[0] == 1
-  assert agreeing.generate('ab', max_tokens=31, adaptive=True).acceptance == [1.0, 1.0]
+  found = agreeing.generate('ab', max_tokens=31, adaptive=True)  # which lengths it takes depends on timings, that all drafts are right does not
+  assert found.accepted == found.offered and found.accepted[0] > 0
 
 
 def test_lossy_criteria_say_that_they_are(lm, plain):

@@ -95,14 +95,12 @@ def generate(f) -> int:
   _need_at_least(f, draft=-1, max_tokens=0, max_length=0)
   from mtp_jax.requests import Criterion, choices
   choices(1, f.temperature, f.seed, f.top_k, f.top_p)
-  criterion, drafter = Criterion(f.criterion, f.threshold, f.min_block), f.drafter
+  criterion = Criterion(f.criterion, f.threshold, f.min_block)
   lm = _load(f)
-  if drafter not in ('futures', 'lookup'):
-    drafter = _load_drafter(lm, drafter)
   said = [f.prompt]  # before the first new text, so that nothing is printed when a number turns out to be wrong
   stream = (lambda row, ids, text: print((said.pop() if said else '') + text, end='', flush=True)) if f.stream and not f.json else None
   found = lm.generate(f.prompt, f.max_tokens or None, None if f.draft < 0 else f.draft, f.temperature, f.seed, top_k=f.top_k, top_p=f.top_p,
-                      drafter=drafter, adaptive=f.adaptive, same_seed=f.same_seed, criterion=criterion, stop=f.stop or (),
+                      drafter=_drafter(f, lm), adaptive=f.adaptive, same_seed=f.same_seed, criterion=criterion, stop=f.stop or (),
                       max_length=f.max_length or None, stream=stream)
   mean_draft = sum(k * n for k, n in enumerate(found.passes)) / max(1, sum(found.passes) - 1)  # the pass over the prompt drafts nothing
   values = {'text': found.text[0], 'tokens': found.tokens, 'forwards': found.forwards, 'tokens_per_forward': found.tokens_per_forward,
@@ -112,7 +110,7 @@ def generate(f) -> int:
   if found.acceptance:
     lines.append('acceptance by depth: ' + ' '.join(f'{a:.2f}' for a in found.acceptance) + (f'; {mean_draft:.1f} drafts a pass' if f.adaptive else ''))
   trained = lm.config.model.futures - 1
-  if drafter == 'futures' and len(found.acceptance) > trained:
+  if f.drafter == 'futures' and len(found.acceptance) > trained:
     lines.append(f'drafts beyond depth {trained} are those of a module applied more often than it was trained for')
   if not found.lossless:
     lines.append(f'lossy: {criterion.name}, threshold {criterion.threshold:g}, blocks of {criterion.min_block} at least; '
@@ -198,7 +196,7 @@ def plan(f) -> int:
 
 def benchmark_decode(f) -> int:
   """Held-out prompts, every draft length and batch size in alternation: tokens per forward and speed-up over plain autoregression."""
-  _need_at_least(f, prompts=1, prompt_tokens=2, max_tokens=1, repeats=1, draft=-1)
+  _need_at_least(f, prompts=1, prompt_tokens=1, max_tokens=1, repeats=1, draft=-1)
   sizes = f.batch.split(',')
   if not all(size.isdigit() and int(size) > 0 for size in sizes):
     raise BadInput(f'--batch={f.batch}: must be numbers of prompts decoded at once, such as 1,8')
@@ -206,9 +204,8 @@ def benchmark_decode(f) -> int:
     raise BadInput(f"--against={f.against}: must be 'transformers', or nothing")
   lm = _load(f)
   from mtp_jax import benchmark
-  drafter = f.drafter if f.drafter in ('futures', 'lookup') else _load_drafter(lm, f.drafter)
-  found = benchmark.decode(lm, f.prompts, f.prompt_tokens, f.max_tokens, f.repeats, tuple(map(int, sizes)), None if f.draft < 0 else f.draft, drafter,
-                           f.temperature, f.against == 'transformers')
+  found = benchmark.decode(lm, f.prompts, f.prompt_tokens, f.max_tokens, f.repeats, tuple(map(int, sizes)), None if f.draft < 0 else f.draft,
+                           _drafter(f, lm), f.temperature, f.against == 'transformers')
   if f.plot:
     benchmark.plot(found, f.plot)
   head = ('batch', 'drafts', 'speed-up', 'tokens/forward', 'overhead/step', 'tokens/s', 'drafting', 'acceptance by depth')
@@ -409,16 +406,18 @@ def _load(f):
   return load(f.workdir, None if f.step < 0 else f.step)
 
 
-def _load_drafter(lm, workdir: str):
-  """A draft model, refused before it is loaded when its tokenizer is another."""
+def _drafter(f, lm):
+  """--drafter as `LanguageModel.generate` takes it: its name, or the model, refused before it is loaded when its tokenizer is another."""
+  if f.drafter in ('futures', 'lookup'):
+    return f.drafter
   from mtp_jax import checkpoint
   from mtp_jax.lm import load
   try:
-    record = checkpoint.metadata(workdir, None)
+    record = checkpoint.metadata(f.drafter, None)
   except BadInput as error:
-    raise BadInput(f"--drafter={workdir}: neither 'futures' nor 'lookup', nor the workdir of a model: {error}") from None
-  checkpoint.check_same('--drafter=' + workdir, lm.tokenizer.digest, record, 'tokenizer', 'a draft model must share the tokenizer of the model')
-  return load(workdir)
+    raise BadInput(f"--drafter={f.drafter}: neither 'futures' nor 'lookup', nor the workdir of a model: {error}") from None
+  checkpoint.check_same('--drafter=' + f.drafter, lm.tokenizer.digest, record, 'tokenizer', 'a draft model must share the tokenizer of the model')
+  return load(f.drafter)
 
 
 def _report(f, values: dict, lines: list[str]) -> None:

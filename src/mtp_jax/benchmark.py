@@ -170,7 +170,7 @@ def _drafting(lm: LanguageModel, group, k: int, options: dict) -> float:
   """The share of a pass's time that its k drafts take: two loops of passes, with and without them."""
   if k == 0:
     return 0.0
-  rows = [np.concatenate([[lm.tokenizer.bos], ids]).astype(np.int32) for ids in group]
+  rows = [lm.row(prompt) for prompt in group]
   sampler = lm.sampler(*choices(len(rows), options['temperature']))
   engine = lambda drafter: lm.engine(drafter, sampler, (k,))
   cost = lambda drafter: float(engine(drafter).costs(rows, [options['max_length']] * len(rows), 16)[0])
@@ -221,7 +221,7 @@ def _transformers(lm: LanguageModel) -> Callable[[list, int], _Theirs]:
     llama.model.norm = torch.nn.Sequential(linear, llama.model.norm)
 
   def run(prompts, max_tokens):
-    ids = torch.tensor(np.stack([np.concatenate([[lm.tokenizer.bos], prompt]) for prompt in prompts]))
+    ids = torch.tensor(np.stack([lm.row(prompt) for prompt in prompts])).long()
     start = time.perf_counter()
     with torch.inference_mode():
       out = llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False,

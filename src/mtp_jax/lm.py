@@ -11,7 +11,7 @@ import numpy as np
 
 from mtp_jax import checkpoint, data, decode, tokenizer, train
 from mtp_jax.config import BadInput, Config, MeshConfig
-from mtp_jax.decode import BUCKET, Engine, Text
+from mtp_jax.decode import Engine, Text
 from mtp_jax.model import Model, conventions
 from mtp_jax.requests import EXACT, Criterion, choices, per_row
 from mtp_jax.sharding import make_mesh
@@ -88,7 +88,7 @@ class LanguageModel:
       BadInput: when an argument is out of range.
     """
     one = isinstance(prompts, (str, bytes))
-    rows = [np.concatenate([[self.tokenizer.bos], self._ids(prompt)]).astype(np.int32) for prompt in ([prompts] if one else prompts)]
+    rows = [self.row(prompt) for prompt in ([prompts] if one else prompts)]
     if not rows:
       raise BadInput('prompts=[]: pass at least one')
     B, length_B = len(rows), np.array([len(row) for row in rows], np.int32)
@@ -113,8 +113,7 @@ class LanguageModel:
     lengths = tuple(range(1, drafts.depth + 1)) if adaptive and drafts.depth else (drafts.depth,)
     engine, limit_B = self.engine(drafts, sampler, lengths), length_B + new_B
     if len(lengths) > 1:
-      shape = (drafter if isinstance(drafter, str) else id(drafter), drafts.depth, B, length_B.max() // BUCKET, limit_B.max() // BUCKET,
-               sampler.greedy, sampler.truncated)
+      shape = drafter if isinstance(drafter, str) else id(drafter), drafts.depth, *engine.shape(rows, limit_B), sampler.greedy, sampler.truncated
       if shape not in self._costs:
         self._costs[shape] = engine.costs(rows, limit_B), drafter  # which is kept, so that no other takes its id
       engine = dataclasses.replace(engine, cost_M=self._costs[shape][0])
@@ -201,13 +200,18 @@ class LanguageModel:
         return found
     raise BadInput(f'config.data: only {len(found)} held-out documents have {2 * length} tokens or more, but {n} prompts are wanted')
 
-  def _ids(self, prompt):
+  def row(self, prompt: str | bytes | Sequence[int]) -> np.ndarray:
+    """What decoding starts from: bos, then the ids of a prompt.
+
+    Raises:
+      BadInput: the prompt is empty, or neither text nor ids.
+    """
     ids = self.tokenizer.encode(prompt) if isinstance(prompt, (str, bytes)) else np.asarray(prompt)
     if ids.ndim != 1 or ids.size and (not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= self.tokenizer.size):
       raise BadInput(f'prompts: {prompt!r} is neither text nor a sequence of ids from 0 to {self.tokenizer.size - 1}')
     if not ids.size:
       raise BadInput('prompt: empty; say what to continue')
-    return ids
+    return np.concatenate([[self.tokenizer.bos], ids]).astype(np.int32)
 
 
 def load(workdir, step: int | None = None) -> LanguageModel:

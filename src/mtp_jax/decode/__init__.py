@@ -8,9 +8,8 @@
 """
 from mtp_jax.decode.decoder import Decoder
 from mtp_jax.decode.drafters import Drafter, Lookup, Nothing, Other, futures
-from mtp_jax.decode.engine import BUCKET, Engine, Text
+from mtp_jax.decode.engine import Engine, Text
 from mtp_jax.decode.loop import Progress, advance, best_length, prefill
 from mtp_jax.decode.verify import Sampler
 
-__all__ = ['BUCKET', 'Decoder', 'Drafter', 'Engine', 'Lookup', 'Nothing', 'Other', 'Progress', 'Sampler', 'Text', 'advance', 'best_length', 'futures',
-           'prefill']
+__all__ = ['Decoder', 'Drafter', 'Engine', 'Lookup', 'Nothing', 'Other', 'Progress', 'Sampler', 'Text', 'advance', 'best_length', 'futures', 'prefill']

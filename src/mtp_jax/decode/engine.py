@@ -31,13 +31,17 @@ class Engine:
 
   def begin(self, rows: Sequence[np.ndarray], limit_B) -> Progress:
     """The pass over the prompts. limit_B: tokens of each row in all."""
-    length_B, K = np.array([len(row) for row in rows], np.int32), self.drafter.depth
-    P = _up(length_B.max())
-    prompts_BP = np.full((len(rows), P), self.pad, np.int32)
+    B, P, S = self.shape(rows, limit_B)
+    prompts_BP, length_B = np.full((B, P), self.pad, np.int32), np.array([len(row) for row in rows], np.int32)
     for row, ids in zip(prompts_BP, rows):
       row[:len(ids)] = ids
-    return prefill(self.decoder, self.drafter, self.sampler, prompts_BP, length_B, np.asarray(limit_B, np.int32), np.int32(self.eos),
-                          slots=max(P, _up(max(limit_B) + K)))
+    return prefill(self.decoder, self.drafter, self.sampler, prompts_BP, length_B, np.asarray(limit_B, np.int32), np.int32(self.eos), slots=S)
+
+  def shape(self, rows: Sequence[np.ndarray], limit_B) -> tuple[int, int, int]:
+    """(B, P, S): rows, the bucket of their prompts and that of their caches."""
+    up = lambda n: -(-int(n) // BUCKET) * BUCKET
+    P = up(max(map(len, rows)))
+    return len(rows), P, max(P, up(max(limit_B) + self.drafter.depth))
 
   def advance(self, progress: Progress, passes: int = EVER) -> Progress:
     """progress is given away."""
@@ -109,7 +113,3 @@ class Text:
   @property
   def whole(self) -> str:
     return self._bytes.decode('utf-8', errors='replace')
-
-
-def _up(n) -> int:
-  return -(-int(n) // BUCKET) * BUCKET

@@ -129,11 +129,10 @@ class Sampler:
     else:
       temperature_B11 = jnp.where(self.temperature_B > 0, self.temperature_B, 1)[:, None, None]
       passes_BK = lossy_accepts(self.criterion, jax.nn.softmax(logits_BTV[:, :K] / temperature_B11), drafts_BK)
-      q_BKV = None
     accepted_B = self._at_least(in_a_row(passes_BK), K)
     if self.greedy:
       return accepted_B, at(_argmax(logits_BTV))
-    if q_BKV is None or not self.criterion.lossless:  # what was let through was not drawn for its law, so nothing is left to correct
+    if not self.criterion.lossless:  # what was let through was not drawn for its law, so nothing is left to correct
       q_BKV = jnp.zeros_like(p_BTV[:, :K])
     return accepted_B, self._draw(correction(p_BTV, q_BKV, accepted_B)[:, None], at(positions_BT)[:, None], OWN)[:, 0]
 
