@@ -113,6 +113,12 @@ def test_a_law_is_a_law_at_any_temperature_compiled_or_not():
       np.testing.assert_allclose(run(logits, jnp.float32(temperature)), [1, 0, 0, 0] if temperature < 1 else [1 / 3, 1 / 3, 0, 1 / 3], atol=1e-6)
 
 
+def test_the_likeliest_token_is_never_cut():
+  """The least top_p there is, times a mass below 1, is no float32 above 0."""
+  found = jax.jit(law)(jnp.zeros(4, jnp.float32), jnp.float32(1), jnp.int32(1), jnp.float32(np.finfo(np.float32).tiny))
+  np.testing.assert_array_equal(found, [1, 0, 0, 0])
+
+
 def test_equal_laws_leave_nothing_to_correct():
   p_V = jnp.array([0.25, 0.75, 0.0])
   np.testing.assert_array_equal(correction(p_V[None].repeat(2, 0), p_V[None], jnp.int32(0)), p_V)  # never drawn from, but a law
