@@ -9,11 +9,13 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 import functools
 import gc
 
+import fsspec
 import jax
 import numpy as np
 import pytest
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.data.shards import Folder, Shard, ShardWriter, Stream
 from mtp_jax.model import Model
 
 
@@ -89,6 +91,24 @@ def packed():
 
 
 @pytest.fixture(scope='session')
+def stream_of():
+  """A stream, in shards, of documents of given lengths. The first token of each is `bos`, 60,000; any other tells its place in the stream."""
+  def make(folder, *shards) -> Stream:
+    entries, place = [], 0
+    for number, lengths in enumerate(shards):
+      with Folder(folder, '').aside(f'train-{number:05}.array_record') as path:
+        writer = ShardWriter(path, '<u2')
+        for length in lengths:
+          ids = np.arange(place, place + length)
+          ids[0] = 60_000
+          place += length
+          writer.add(ids, max(0, int(length) - 2))
+        entries.append(Shard(f'train-{number:05}.array_record', **writer.close()))
+    return Stream(Folder(folder, ''), entries, '<u2', '')
+  return make
+
+
+@pytest.fixture(scope='session')
 def assert_close():
   """Equal leaf by leaf, up to `relative` of each leaf's largest entry: float32 sums in another order differ by a few 1e-7."""
   def check(found, wanted, relative: float = 1e-5):
@@ -97,3 +117,14 @@ def assert_close():
       a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
       np.testing.assert_allclose(a, b, rtol=0, atol=relative * np.abs(b).max(initial=0, where=np.isfinite(b)), err_msg=jax.tree_util.keystr(path))
   return check
+
+
+@pytest.fixture
+def memory():
+  """fsspec's file system in memory, empty."""
+  fs = fsspec.filesystem('memory')
+  fs.store.clear()
+  fs.pseudo_dirs[:] = ['']
+  yield fs
+  fs.store.clear()
+  fs.pseudo_dirs[:] = ['']

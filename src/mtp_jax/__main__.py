@@ -24,6 +24,12 @@ from mtp_jax.config import BadInput, Config
 CONFIG = ('config', None, 'the experiment, such as configs/tiny.py; --config.section.field=value changes a field')
 WORKDIR = ('workdir', None, 'folder of the run')
 STEP = ('step', -1, 'step of the checkpoint; -1 is the newest')
+INPUT = (
+    ('input', None, "files, directories or globs, with commas between; text, .jsonl, .parquet, also .gz and .zst; gs:// and s3:// too"),
+    ('format', 'auto', 'auto goes by the end of a name; text (a document a file), jsonl or parquet'),
+    ('field', 'text', 'of a JSON object, or the column of a Parquet file, that holds the text'),
+    ('keep', '', 'bad records to keep as they are: invalid_utf8, lone_surrogate, nul, with commas between; others are skipped'),
+    ('max_document_bytes', 64 * 2**20, 'longer documents are skipped, as bad ones'))
 JSON = ('json', False, 'print one JSON object on the last line')
 
 
@@ -58,7 +64,7 @@ def evaluate(f) -> int:
   """On held-out documents: nats, accuracy and count of each future, bits per byte of future 0; how many drafts future 0 accepts."""
   _need_at_least(f, rows=0)
   lm = _load(f)
-  if lm.prepared.fingerprint != lm.record['fingerprint']:
+  if lm.corpus.identity['sources'] != lm.record['identity']['sources']:
     print("note: the documents here differ from those of the training run, so some held-out ones may have been trained on", file=sys.stderr)
   found = lm.evaluate(f.rows or None)
   table = [(m, f'{nats:.4f}', f'{accuracy:.4f}', count) for m, (nats, accuracy, count) in enumerate(zip(found['nats'], found['accuracy'], found['count']))]
@@ -194,6 +200,119 @@ def plan(f) -> int:
   return 0
 
 
+def prepare(f) -> int:
+  """Reads text, JSON lines or Parquet once and writes token shards: the same bytes however many workers, however often interrupted."""
+  _need(f, 'input')
+  _need(f, 'output')
+  _need_at_least(f, workers=-1, shard_bytes=0)
+  from mtp_jax import tokenizer
+  from mtp_jax.data.inputs import files
+  from mtp_jax.data.prepare import Options, prepare
+  options = Options(_reading(f), f.validation_share, f.shard_bytes, f.bad_share)
+  tokens = tokenizer.load(f.tokenizer, '--tokenizer')
+  workers = os.cpu_count() if f.workers < 0 else f.workers
+  try:
+    found = prepare(files(f.input.split(','), '--input'), tokens, options, f.output, workers, '--input')
+  except KeyboardInterrupt:
+    print('mtp_jax: interrupted; run the same command, it goes on where it stopped', file=sys.stderr)
+    return 130
+  index, values = found.index, {}
+  for split, stream in (('train', found.train), ('validation', found.validation)):
+    values[split] = {'documents': stream.documents, 'tokens': stream.tokens, 'bytes': stream.bytes, 'shards': len(stream.shards)}
+  bad = [f'bad records: {kind} {n["skipped"]:,} skipped, {n["kept"]:,} kept' for kind, n in index['bad'].items()]
+  _report(f, {'fingerprint': found.fingerprint, 'records': index['records'], 'bad': index['bad'], **values}, [
+      *(f'{split}: {n["documents"]:,} documents, {n["tokens"]:,} tokens, {n["bytes"]:,} bytes, {n["shards"]} shards' for split, n in values.items()),
+      *bad, *([f'they are listed in {found.folder.url}/bad_records.jsonl'] if bad else []), f'fingerprint {found.fingerprint}',
+      f"train on it with: --config.data.sources=\"('{f.output}',)\"" + ('' if f.tokenizer == 'bytes' else f' --config.data.tokenizer={f.tokenizer}')])
+  return 0
+
+
+def train_tokenizer(f) -> int:
+  """Trains a SentencePiece model on a sample of what `prepare` would read; it gives every byte back, whatever the text."""
+  _need(f, 'input')
+  _need(f, 'output')
+  _need_at_least(f, sample_bytes=1, vocab=260)
+  if f.kind not in ('bpe', 'unigram'):
+    raise BadInput(f'--kind={f.kind}: must be bpe or unigram')
+  if os.path.isdir(f.output) or not os.path.isdir(os.path.dirname(f.output) or '.'):
+    raise BadInput(f'--output={f.output}: must be a file in a folder that is there')
+  from mtp_jax import tokenizer
+  from mtp_jax.data.inputs import files, name_hash
+  from mtp_jax.data.prepare import sample
+  documents, held_out = [], []
+  for document in sample(files(f.input.split(','), '--input'), _reading(f), f.sample_bytes, '--input'):
+    (held_out if name_hash(document.name) % 10 == 0 else documents).append(document.text)
+  if not documents or not held_out:
+    raise BadInput(f'--input={f.input}: {len(documents) + len(held_out)} documents are too few, for one of ten is held out; give more')
+  size = lambda texts: sum(map(len, texts))
+  print(f'training {f.kind} on {len(documents):,} documents, {size(documents) / 1e6:,.1f} MB; this may take minutes', file=sys.stderr, flush=True)
+  model = tokenizer.train(documents, f.vocab, f.kind)
+  tokens = tokenizer.SentencePiece(model)
+  began = time.perf_counter()
+  count = sum(len(tokens.encode(text)) for text in held_out)
+  seconds = time.perf_counter() - began
+  with open(f.output + '.unfinished', 'wb') as file:
+    file.write(model)
+  os.replace(f.output + '.unfinished', f.output)
+  values = {'vocab': tokens.size, 'bytes_per_token': size(held_out) / count, 'held_out_documents': len(held_out), 'held_out_bytes': size(held_out),
+            'bytes_per_second': size(held_out) / seconds, 'digest': tokens.digest}
+  _report(f, values, [f'{f.output}: {tokens.size:,} ids; {values["bytes_per_token"]:.3f} bytes per token on {len(held_out):,} held-out documents '
+                      f'({size(held_out) / 1e6:,.1f} MB), {values["bytes_per_second"] / 1e6:.1f} MB/s',
+                      f'use it with: --tokenizer={f.output}, and --config.data.tokenizer={f.output} --config.model.vocab={-(-tokens.size // 8) * 8}'])
+  return 0
+
+
+def inspect_data(f) -> int:
+  """What a prepared set holds, and rows of it as the model sees them: documents, inputs, the target of each future."""
+  _need(f, 'data')
+  _need_at_least(f, length=1, futures=1, rows=0, positions=1)
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  from mtp_jax.data.corpus import Corpus, tokenizer_of
+  from mtp_jax.data.shards import Folder, open_set
+  config = Config(data=schema.DataConfig(sources=(f.data,), length=f.length, packing=f.packing, boundary=f.boundary)).data
+  source = open_set(Folder(f.data, '--data'), config.cache)
+  tokens = tokenizer_of(source)
+  wrong = source.verify() if f.verify else []
+  from mtp_jax.data import inspection
+  found = inspection.summary(source) | ({'damaged': wrong} if f.verify else {})
+  if f.plot:
+    inspection.plot(found, f.plot)
+  lines = [f'fingerprint {source.fingerprint}; {found["records"]:,} records'
+           + ''.join(f'; {kind}: {n["skipped"]:,} skipped, {n["kept"]:,} kept' for kind, n in found['bad'].items())]
+  for split in ('train', 'validation'):
+    n = found[split]
+    lines += ['', f'{split}: {n["documents"]:,} documents, {n["tokens"]:,} tokens, {n["bytes"]:,} bytes, {n["bytes_per_token"]:.3f} bytes per token, '
+              f'{n["shards"]} shards', *inspection.bars(n['lengths'])]
+  if f.rows and not wrong:
+    rows = Corpus(config, tokens, (source,)).rows(f.futures)
+    lines += ['', *inspection.shown(rows, tokens, f.futures, f.rows, f.positions, sys.stdout.isatty())]
+  if f.verify:
+    lines += wrong or ['every byte of every shard is what was written']
+  _report(f, found, lines)
+  return 1 if wrong else 0
+
+
+def _reading(f):
+  from mtp_jax.data.inputs import Reading
+  return Reading(f.format, f.field, tuple(kind for kind in f.keep.split(',') if kind), f.max_document_bytes)
+
+
+def benchmark_data(f) -> int:
+  """Rows to batches on the device, preparation with the byte tokenizer, and with SentencePiece against its own raw encoding."""
+  config = _config(f) if f['config'].value is not None else Config()
+  if not f.seconds > 0:
+    raise BadInput(f'--seconds={f.seconds}: must be positive')
+  from mtp_jax import benchmark
+  found = benchmark.data(config, f.seconds)
+  _report(f, found, [
+      f'rows to batches on the device: {found["tokens_per_second"]:,.0f} tokens/s, {found["rows_per_second"]:,.0f} rows/s of {config.data.length} tokens; '
+      f'{found["share_of_memory_speed"]:.2f} x the same from an array in memory',
+      f'prepare, byte tokenizer: {found["prepare_bytes_per_second"] / 1e6:,.1f} MB/s in one process',
+      f'prepare, SentencePiece: {found["sentencepiece_bytes_per_second"] / 1e6:,.2f} MB/s in one process, '
+      f'{found["share_of_raw_encoding"]:.2f} x its raw encoding'])
+  return 0
+
+
 def benchmark_decode(f) -> int:
   """Held-out prompts, every draft length and batch size in alternation: tokens per forward and speed-up over plain autoregression."""
   _need_at_least(f, prompts=1, prompt_tokens=1, max_tokens=1, repeats=1, draft=-1)
@@ -262,6 +381,37 @@ COMMANDS = {
         CONFIG,
         ('topology', None, 'chips and how they stand, such as v5p:2x2x2'), JSON),
         'plan --config=configs/gloeckle.py:0.3b,4 --topology=v5p:2x2x2 --config.mesh.fsdp=8 --config.train.batch=32 --config.train.evaluate_rows=8'),
+    'prepare': Command(prepare, 'text to token shards, once', (
+        *INPUT,
+        ('tokenizer', 'bytes', 'bytes, or the path of a SentencePiece model file'),
+        ('output', None, 'folder of the set, empty or of this very set'),
+        ('validation_share', 0.01, 'share of the documents held out, chosen by a hash of their names'),
+        ('bad_share', 0.05, 'share of the records that may be skipped; beyond it the command stops'),
+        ('workers', -1, 'processes; -1 is one a core'),
+        ('shard_bytes', 0, 'of input in a shard; 0: a 64th of all, within 4 and 256 MiB'), JSON),
+        "prepare --input='corpus/*.jsonl.gz' --output=data/corpus"),
+    'train-tokenizer': Command(train_tokenizer, 'a SentencePiece model for such text', (
+        *INPUT,
+        ('output', None, 'the model file'),
+        ('vocab', 32_000, 'ids, bos, eos and pad included'),
+        ('kind', 'bpe', 'bpe or unigram'),
+        ('sample_bytes', 100_000_000, 'of text to train on, from all over the inputs'), JSON),
+        "train-tokenizer --input='corpus/*.jsonl.gz' --output=corpus.model --vocab=32000"),
+    'inspect-data': Command(inspect_data, 'what a prepared set holds and shows a model', (
+        ('data', None, 'folder that prepare wrote'),
+        ('length', 256, 'L, as config.data.length'),
+        ('futures', 4, 'M, as config.model.futures'),
+        ('packing', 'stream', 'stream or best_fit'),
+        ('boundary', 'within', 'within or across'),
+        ('rows', 2, 'rows shown, at even distances'),
+        ('positions', 24, 'positions shown of each, around the first document boundary'),
+        ('verify', False, 'read every byte and compare digests; exit code 1 if one differs'),
+        ('plot', '', 'a PNG of the lengths of documents'), JSON),
+        'inspect-data --data=data/corpus'),
+    'benchmark data': Command(benchmark_data, 'speed of batches and of preparation', (
+        CONFIG,
+        ('seconds', 3.0, 'spent on each measurement of batches'), JSON),
+        'benchmark data'),
     'benchmark train': Command(benchmark_train, 'speed and utilisation of the train step, alone or against another', (
         CONFIG,
         ('against', None, "another config, its steps timed in alternation; 'dense': the same model with all logits at once"),

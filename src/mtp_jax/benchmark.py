@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import statistics
+import tempfile
 import time
 import typing
 from collections.abc import Callable
@@ -11,10 +12,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sentencepiece
 
-from mtp_jax import data, metrics, objective, tokenizer
+from mtp_jax import metrics, objective, tokenizer
 from mtp_jax import train as training
 from mtp_jax.config import BadInput, Config
+from mtp_jax.data.corpus import open_corpus
+from mtp_jax.data.inputs import Reading, files
+from mtp_jax.data.prepare import Options, prepare, sample
 from mtp_jax.decode import Nothing
 from mtp_jax.lm import LanguageModel
 from mtp_jax.requests import choices
@@ -30,9 +35,9 @@ class Steps:
   def __init__(self, config: Config, loss=objective.loss):
     tokens = tokenizer.load(config.data.tokenizer)
     training.check_vocabulary(config, tokens)
-    rows = data.Rows(data.prepare(config.data, tokens).train, config.data.length, config.model.futures, tokens.pad)
+    corpus = open_corpus(config.data, tokens)
     self.config, self.mesh = config, make_mesh(config.mesh)
-    self.batches = data.batches(rows, config.train.batch, config.data.seed)
+    self.batches = corpus.batches(corpus.rows(config.model.futures), config.train.batch)
     M, o = config.model.futures, config.objective
     with jax.set_mesh(self.mesh):
       self.state = jax.jit(lambda key: training.init(config, key))(jax.random.key(config.train.seed))
@@ -99,6 +104,66 @@ def against(config: Config, other: Config | None, steps: int) -> dict:
     side.batches.close()
   return {'config': one, 'other': two, 'time_ratio': statistics.median(a / b for a, b in seconds), 'flops_ratio': step_flops(sides[0]) / step_flops(sides[1]),
           'memory_ratio': one['temporary_bytes'] / two['temporary_bytes']}
+
+
+def data(config: Config, seconds: float) -> dict:
+  """The way of the data, in one process.
+
+  Returns:
+    tokens_per_second and rows_per_second: from a config's shards to batches on the device; share_of_memory_speed: the same over that of rows
+    sliced from an array in memory, timed in alternation. prepare_bytes_per_second: the standard library's source to shards, with the byte
+    tokenizer; sentencepiece_bytes_per_second: with a SentencePiece model of 4,000 pieces; share_of_raw_encoding: that over what the
+    library itself needs to encode the same text in memory, timed in alternation.
+  """
+  tokens = tokenizer.load(config.data.tokenizer)
+  corpus, mesh = open_corpus(config.data, tokens), make_mesh(config.mesh)
+  rows, B, L = corpus.rows(config.model.futures), config.train.batch, config.data.length
+  T = L + config.model.futures
+  whole = np.concatenate([source.train.read(0, 2**24) for source in corpus.sources]).astype(np.int32)
+  starts = np.random.default_rng(0).permutation(max(1, (len(whole) - T) // L)) * L
+  plain = np.zeros((B, T), np.int32)
+
+  def from_memory(i: int):
+    chosen = np.take(starts, range(i * B, (i + 1) * B), mode='wrap')
+    batch = np.stack([whole[start:start + T] for start in chosen])
+    return jax.block_until_ready(training.put({'tokens': batch, 'segments': plain, 'positions': plain}, mesh))
+
+  batches = corpus.batches(rows, B, place=lambda batch: training.put(batch, mesh))
+  speeds = []
+  for _ in range(3):
+    pair = []
+    for draw in (lambda i: jax.block_until_ready(next(batches)), from_memory):
+      count, start = 0, time.perf_counter()
+      while time.perf_counter() - start < seconds / 3:
+        draw(count)
+        count += 1
+      pair.append(count * B / (time.perf_counter() - start))
+    speeds.append(pair)
+  batches.close()
+  rate = statistics.median(pair[0] for pair in speeds)
+  inputs = files((), 'the standard library')
+  size = sum(file.bytes for file in inputs)
+  some, reading = inputs[::8], Reading(keep=('invalid_utf8', 'lone_surrogate', 'nul'))
+  some_size = sum(file.bytes for file in some)
+  texts = [document.text for document in sample(some, reading, some_size, '')]
+  model = tokenizer.SentencePiece(tokenizer.train(texts, 4000))
+  raw, strings = sentencepiece.SentencePieceProcessor(model_proto=model.model), [text.decode('utf-8', errors='replace') for text in texts]
+  with tempfile.TemporaryDirectory() as folder:
+    def prepared(name: str, files: list, tokens) -> float:
+      start = time.perf_counter()
+      prepare(files, tokens, Options(reading, 0.05), f'{folder}/{name}', 0, '', note=lambda line: None)
+      return time.perf_counter() - start
+    bytes_seconds = statistics.median(prepared(f'bytes-{i}', inputs, tokenizer.load('bytes')) for i in range(3))
+    pairs = []
+    for i in range(5):
+      start = time.perf_counter()
+      for string in strings:
+        raw.encode(string)
+      pairs.append((time.perf_counter() - start, prepared(f'pieces-{i}', some, model)))
+  return {'tokens_per_second': rate * L, 'rows_per_second': rate, 'share_of_memory_speed': statistics.median(a / b for a, b in speeds),
+          'prepare_bytes_per_second': size / bytes_seconds,
+          'sentencepiece_bytes_per_second': some_size / statistics.median(ours for _, ours in pairs),
+          'share_of_raw_encoding': statistics.median(theirs / ours for theirs, ours in pairs)}
 
 
 def decode(lm: LanguageModel, prompts: int, prompt_tokens: int, max_tokens: int, repeats: int, batches: tuple[int, ...] = (1,),

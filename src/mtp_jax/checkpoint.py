@@ -2,7 +2,7 @@
 
     workdir/checkpoints/STEP/parameters   a plain nested dict of float32 arrays: {'trunk': {'wq_DHK': ...}, ...}
     workdir/checkpoints/STEP/optimizer    moments, counters
-    its JSON metadata                     step, config, conventions, tokenizer digest, data fingerprint and position
+    its JSON metadata                     step, config, conventions, tokenizer digest, identity of the data and position in them
 
 Orbax writes them asynchronously; a folder that a crash left incomplete is never read. This is the only door to Orbax.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from mtp_jax.config import BadInput, Config
 
 FOLDER = 'checkpoints'
-RECORD = {'step': int, 'config': dict, 'conventions': dict, 'tokenizer': str, 'fingerprint': str, 'data': dict}
+RECORD = {'step': int, 'config': dict, 'conventions': dict, 'tokenizer': str, 'identity': dict, 'data': dict}
 
 
 def as_dict(tree) -> dict:
@@ -55,7 +55,7 @@ def steps(workdir: pathlib.Path) -> list[int]:
 
 
 def metadata(workdir: pathlib.Path, step: int | None = None) -> dict:
-  """What a checkpoint says of itself: step, config, conventions, tokenizer, fingerprint, data. The newest unless a step is given.
+  """What a checkpoint says of itself: step, config, conventions, tokenizer, identity, data. The newest unless a step is given.
 
   Raises:
     BadInput: when there is no such checkpoint, or it lacks its record.
@@ -74,9 +74,8 @@ def metadata(workdir: pathlib.Path, step: int | None = None) -> dict:
     raise BadInput(f'{path}: lacks the record of config and conventions ({error!r}); remove the folder {chosen} to fall back to an older step') from None
 
 
-# What a resumed run may not change, because the checkpoint's arrays or its place in the data would mean something else.
-FREE = {'model': {'remat', 'head_batch', 'dtype'}, 'data': {'paths', 'cache', 'tokenizer', 'validation_share'},
-        'train': None, 'optimizer': None, 'objective': None, 'mesh': None}
+# What a resumed run may not change, because the checkpoint's arrays would mean something else. (Its data are told by their identity.)
+FREE = {'model': {'remat', 'head_batch', 'dtype'}, 'data': None, 'train': None, 'optimizer': None, 'objective': None, 'mesh': None}
 
 
 def check_resumes(config: Config, record: dict, workdir) -> list[str]:

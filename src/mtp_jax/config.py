@@ -161,12 +161,18 @@ def reverse_curriculum(futures: int) -> tuple[float | str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  paths: tuple[str, ...] = _field((), "text files or directories of them; () is the Python standard library's own source")
+  sources: tuple[str, ...] = _field((), 'folders that `prepare` wrote')
+  weights: tuple[float, ...] = _field((), 'share of the rows that come from each source, up to a factor; () is in proportion to their tokens')
+  paths: tuple[str, ...] = _field((), "without sources: files or directories of text; () is the Python standard library's own source")
   tokenizer: str = _field('bytes', 'bytes, or the path of a SentencePiece model file')
   length: int = _field(256, 'L: input tokens of a row; a row holds M more, so that every future has a target')
-  validation_share: float = _field(0.05, 'share of the documents held out, chosen by a hash of their path')
+  packing: str = _field('stream', 'stream: rows follow one another, without padding; best_fit: a document of up to L tokens is never cut')
+  boundary: str = _field('within', 'within: attention and futures end with the document; across: they do not')
+  validation_share: float = _field(0.05, 'of paths: share of the documents held out, chosen by a hash of their path')
   seed: int = _field(0, 'order of the rows; another order each epoch')
-  cache: str = _field('~/.cache/mtp_jax', 'where token shards are kept, a folder for each fingerprint')
+  on_damage: str = _field('stop', 'a block that is not what was written stops the run, or, quarantine: its rows become padding, and are counted')
+  accept_changed: bool = _field(False, 'resume although the data are no longer those of the checkpoint')
+  cache: str = _field('~/.cache/mtp_jax', 'where what is derived from paths, packings and remote shards is kept')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +315,8 @@ def _check(c: Config) -> None:
     need(getattr(getattr(c, section), name) >= 1, field, 'must be at least 1')
   for field, choices in {'model.kind': ('parallel', 'linear', 'causal', 'anticausal', 'sequential'), 'model.placement': ('matched', 'appended'),
                          'model.hidden_input': ('post_norm', 'pre_norm'), 'model.dtype': ('float32', 'bfloat16'),
-                         'model.remat': ('none', 'dots', 'full'), 'optimizer.schedule': ('cosine', 'wsd')}.items():
+                         'model.remat': ('none', 'dots', 'full'), 'data.packing': ('stream', 'best_fit'),
+                         'data.boundary': ('within', 'across'), 'data.on_damage': ('stop', 'quarantine'), 'optimizer.schedule': ('cosine', 'wsd')}.items():
     section, name = field.split('.')
     value = getattr(getattr(c, section), name)
     need(value in choices, field, nearest(value, choices))
@@ -336,6 +343,9 @@ def _check(c: Config) -> None:
   need(all(any(o.weights_M(m.futures, place)) for place in places), 'objective.weights', 'must not all be 0 at once')
   need(o.z_loss >= 0, 'objective.z_loss', 'must not be negative')
 
+  need(not (d.sources and d.paths), 'data.paths', 'give either paths or sources; prepare the paths to have them as a source')
+  need(not d.weights or len(d.weights) == len(d.sources), 'data.weights', f'must be {len(d.sources)} numbers, one a source, or () for their sizes')
+  need(all(weight > 0 and math.isfinite(weight) for weight in d.weights), 'data.weights', 'must be positive; leave out a source that has no weight')
   need(0 < d.validation_share < 1, 'data.validation_share', 'must lie between 0 and 1')
   need(d.seed >= 0, 'data.seed', 'must not be negative')
   need(t.seed >= 0, 'train.seed', 'must not be negative')

@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from mtp_jax import checkpoint, data, decode, tokenizer, train
+from mtp_jax import checkpoint, decode, tokenizer, train
 from mtp_jax.config import BadInput, Config, MeshConfig
+from mtp_jax.data.corpus import Corpus, open_corpus
+from mtp_jax.data.rows import validation_batches
 from mtp_jax.decode import Engine, Text
 from mtp_jax.model import Model, conventions
 from mtp_jax.requests import EXACT, Criterion, choices, per_row
@@ -174,30 +176,32 @@ class LanguageModel:
     """nats, accuracy and count of each future, bits_per_byte of future 0, over the held-out documents, or `rows` rows of them at even distances."""
     batch = self.config.train.evaluate_rows
     with jax.set_mesh(self.mesh):
-      held_out = data.Rows(self.prepared.validation, self.config.data.length, self.config.model.futures, self.tokenizer.pad)
-      batches = data.validation_batches(held_out, batch, rows, jax.process_index(), jax.process_count())
+      held_out = self.corpus.held_out(self.config.model.futures)
+      batches = validation_batches(held_out, batch, rows, jax.process_index(), jax.process_count())
       return train.evaluate(self.config, self.model, batches, train.byte_lengths(self.config, self.tokenizer),
                             train.emitted(self.config, self.tokenizer), self.mesh)
 
   def seconds_per_forward(self, prompt_tokens: int = 32) -> list[float]:
     """Of a greedy pass of one row on this machine, for each draft length 0..M-1: what drafting and verifying cost."""
-    row = self.prepared.validation.document(0)[:prompt_tokens]
+    row = self.corpus.sources[0].validation.document(0)[:prompt_tokens]
     engine = lambda drafter: self.engine(drafter, self.sampler(*choices(1)), (drafter.depth,))
     return [float(engine(self.drafter(draft=draft)).costs([row], [self.config.data.length], 32)[0]) for draft in range(self.config.model.futures)]
 
   @functools.cached_property
-  def prepared(self) -> data.Prepared:
-    """The documents of the config, on this machine; `fingerprint` tells whether they are those of the training run."""
-    return data.prepare(self.config.data, self.tokenizer)
+  def corpus(self) -> Corpus:
+    """The data of the config, on this machine; `identity` tells whether they are those of the training run."""
+    return open_corpus(self.config.data, self.tokenizer)
 
   def held_out_prompts(self, n: int, length: int) -> list[np.ndarray]:
     """The first `length` ids of the first n held-out documents that go on for as long again."""
-    split, found = self.prepared.validation, []
-    for i in range(split.documents):
-      if split.offsets[i + 1] - split.offsets[i] >= 2 * length + 2:
-        found.append(split.document(i)[:length])
-      if len(found) == n:
-        return found
+    found = []
+    for stream in (source.validation for source in self.corpus.sources):
+      for i in range(stream.documents):
+        document = stream.document(i)
+        if len(document) >= 2 * length:
+          found.append(document[:length])
+        if len(found) == n:
+          return found
     raise BadInput(f'config.data: only {len(found)} held-out documents have {2 * length} tokens or more, but {n} prompts are wanted')
 
   def row(self, prompt: str | bytes | Sequence[int]) -> np.ndarray:

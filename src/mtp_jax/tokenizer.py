@@ -9,10 +9,11 @@ That makes bits per byte exact, whatever the tokenizer. Ids are int32[n], n the 
 import dataclasses
 import functools
 import hashlib
+import io
 import os
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import sentencepiece
@@ -24,7 +25,7 @@ class Tokenizer(typing.Protocol):
   """The face of both tokenizers.
 
   size counts all ids, bos, eos and pad included; digest is the sha256 of what fixes the mapping; byte_lengths, int32[size],
-  says how many bytes each id stands for.
+  says how many bytes each id stands for; model is the file it comes from, b'' for none.
   """
   size: int
   bos: int
@@ -32,6 +33,7 @@ class Tokenizer(typing.Protocol):
   pad: int
   digest: str
   byte_lengths: np.ndarray
+  model: bytes
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """int32[n], without bos and eos."""
@@ -43,8 +45,11 @@ class Tokenizer(typing.Protocol):
     """For the eye: `decode`, with what is not UTF-8 shown as U+FFFD."""
 
 
-def load(name: str) -> Tokenizer:
+def load(name: str, where: str = 'config.data.tokenizer') -> Tokenizer:
   """'bytes', or the path of a SentencePiece model file.
+
+  Args:
+    where: the flag or field that names it, for messages.
 
   Raises:
     BadInput: the file is missing, is no SentencePiece model, or cannot give all bytes back.
@@ -55,9 +60,47 @@ def load(name: str) -> Tokenizer:
     with open(os.path.expanduser(name), 'rb') as file:
       return SentencePiece(file.read())
   except OSError as error:
-    raise BadInput(f"config.data.tokenizer={name!r}: {error.strerror}; give 'bytes' or the path of a SentencePiece model") from error
+    raise BadInput(f"{where}={name!r}: {error.strerror}; give 'bytes' or the path of a SentencePiece model") from error
   except BadInput as error:
-    raise BadInput(f'config.data.tokenizer={name!r}: {error}') from error
+    raise BadInput(f'{where}={name!r}: {error}') from error
+
+
+def train(documents: Iterable[bytes], size: int, kind: str = 'bpe') -> bytes:
+  """A SentencePiece model file, made for code as well as prose: nothing is normalised, spaces and tabs are kept and runs of spaces are pieces,
+  digits stand alone, and there are pieces for all bytes, so that `SentencePiece` gives every byte back.
+
+  Args:
+    documents: the sample. What is not UTF-8 in it counts as U+FFFD.
+    size: of the vocabulary, bos, eos and pad included.
+    kind: 'bpe' or 'unigram'.
+
+  Raises:
+    BadInput: the sample is too small for so many pieces, or size for the 256 bytes.
+  """
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=_stretches(documents), model_writer=model, model_type=kind, vocab_size=size, byte_fallback=True, split_digits=True,
+        normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=False, allow_whitespace_only_pieces=True,
+        pad_id=3, max_sentence_length=8 * _STRETCH, train_extremely_large_corpus=True, minloglevel=3)
+  except RuntimeError as error:
+    raise BadInput(f'vocabulary of {size}: {" ".join(str(error).split())}') from error
+  return model.getvalue()
+
+
+_STRETCH = 4096
+
+
+def _stretches(documents: Iterable[bytes]) -> Iterator[str]:
+  """The text, in stretches of whole lines where lines are no longer than _STRETCH characters."""
+  for document in documents:
+    text, start = document.decode('utf-8', errors='replace').replace('\0', ' '), 0
+    while start < len(text):
+      stop = start + _STRETCH
+      if stop < len(text):
+        stop = text.rfind('\n', start, stop) + 1 or stop
+      yield text[start:stop]
+      start = stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +111,7 @@ class Bytes:
   eos: int = 257
   pad: int = 258
   digest: str = hashlib.sha256(b'bytes 0..255, bos 256, eos 257, pad 258').hexdigest()
+  model: bytes = b''
 
   @functools.cached_property
   def byte_lengths(self) -> np.ndarray:
@@ -99,6 +143,7 @@ class SentencePiece:
   """
 
   def __init__(self, model: bytes):
+    self.model = model
     try:
       self._model = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_NORMALISER)
     except RuntimeError as error:
@@ -125,7 +170,8 @@ class SentencePiece:
     self.digest = hashlib.sha256(model + f'bos {self.bos}, eos {self.eos}, pad {self.pad}'.encode()).hexdigest()
 
   def encode(self, text: str | bytes) -> np.ndarray:
-    parts = _FOREIGN.split(_bytes(text).decode('utf-8', errors='surrogateescape'))
+    text = _bytes(text).decode('utf-8', errors='surrogateescape')
+    parts = [text] if text.isascii() else _FOREIGN.split(text)
     ids = []
     for i, part in enumerate(parts):
       ids += self._spell(part) if i % 2 else self._segment(part)
@@ -140,7 +186,7 @@ class SentencePiece:
   def _segment(self, part: str) -> list[int]:
     """The model's own ids, checked: should it change the text after all, the text is spelled."""
     ids = self._model.encode(part)
-    return ids if b''.join([self._strings[i] for i in ids]) == part.encode() else self._spell(part)
+    return ids if b''.join(map(self._strings.__getitem__, ids)) == part.encode() else self._spell(part)
 
   def _spell(self, part: str) -> list[int]:
     return [self._bytes_at[b] for b in part.encode('utf-8', errors='surrogateescape')]

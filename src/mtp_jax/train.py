@@ -20,8 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mtp_jax import acceptance, checkpoint, data, metrics, objective, optimizer, tokenizer
+from mtp_jax import acceptance, checkpoint, metrics, objective, optimizer, tokenizer
 from mtp_jax.config import BadInput, Config
+from mtp_jax.data.corpus import Corpus, difference, open_corpus
+from mtp_jax.data.rows import validation_batches
+from mtp_jax.data.shards import Damaged
 from mtp_jax.model import Model, conventions
 from mtp_jax.progress import Display, Interrupts, Speed, numbers
 from mtp_jax.sharding import make_mesh, out, parameter_spec, spec
@@ -190,7 +193,10 @@ def emitted(config: Config, tokens) -> np.ndarray:
 
 def put(batch, mesh):
   """This process's rows, as arrays over the whole mesh."""
-  return {name: jax.make_array_from_process_local_data(jax.NamedSharding(mesh, spec('Bt')), rows) for name, rows in batch.items()}
+  sharding = jax.NamedSharding(mesh, spec('Bt'))
+  if jax.process_count() == 1:
+    return jax.device_put(batch, sharding)  # the same in half the time
+  return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,22 +218,27 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=lambda li
 
   Raises:
     BadInput: for what the user can mend, before anything is written.
+    Damaged: a block of the data is not what was written; a checkpoint is saved first.
     NotFinite: after config.train.skipped_allowed bad steps in a row; the batches are in workdir/nonfinite.
   """
   workdir = pathlib.Path(workdir).expanduser().absolute()
-  tokens, prepared, record = _open(config, workdir, note)
+  tokens, corpus, record = _open(config, workdir, note)
   mesh = make_mesh(config.mesh)
   try:
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise BadInput(f'--workdir={workdir}: cannot be a folder ({error.strerror}); choose another') from None
-  with Interrupts() as interrupts, jax.set_mesh(mesh), contextlib.closing(_Run(config, workdir, tokens, prepared, record, mesh, note)) as run:
+  with Interrupts() as interrupts, jax.set_mesh(mesh), contextlib.closing(_Run(config, workdir, tokens, corpus, record, mesh, note)) as run:
     if record and run.evaluates(run.step):  # a run may end between a checkpoint and its validation
       run.validate()
     stopping = False
     while run.step < config.train.steps and not stopping:
       run.profile(profile_steps)
-      run.advance()
+      try:
+        run.advance()
+      except Damaged:  # the steps until here are good
+        run.save()
+        raise
       stopping = bool(interrupts.received)
       if stopping or run.step == config.train.steps or run.step % config.train.checkpoint_every == 0:
         run.save()
@@ -249,32 +260,37 @@ def _open(config: Config, workdir: pathlib.Path, note):
   if record:
     checkpoint.check_same(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record, 'tokenizer',
                           'use the same tokenizer, or another --workdir')
-  prepared = data.prepare(config.data, tokens)
-  if record:
-    checkpoint.check_same('config.data', prepared.fingerprint, record, 'fingerprint',
-                          'the documents have changed; restore them, or choose another --workdir')
-  for change in changes:
+  corpus = open_corpus(config.data, tokens)
+  differing = difference(corpus.identity, record['identity']) if record else []
+  if differing and not config.data.accept_changed:
+    raise BadInput(f'config.data: not what the checkpoint in {workdir} was trained on: {"; ".join(differing)}; restore that, choose another --workdir, '
+                   'or set config.data.accept_changed=True to go on with these data from the same place')
+  for change in (*changes, *(f'the data have changed: {what}' for what in differing)):
     note(change)
-  return tokens, prepared, record
+  return tokens, corpus, record
 
 
 class _Run:
   """A run under way: the state, its place in the data, and where it is recorded."""
 
-  def __init__(self, config: Config, workdir: pathlib.Path, tokens, prepared: data.Prepared, record: dict | None, mesh, note):
+  def __init__(self, config: Config, workdir: pathlib.Path, tokens, corpus: Corpus, record: dict | None, mesh, note):
     t = config.train
     self.config, self.workdir, self.mesh, self.validation, self.unrecorded, self.profiling = config, workdir, mesh, {}, None, False
-    rows = lambda split: data.Rows(split, config.data.length, config.model.futures, tokens.pad)
-    self.held_out = rows(prepared.validation)
-    self.batches = data.batches(rows(prepared.train), t.batch, config.data.seed, jax.process_index(), jax.process_count())
+    self.display = None
+    line = lambda text: (self.display.line if self.display else note)(text)
+    rows = corpus.rows(config.model.futures, line)
+    self.held_out = corpus.held_out(config.model.futures, line)
+    padding = lambda batch: {'padding': float((batch['segments'][:, :config.data.length] == 0).mean())}
+    self.batches = corpus.batches(rows, t.batch, jax.process_index(), jax.process_count(), place=lambda batch: (put(batch, mesh), padding(batch)))
     if record:
       self.state = restore(config, workdir, record['step'], mesh)
       self.batches.set_state(record['data'])
     else:
       self.state = jax.jit(functools.partial(init, config))(jax.random.key(t.seed))
-    self.step, self.active = record['step'] if record else 0, ()
+    self.step = self.saved = record['step'] if record else 0
+    self.active = ()
     self.record = {'config': config.to_dict(), 'conventions': conventions(config.model), 'tokenizer': tokens.digest,
-                   'fingerprint': prepared.fingerprint}
+                   'identity': corpus.identity}
     self.byte_length_V = jax.device_put(byte_lengths(config, tokens), jax.NamedSharding(mesh, jax.P()))
     self.allowed_V = emitted(config, tokens)
     self.compiled = compiled_step(config)
@@ -287,12 +303,13 @@ class _Run:
   def advance(self) -> None:
     """Starts the next step; while it runs, records the one before."""
     with self.speed.waiting():
-      batch = put(next(self.batches), self.mesh)
+      batch, data = next(self.batches)
+    data['quarantined_rows'] = self.batches.quarantined
     with self.speed.paused() if self._enters_stage() else contextlib.nullcontext():  # which compiles
       self.state, found = self.compiled(self.state, batch, self.byte_length_V, self.step / self.config.train.steps)
     self.step += 1
     self._record_last()
-    self.unrecorded = self.step, found, batch, self.flops
+    self.unrecorded = self.step, found, batch, self.flops, data
 
   def _enters_stage(self) -> bool:
     """Whether the next step computes other futures than the last one; notes its FLOPs."""
@@ -309,7 +326,7 @@ class _Run:
   def _record_last(self) -> None:
     if self.unrecorded is None:
       return
-    (step, found, batch, flops), self.unrecorded = self.unrecorded, None
+    (step, found, batch, flops, data), self.unrecorded = self.unrecorded, None
     self.speed.flops += flops
     t, found = self.config.train, jax.tree.map(lambda x: x.tolist(), jax.device_get(found))
     bad = found['skipped_in_a_row']
@@ -317,7 +334,7 @@ class _Run:
       evidence = _keep_evidence(self.workdir, step, batch, found)
       self.display.line(f'step {step} skipped: loss {found["loss"]}, gradient norm {found["gradient_norm"]}; evidence in {evidence}')
     if bad or step % t.log_every == 0 or step == t.steps:
-      found |= self.speed.since_last(step, t.steps)
+      found |= self.speed.since_last(step, t.steps) | data
       self.log.write(step, 'train', found)
       self.display.record(step, found)
     else:
@@ -345,7 +362,7 @@ class _Run:
     self._record_last()
     n = self.config.train.evaluate_rows
     with self.speed.paused():
-      batches = data.validation_batches(self.held_out, n, n, jax.process_index(), jax.process_count())
+      batches = validation_batches(self.held_out, n, n, jax.process_index(), jax.process_count())
       found = self.validation = evaluate(self.config, self.state.model, batches, self.byte_length_V, self.allowed_V, self.mesh)
     self.log.write(self.step, 'validation', found)
     self.display.line(f'step {self.step} validation: {found["bits_per_byte"]:.4f} bits per byte, '
@@ -353,8 +370,11 @@ class _Run:
                       + (f', acceptance {numbers(found["acceptance_greedy"])}' if found['acceptance_greedy'] else ''))
 
   def save(self) -> None:
-    """Starts to write a checkpoint of this step."""
+    """Starts to write a checkpoint of this step, unless it has one."""
     self._record_last()
+    if self.step == self.saved:
+      return
+    self.saved = self.step
     with self.speed.paused():
       s = self.state
       rest = {'step': s.step, 'skipped': s.skipped, 'skipped_in_a_row': s.skipped_in_a_row, 'optax': s.optimizer}

@@ -1,0 +1,420 @@
+"""Files to documents: text files, JSON lines and Parquet, compressed or not, on this machine or wherever fsspec reaches.
+
+A document is bytes with a name, 'folder/file' or 'folder/file@place', place being the byte where its line begins, or its row. The
+name, hence the split that hangs from it, does not depend on where a corpus lies. Files are ordered by a hash of their names, so that any
+run of them is a fair sample.
+
+What can be wrong with a record:
+
+    broken_json, missing_field, empty, too_long      it is skipped
+    invalid_utf8, lone_surrogate, nul                it is skipped, or kept as it is where its kind is to be kept
+"""
+import contextlib
+import dataclasses
+import functools
+import glob
+import gzip
+import hashlib
+import io
+import json
+import os
+import pathlib
+import re
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+
+import fsspec
+
+from mtp_jax.config import BadInput, nearest
+
+SKIPPED = ('broken_json', 'missing_field', 'empty', 'too_long')
+CHOICE = ('invalid_utf8', 'lone_surrogate', 'nul')
+FORMATS = ('auto', 'text', 'jsonl', 'parquet')
+_JSONL = re.compile(r'\.(jsonl|ndjson|json(?=\.(gz|zst)$))(\.gz|\.zst)?$', re.IGNORECASE)
+_COMPRESSED = {'.gz': 'gzip', '.zst': 'zstd'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How files are read; part of what fixes a prepared set.
+
+  format: 'auto' goes by the end of the name; field: of a JSON object, or the column of a Parquet file, that holds the text.
+  """
+  format: str = 'auto'
+  field: str = 'text'
+  keep: tuple[str, ...] = ()
+  max_document_bytes: int = 64 * 2**20
+
+  def __post_init__(self):
+    if self.format not in FORMATS:
+      raise BadInput(f'--format={self.format}: {nearest(self.format, FORMATS)}')
+    for kind in self.keep:
+      if kind not in CHOICE:
+        raise BadInput(f'--keep={kind}: ' + (f'such a record has no text to keep; {nearest(kind, CHOICE)}' if kind in SKIPPED else nearest(kind, CHOICE)))
+    if self.max_document_bytes < 1:
+      raise BadInput(f'--max_document_bytes={self.max_document_bytes}: must be at least 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  """One input. modified: when, as far as the file system tells; it decides only whether interrupted work may go on."""
+  name: str
+  url: str
+  bytes: int
+  modified: str = ''
+
+  def kind(self, format: str) -> str:
+    if format != 'auto':
+      return format
+    return 'jsonl' if _JSONL.search(self.name) else 'parquet' if self.name.lower().endswith('.parquet') else 'text'
+
+  @property
+  def compression(self) -> str | None:
+    return _COMPRESSED.get(os.path.splitext(self.name)[1].lower())
+
+  @functools.cached_property
+  def hash(self) -> int:
+    return name_hash(self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """What is read in one go: a file, or the lines of a plain JSON-lines file that begin in [start, stop)."""
+  file: File
+  start: int = 0
+  stop: int = -1  # -1: to the end
+
+  @property
+  def bytes(self) -> int:
+    return (self.file.bytes if self.stop < 0 else self.stop) - self.start
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  name: str
+  text: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+  """What is wrong with a record. line: of the file, or of the piece while it is read, from 1; the row of a Parquet file; 0 for a text file."""
+  kind: str
+  file: str
+  line: int
+  kept: bool
+
+
+def name_hash(name: str) -> int:
+  """Uniform in [0, 2**64): the first 8 bytes of the sha256 of a name."""
+  return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], 'big')
+
+
+def files(given: Iterable[str], where: str) -> list[File]:
+  """The files of paths, directories and globs, in the order of their names' hashes.
+
+  Directories are walked all the way down, without what begins with a dot. A file is named by its path from the directory given, or from
+  the part of a glob before its first wildcard, that folder's own name first. A file reached twice is one; another file of the same name
+  gets a '~'.
+
+  Args:
+    given: () is the Python files of the running interpreter's standard library.
+    where: the flag or field that gave them, for messages.
+
+  Raises:
+    BadInput: nothing is found, or it cannot be listed.
+  """
+  found, names = {}, set()
+  for name, url, size, modified in _library() if not given else (entry for path in given for entry in _given(path, where)):
+    if url not in found:
+      while name in names:
+        name += '~'
+      names.add(name)
+      found[url] = File(name, url, size, modified)
+  return sorted(found.values(), key=lambda file: (file.hash, file.name))
+
+
+def _library() -> Iterator[tuple]:
+  root = sysconfig.get_path('stdlib')
+  for path in _below(root, lambda folder: folder in ('site-packages', 'dist-packages'), 'the standard library'):
+    if path.endswith('.py'):
+      yield (_name(path, root), path, *_size(path))
+
+
+def _given(given: str, where: str) -> Iterator[tuple]:
+  if '://' in given:
+    found = _remote(given, where)
+  else:
+    root = os.path.realpath(os.path.expanduser(given))
+    hidden = lambda name: name.startswith('.')
+    if os.path.isdir(root):
+      paths = [path for path in _below(root, hidden, where) if not hidden(os.path.basename(path))]
+    elif os.path.isfile(root):
+      paths = [root]
+    else:  # a file may have wildcards in its name, so the name itself comes first
+      pattern = os.path.expanduser(given)
+      fixed = _before_wildcards(pattern) or '.'
+      root = os.path.realpath(fixed)
+      paths = [os.path.join(root, os.path.relpath(path, fixed)) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+    found = [(_name(path, os.path.dirname(root)), os.path.realpath(path), *_size(path)) for path in paths]
+  if not found:
+    raise BadInput(f'{where}: {given!r} holds no file; give text files, JSON lines, Parquet, or directories or globs of them')
+  yield from found
+
+
+def _before_wildcards(pattern: str) -> str:
+  """The folders in front of the first wildcard."""
+  plain = re.split(r'[*?\[]', pattern, maxsplit=1)[0]
+  return plain.rpartition('/')[0]
+
+
+def _remote(url: str, where: str) -> list[tuple]:
+  fs, path = filesystem(url, where)
+  try:
+    magic = re.search(r'[*?\[]', path)
+    entries = fs.glob(path, detail=True) if magic else fs.find(path, detail=True)
+  except OSError as error:
+    raise BadInput(f'{where}: cannot list {url!r} ({error}); mend the address or the credentials') from error
+  root = (_before_wildcards(path) if magic else path).rstrip('/')
+  above = root.rpartition('/')[0]
+  found = []
+  for path, info in sorted(entries.items()):
+    inner = path[len(above):].lstrip('/')
+    if info['type'] == 'file' and not any(part.startswith('.') for part in inner.split('/')[1:]):
+      found.append((inner, fs.unstrip_protocol(path), info['size'], str(info.get('mtime') or info.get('etag') or info.get('created') or '')))
+  return found
+
+
+def filesystem(url: str, where: str):
+  """(fsspec file system, path in it).
+
+  Raises:
+    BadInput: fsspec does not know the protocol, or lacks the package for it.
+  """
+  try:
+    return fsspec.core.url_to_fs(url)
+  except (ValueError, ImportError) as error:
+    raise BadInput(f'{where}: {url!r}: {" ".join(str(error).split())}') from error
+
+
+def _below(root: str, skipped: Callable, where: str) -> Iterator[str]:
+  """Regular files, sorted, without going into the skipped folders."""
+  def refuse(error):
+    raise _unreadable(error, where)
+  for folder, folders, names in os.walk(root, onerror=refuse):
+    folders[:] = sorted(f for f in folders if not skipped(f))
+    yield from (path for path in (os.path.join(folder, name) for name in sorted(names)) if os.path.isfile(path))
+
+
+def _size(path: str) -> tuple[int, str]:
+  stat = os.stat(path)
+  return stat.st_size, str(stat.st_mtime_ns)
+
+
+def _name(path: str, root: str) -> str:
+  """Relative, with '/', and valid UTF-8 whatever the file system holds."""
+  return os.fsencode(pathlib.Path(path).relative_to(root).as_posix()).decode('utf-8', errors='backslashreplace')
+
+
+def _unreadable(error: OSError, where: str) -> BadInput:
+  return BadInput(f'{where}: cannot read {error.filename!r} ({error.strerror or error}); make it readable or leave it out')
+
+
+def digest(file: File, where: str) -> str:
+  """The sha256 of a file's bytes."""
+  with _opened(file, where) as opened:
+    return hashlib.file_digest(opened, 'sha256').hexdigest()
+
+
+@contextlib.contextmanager
+def _opened(file: File, where: str):
+  try:
+    if '://' in file.url:
+      fs, path = filesystem(file.url, where)
+      opened = fs.open(path, 'rb')
+    else:
+      opened = open(file.url, 'rb')
+  except OSError as error:
+    raise BadInput(f'{where}: cannot read {file.url!r} ({error.strerror or error}); make it readable or leave it out') from error
+  with opened:
+    yield opened
+
+
+class _Hashed:
+  """A file read from front to back, its bytes hashed on the way."""
+
+  def __init__(self, file):
+    self._file, self.sha256, self.closed = file, hashlib.sha256(), False
+
+  def read(self, size: int = -1) -> bytes:
+    data = self._file.read(size)
+    self.sha256.update(data)
+    return data
+
+  def readline(self, size: int = -1) -> bytes:
+    data = self._file.readline(size)
+    self.sha256.update(data)
+    return data
+
+
+class Reader:
+  """The documents of one piece, in order. After the last one: `sha256` of the bytes read, `lines` of them.
+
+  Iterating yields `Document` and `Fault`; a record that is kept in spite of its fault gives both, the fault first. Holds one record,
+  or one batch of a Parquet file, at a time.
+
+  Raises:
+    BadInput: the file cannot be read or is damaged, or its package is missing; naming the file and the place.
+  """
+
+  def __init__(self, piece: Piece, reading: Reading, where: str):
+    self._piece, self._reading, self._where, self.sha256, self.lines = piece, reading, where, '', 0
+
+  def __iter__(self) -> Iterator[Document | Fault]:
+    file = self._piece.file
+    read = {'text': self._text, 'jsonl': self._jsonl, 'parquet': self._parquet}[file.kind(self._reading.format)]
+    try:
+      with _opened(file, self._where) as opened:
+        yield from read(opened)
+    except (EOFError, OSError, zlib.error) as error:
+      raise BadInput(f'{self._where}: {file.url!r} is damaged or cut off after line {self.lines} ({" ".join(str(error).split())}); '
+                     'fetch it again or leave it out') from error
+
+  def _plain(self, hashed: _Hashed):
+    """The file without its compression."""
+    compression = self._piece.file.compression
+    if compression == 'gzip':
+      return gzip.GzipFile(fileobj=hashed)
+    if compression == 'zstd':
+      pyarrow = self._needs('pyarrow')
+      return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(hashed, 'r'), 'zstd'), 2**20)
+    return hashed
+
+  def _needs(self, package: str):
+    try:
+      return __import__(package)
+    except ImportError as error:
+      raise BadInput(f"{self._where}: {self._piece.file.name!r} needs {package}; pip install -e '.[data]'") from error
+
+  def _text(self, opened) -> Iterator[Document | Fault]:
+    hashed, limit = _Hashed(opened), self._reading.max_document_bytes
+    text = self._plain(hashed).read(limit + 1)
+    yield from self._judged(self._piece.file.name, 0, text, _utf8_fault(text) if len(text) <= limit else 'too_long')
+    while hashed.read(2**20):
+      pass
+    self.sha256 = hashed.sha256.hexdigest()
+
+  def _jsonl(self, opened) -> Iterator[Document | Fault]:
+    piece, limit = self._piece, 2 * self._reading.max_document_bytes
+    if piece.start:  # the line that contains the byte before `start` belongs to the piece before
+      opened.seek(piece.start - 1)
+    place = piece.start - 1 + _skip_line(opened) if piece.start else 0
+    hashed = _Hashed(opened)
+    for line, size in _lines(self._plain(hashed), limit) if piece.stop < 0 or place < piece.stop else ():
+      self.lines += 1
+      name = f'{piece.file.name}@{place}'
+      if size > limit:
+        yield Fault('too_long', piece.file.name, self.lines, False)
+      elif line.strip():
+        yield from self._record(name, line)
+      place += size
+      if 0 <= piece.stop <= place:
+        break
+    while piece.stop < 0 and hashed.read(2**20):  # what a compressed stream left unread
+      pass
+    self.sha256 = hashed.sha256.hexdigest()
+
+  def _record(self, name: str, line: bytes) -> Iterator[Document | Fault]:
+    fault = None
+    try:
+      string = line.decode('utf-8')
+    except UnicodeDecodeError:
+      string, fault = line.decode('utf-8', errors='surrogateescape'), 'invalid_utf8'
+    try:
+      record = json.loads(string.removeprefix('\ufeff'))
+    except (ValueError, RecursionError):
+      yield Fault('broken_json', self._piece.file.name, self.lines, False)
+      return
+    text = record.get(self._reading.field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+      yield Fault('missing_field', self._piece.file.name, self.lines, False)
+      return
+    try:
+      content = text.encode('utf-8')
+    except UnicodeEncodeError:
+      fault = fault or 'lone_surrogate'
+      try:
+        content = text.encode('utf-8', errors='surrogateescape' if fault == 'invalid_utf8' else 'surrogatepass')
+      except UnicodeEncodeError:
+        content = text.encode('utf-8', errors='surrogatepass')
+    yield from self._judged(name, self.lines, content, fault)
+
+  def _parquet(self, opened) -> Iterator[Document | Fault]:
+    self._needs('pyarrow')
+    import pyarrow
+    from pyarrow import parquet
+    file, column = self._piece.file, self._reading.field
+    self.sha256 = hashlib.file_digest(opened, 'sha256').hexdigest()
+    opened.seek(0)
+    try:
+      table = parquet.ParquetFile(opened)
+      if column not in table.schema_arrow.names:
+        raise BadInput(f'--field={column}: {file.url!r} has no such column; {nearest(column, table.schema_arrow.names)}')
+      kind = table.schema_arrow.field(column).type
+      text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+      if not (text or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
+        raise BadInput(f'--field={column}: that column of {file.url!r} holds {kind}, not text')
+      for batch in table.iter_batches(batch_size=1024, columns=[column]):
+        values = batch.column(0)
+        for value in (values.cast(pyarrow.large_binary()) if text else values).to_pylist():
+          self.lines += 1
+          if value is None:
+            yield Fault('missing_field', file.name, self.lines, False)
+          else:
+            yield from self._judged(f'{file.name}@{self.lines - 1}', self.lines, value, _utf8_fault(value))
+    except pyarrow.ArrowException as error:
+      raise OSError(error) from error
+
+  def _judged(self, name: str, line: int, text: bytes, fault: str | None) -> Iterator[Document | Fault]:
+    """The document, or what keeps it out, or both."""
+    if not text:
+      fault = 'empty'
+    elif len(text) > self._reading.max_document_bytes:
+      fault = 'too_long'
+    elif fault is None and b'\0' in text:
+      fault = 'nul'
+    kept = fault in self._reading.keep
+    if fault:
+      yield Fault(fault, self._piece.file.name, line, kept)
+    if kept or not fault:
+      yield Document(name, text)
+
+
+def _utf8_fault(text: bytes) -> str | None:
+  try:
+    text.decode('utf-8')
+  except UnicodeDecodeError:
+    try:
+      text.decode('utf-8', errors='surrogatepass')
+      return 'lone_surrogate'
+    except UnicodeDecodeError:
+      return 'invalid_utf8'
+
+
+def _lines(file, limit: int) -> Iterator[tuple[bytes, int]]:
+  """(line, its size with the line end); of a line above `limit` bytes only the size, and never more than `limit` in memory."""
+  while line := file.readline(limit + 1):
+    size = len(line)
+    if size > limit and not line.endswith(b'\n'):
+      size += _skip_line(file)
+    yield (line if size <= limit else b''), size
+
+
+def _skip_line(file) -> int:
+  """Bytes up to the end of the line."""
+  size = 0
+  while part := file.readline(2**20):
+    size += len(part)
+    if part.endswith(b'\n'):
+      break
+  return size

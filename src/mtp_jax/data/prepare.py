@@ -1,0 +1,376 @@
+"""Inputs to a prepared set: read once, tokenized in parallel processes, the same bytes however it went.
+
+The inputs, in order, are cut into parts of about `shard_bytes`; where depends on names and sizes alone. A part becomes a shard of each split, so
+that neither the number of workers nor an interruption shows in the result:
+
+    plan.json            inputs and options; there until the set is complete
+    parts/00007.json     what part 7 found, written when its shards are there; a part that has one is not done again
+    train-00007.array_record, validation-00007.array_record
+    tokenizer.model      of SentencePiece
+    bad_records.jsonl    every fault: its kind, file, line, and whether the record was kept
+    index.json           written last: the set is complete
+
+The split: a document is held out iff hash(name) < validation_share. It stands or falls alone: adding files moves no other one across.
+"""
+import concurrent.futures
+import concurrent.futures.process
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+
+from mtp_jax.config import BadInput
+from mtp_jax.data.inputs import Document, Fault, File, Piece, Reader, Reading, digest, files, name_hash
+from mtp_jax.data.shards import FORMAT, INDEX, Folder, Prepared, ShardWriter, open_set, write_index
+from mtp_jax.progress import Meter
+from mtp_jax.tokenizer import Tokenizer
+
+PLAN, PARTS, BAD, MODEL = 'plan.json', 'parts', 'bad_records.jsonl', 'tokenizer.model'
+ENOUGH = 1000  # records after which too large a share of bad ones ends the work early
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """reading, validation_share and shard_bytes fix the set. shard_bytes: of input in a part; 0 is a 64th of all, within 4 and 256 MiB.
+  bad_share: of the records that may be skipped."""
+  reading: Reading = Reading()
+  validation_share: float = 0.01
+  shard_bytes: int = 0
+  bad_share: float = 1.0
+
+  def __post_init__(self):
+    if not 0 < self.validation_share < 1:
+      raise BadInput(f'--validation_share={self.validation_share}: must lie between 0 and 1')
+    if not 0 <= self.bad_share <= 1:
+      raise BadInput(f'--bad_share={self.bad_share}: must lie between 0 and 1')
+    if self.shard_bytes < 0:
+      raise BadInput(f'--shard_bytes={self.shard_bytes}: must not be negative; 0 chooses by the size of the inputs')
+
+
+def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, workers: int, where: str,
+            note=lambda line: print(line, file=sys.stderr, flush=True), cache: str = '') -> Prepared:
+  """Prepares a set, goes on where an interrupted one stopped, or finds it complete.
+
+  Args:
+    inputs: as `files` finds them.
+    output: a folder that is empty, or holds this very set, or a part of it.
+    workers: processes; 0 works in this one.
+    where: the flag or field that names the inputs.
+    cache: for reading a set that does not lie on this machine.
+
+  Raises:
+    BadInput: an input is damaged or missing, too many records are bad, a split is empty, or the folder holds something else.
+  """
+  folder = Folder(output, '--output')
+  size = sum(file.bytes for file in inputs)
+  options = dataclasses.replace(options, shard_bytes=options.shard_bytes or min(max(size // 64, 4 * 2**20), 256 * 2**20))
+  bar = _bar(inputs, options, where)
+  with _alone(folder, note):
+    work = _Work(folder, tokenizer, options, bar, _parts(inputs, options), where)
+    if not _begin(folder, work, inputs):
+      try:
+        _run(work, size, workers, note)
+        _finish(work, inputs)
+      except OSError as error:
+        raise OSError(f'--output={folder.url}: cannot write there ({error}); mend that and run the same command, it goes on where it stopped') from error
+    return open_set(folder, cache)
+
+
+def prepare_once(given: tuple[str, ...], tokenizer: Tokenizer, validation_share: float, cache: str, where: str) -> Prepared:
+  """A set for text files of moderate size, in a folder of `cache` named by their content; every record that holds text is kept.
+
+  Raises:
+    BadInput: as `prepare`.
+  """
+  inputs = files(given, where)
+  options = Options(Reading(keep=('invalid_utf8', 'lone_surrogate', 'nul')), validation_share)
+  identity = [FORMAT, tokenizer.digest, validation_share, [(file.name, file.bytes, digest(file, where)) for file in inputs]]
+  directory = pathlib.Path(cache).expanduser() / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+  large = sum(file.bytes for file in inputs) > 256 * 2**20
+  try:
+    return prepare([dataclasses.replace(file, modified='') for file in inputs], tokenizer, options, directory,
+                   (os.cpu_count() or 1) if large else 0, where, cache=cache)
+  except OSError as error:
+    raise BadInput(f'config.data.cache={cache!r}: cannot write there ({error}); give a folder with space') from error
+
+
+def sample(inputs: list[File], reading: Reading, size: int, where: str) -> Iterator[Document]:
+  """Documents from all over the inputs, about `size` bytes in all: whole files, and of plain JSON lines stretches of 1 MiB, in the order
+  of their hashes."""
+  pieces = [piece for part in _parts(inputs, Options(reading, shard_bytes=2**20)) for piece in part]
+  for piece in sorted(pieces, key=lambda piece: name_hash(f'{piece.file.name}@{piece.start}')):
+    for found in Reader(piece, reading, where):
+      if isinstance(found, Document):
+        yield found
+        size -= len(found.text)
+        if size <= 0:
+          return
+
+
+def _bar(inputs: list[File], options: Options, where: str) -> int:
+  """Documents whose name hashes below it are held out. Of text files, which are a document each, at least one is, and one is not."""
+  bar, reading = int(options.validation_share * 2**64), options.reading
+  if all(file.kind(reading.format) == 'text' for file in inputs):
+    hashes = [file.hash for file in inputs if file.bytes]
+    if len(hashes) < 2:
+      raise BadInput(f'{where}: {len(hashes)} documents, and one must be held out; give two files that are not empty, or a directory of them')
+    bar = min(max(bar, min(hashes) + 1), max(hashes))
+  return bar
+
+
+def _parts(inputs: list[File], options: Options) -> list[list[Piece]]:
+  limit = options.shard_bytes
+  parts, size = [], limit
+  for file in inputs:
+    plain_lines = file.kind(options.reading.format) == 'jsonl' and not file.compression
+    cuts = [*range(0, file.bytes, limit)] if plain_lines and file.bytes > limit else [0]
+    for start, stop in zip(cuts, [*cuts[1:], -1]):
+      if size >= limit:
+        parts.append([])
+        size = 0
+      parts[-1].append(Piece(file, start, stop))
+      size += parts[-1][-1].bytes
+  return parts
+
+
+@contextlib.contextmanager
+def _alone(folder: Folder, note):
+  """Holds a folder of this machine for one process at a time; the system lets go of it however that process ends."""
+  if not folder.here:
+    yield
+    return
+  try:
+    os.makedirs(folder.url, exist_ok=True)
+    descriptor = os.open(folder.url, os.O_RDONLY)
+  except OSError as error:
+    raise BadInput(f'--output={folder.url}: cannot be a folder ({error.strerror}); choose another') from error
+  try:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      note(f'another process prepares {folder.url}; waiting for it')
+      fcntl.flock(descriptor, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(descriptor)
+
+
+class _Work:
+  """What a worker knows: where to write, and what to read."""
+
+  def __init__(self, folder: Folder, tokenizer: Tokenizer, options: Options, bar: int, parts: list[list[Piece]], where: str):
+    self.folder, self.tokenizer, self.options, self.bar, self.parts, self.where = folder, tokenizer, options, bar, parts, where
+    self.dtype = '<u2' if tokenizer.size < 2**16 else '<u4'
+    self.identity = {'format': FORMAT, 'tokenizer': tokenizer.digest, 'validation_share': options.validation_share, 'shard_bytes': options.shard_bytes,
+                     'reading': dataclasses.asdict(options.reading) | {'keep': sorted(options.reading.keep)}}
+
+  def report(self, number: int) -> str:
+    return f'{PARTS}/{number:05}.json'
+
+  def done(self, number: int) -> dict:
+    return json.loads(self.folder.read(self.report(number)))
+
+  def tokenize(self, number: int, count) -> tuple[int, int]:
+    """Writes the shards of a part, then its report. count: called with bytes, documents and tokens. Returns (records, skipped)."""
+    t, faults, pieces, entries, documents = self.tokenizer, [], [], {}, 0
+    with contextlib.ExitStack() as files:
+      writers = {}
+      for piece in self.parts[number]:
+        reader, unread = Reader(piece, self.options.reading, self.where), piece.bytes
+        for found in reader:
+          if isinstance(found, Fault):
+            faults.append(dataclasses.asdict(found))
+            continue
+          split = 'validation' if name_hash(found.name) < self.bar else 'train'
+          if split not in writers:
+            writers[split] = ShardWriter(files.enter_context(self.folder.aside(_shard(split, number))), self.dtype)
+          ids = np.concatenate(([t.bos], t.encode(found.text), [t.eos])).astype(self.dtype)
+          writers[split].add(ids, len(found.text))
+          read = min(len(found.text), unread)
+          unread, documents = unread - read, documents + 1
+          count(read, 1, len(ids))
+        count(unread, 0, 0)
+        pieces.append({'file': piece.file.name, 'sha256': reader.sha256, 'lines': reader.lines})
+      for split, writer in writers.items():
+        entries[split] = {'file': _shard(split, number), **writer.close()}
+    skipped = sum(not fault['kept'] for fault in faults)
+    report = {'records': documents + skipped, 'skipped': skipped, 'pieces': pieces, 'splits': entries, 'faults': faults}
+    self.folder.write(self.report(number), json.dumps(report).encode())
+    return report['records'], skipped
+
+
+def _shard(split: str, number: int) -> str:
+  return f'{split}-{number:05}.array_record'
+
+
+def _begin(folder: Folder, work: _Work, inputs: list[File]) -> bool:
+  """Whether the set is complete; else there is a plan now, this one.
+
+  Raises:
+    BadInput: the folder holds another set, or files that are none.
+  """
+  plan = {**work.identity, 'inputs': [[file.name, file.bytes, file.modified] for file in inputs]}
+  names = folder.sizes()
+  if INDEX in names:
+    index = open_set(folder, '').index
+    _same(plan | {'inputs': [row[:2] for row in plan['inputs']]},
+          {**index['identity'], 'inputs': [[file['name'], file['bytes']] for file in index['inputs']]}, folder, 'a set')
+    folder.remove(PLAN, PARTS, *(name for name in names if name.startswith('.unfinished-')))
+    return True
+  if PLAN in names:
+    _same(plan, json.loads(folder.read(PLAN)), folder, 'unfinished work')
+    folder.remove(*(name for name in names if name.startswith('.unfinished-')))
+  elif names:
+    raise BadInput(f'--output={folder.url}: holds files that are no prepared set, such as {min(names)}; choose an empty folder')
+  else:
+    folder.write(PLAN, json.dumps(plan).encode())
+  return False
+
+
+def _same(mine: dict, theirs: dict, folder: Folder, what: str) -> None:
+  changed = [key for key in mine if mine[key] != theirs.get(key)]
+  if changed == ['inputs']:
+    there, here = ({row[0]: row[1:] for row in plan['inputs']} for plan in (theirs, mine))
+    names = sorted(there.keys() ^ here.keys()) or [name for name in here if here[name] != there[name]]
+    changed = [f'the inputs, such as {names[0]}']
+  if changed:
+    raise BadInput(f'--output={folder.url}: holds {what} that differs in {", ".join(changed)}; choose another folder or delete that one')
+
+
+def _run(work: _Work, size: int, workers: int, note) -> None:
+  """Tokenizes every part that has no report yet."""
+  names = Folder(f'{work.folder.url}/{PARTS}', '--output').sizes()
+  records = skipped = ready = 0
+  todo = []
+  for number, part in enumerate(work.parts):
+    if f'{number:05}.json' in names:
+      report = work.done(number)
+      records, skipped, ready = records + report['records'], skipped + report['skipped'], ready + sum(piece.bytes for piece in part)
+    else:
+      todo.append(number)
+  if ready:
+    note(f'{len(work.parts) - len(todo)} of {len(work.parts)} parts are done already')
+  with Meter(size, ready, note) as meter:
+    for part_records, part_skipped in _tokenized(work, todo, min(workers, len(todo)), meter):
+      records, skipped = records + part_records, skipped + part_skipped
+      if records >= ENOUGH:
+        _check_bad(work, records, skipped)
+  _check_bad(work, records, skipped)
+
+
+def _tokenized(work: _Work, todo: list[int], workers: int, meter: Meter):
+  if workers < 2:
+    for number in todo:
+      yield work.tokenize(number, meter.add)
+    return
+  spawn = multiprocessing.get_context('spawn')  # a fork of a process with threads, which JAX and Grain have, may hang
+  counts = spawn.Array('q', 4)  # bytes, documents, tokens; the last one tells workers to stop
+  with concurrent.futures.ProcessPoolExecutor(workers, spawn, _enter, (work, counts)) as pool:
+    pending = {pool.submit(_part, number) for number in todo}
+    try:
+      while pending:
+        done, pending = concurrent.futures.wait(pending, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
+        meter.show(*counts[:3])
+        yield from (future.result() for future in done)
+    except concurrent.futures.process.BrokenProcessPool as error:
+      raise OSError('a worker process was killed, perhaps for want of memory: use fewer --workers') from error
+    finally:
+      counts[3] = 1
+      pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _enter(work: _Work, counts) -> None:
+  """Makes this process a worker, which ends when its parent does, however that ends; Ctrl-C is the parent's business."""
+  global _mine
+  _mine = work, counts
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  parent = multiprocessing.parent_process()
+
+  def follow():
+    parent.join()
+    os._exit(1)
+  threading.Thread(target=follow, daemon=True).start()
+
+
+def _part(number: int) -> tuple[int, int]:
+  work, counts = _mine
+
+  def count(*numbers):
+    with counts.get_lock():
+      if counts[3]:
+        raise RuntimeError('stopped')
+      for i, n in enumerate(numbers):
+        counts[i] += n
+  return work.tokenize(number, count)
+
+
+def _check_bad(work: _Work, records: int, skipped: int) -> None:
+  if skipped > work.options.bad_share * records:
+    path = _write_faults(work)
+    kinds, first = _fault_counts(work)
+    raise BadInput(f'{work.where}: {skipped:,} of {records:,} records are bad ({", ".join(f"{n:,} {kind}" for kind, n in kinds.items())}), more than '
+                   f'--bad_share={work.options.bad_share}; the first is {first}; all are listed in {path}; mend them, or allow more and run again')
+
+
+def _faults(work: _Work):
+  """Of all parts that are done, in order, with lines counted from the beginning of each file."""
+  before, known = {}, Folder(f'{work.folder.url}/{PARTS}', '--output').sizes()
+  for number in range(len(work.parts)):
+    if f'{number:05}.json' not in known:
+      continue
+    report = work.done(number)
+    for fault in report['faults']:
+      yield fault | {'line': fault['line'] + (before.get(fault['file'], 0) if fault['line'] else 0)}
+    for piece in report['pieces']:
+      before[piece['file']] = before.get(piece['file'], 0) + piece['lines']
+
+
+def _write_faults(work: _Work) -> str:
+  work.folder.write(BAD, ''.join(json.dumps(fault) + '\n' for fault in _faults(work)).encode())
+  return f'{work.folder.url}/{BAD}'
+
+
+def _fault_counts(work: _Work) -> tuple[dict[str, int], str]:
+  kinds, first = {}, ''
+  for fault in _faults(work):
+    if not fault['kept']:
+      kinds[fault['kind']] = kinds.get(fault['kind'], 0) + 1
+      first = first or f'{fault["kind"]} in {fault["file"]}' + (f', line {fault["line"]}' if fault['line'] else '')
+  return kinds, first
+
+
+def _finish(work: _Work, inputs: list[File]) -> None:
+  splits, digests, bad, records = {'train': [], 'validation': []}, {file.name: [] for file in inputs}, {}, 0
+  for number in range(len(work.parts)):
+    report = work.done(number)
+    records += report['records']
+    for split, entry in report['splits'].items():
+      splits[split].append(entry)
+    for piece in report['pieces']:
+      digests[piece['file']].append(piece['sha256'])
+    for fault in report['faults']:
+      counts = bad.setdefault(fault['kind'], {'skipped': 0, 'kept': 0})
+      counts['kept' if fault['kept'] else 'skipped'] += 1
+  for split, entries in splits.items():
+    if not entries:
+      raise BadInput(f'{work.where}: of {records:,} records none went to the {split} split; '
+                     f'give more, or another --validation_share than {work.options.validation_share}')
+  _write_faults(work)
+  if work.tokenizer.model:
+    work.folder.write(MODEL, work.tokenizer.model)
+  listed = [{'name': file.name, 'bytes': file.bytes, 'sha256': digests[file.name]} for file in inputs]
+  write_index(work.folder, {
+      'format': FORMAT, 'fingerprint': hashlib.sha256(json.dumps([work.identity, listed]).encode()).hexdigest(), 'identity': work.identity,
+      'dtype': work.dtype, 'tokenizer': MODEL if work.tokenizer.model else 'bytes', 'records': records, 'bad': bad, 'splits': splits,
+      'inputs': listed})
+  work.folder.remove(PLAN, PARTS)

@@ -1,0 +1,261 @@
+"""Which files are found, which documents they hold, what is wrong with the others."""
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import sysconfig
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from mtp_jax.config import BadInput
+from mtp_jax.data.inputs import Document, Fault, File, Piece, Reader, Reading, digest, files, name_hash
+
+
+def tree(folder, *names):
+  for name in names:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('' if 'empty' in name else name)
+
+
+def names(given) -> list[str]:
+  return sorted(file.name for file in files(given, '--input'))
+
+
+def test_files_and_directories_are_found_once_and_hidden_ones_are_not(tmp_path, monkeypatch):
+  tree(tmp_path, 'a/one.txt', 'a/deep/two.bin', 'a/.hidden', 'a/.git/config', 'a/empty.txt', 'b/a/one.txt', 'single.txt', '.given/x.txt')
+  os.mkfifo(tmp_path / 'a/pipe')
+  os.symlink(tmp_path / 'nowhere', tmp_path / 'a/broken')
+  os.symlink(tmp_path / 'single.txt', tmp_path / 'a/link.txt')
+  monkeypatch.setenv('HOME', str(tmp_path))
+  given = ('~/a', str(tmp_path / 'a/one.txt'), str(tmp_path / 'single.txt'), '~/b/a', '~/.given')
+  assert names(given) == ['.given/x.txt', 'a/deep/two.bin', 'a/empty.txt', 'a/link.txt', 'a/one.txt', 'a/one.txt~']
+  found = {file.name: file for file in files(given, '')}
+  assert found['a/link.txt'].bytes == len('single.txt') and found['a/one.txt~'].bytes == len('b/a/one.txt')
+
+
+def test_globs_name_files_from_the_folder_before_the_first_wildcard(tmp_path):
+  tree(tmp_path, 'c/x/1.jsonl', 'c/x/2.jsonl', 'c/x/3.txt', 'c/y/1.jsonl', 'c/odd[1].txt')
+  assert names((f'{tmp_path}/c/x/*.jsonl',)) == ['x/1.jsonl', 'x/2.jsonl']
+  assert names((f'{tmp_path}/c/*/1.jsonl',)) == ['c/x/1.jsonl', 'c/y/1.jsonl']
+  assert names((f'{tmp_path}/c/**/*.jsonl',)) == ['c/x/1.jsonl', 'c/x/2.jsonl', 'c/y/1.jsonl']
+  assert names((f'{tmp_path}/c/odd[1].txt',)) == ['odd[1].txt']
+
+
+def test_files_come_in_the_order_of_their_names_hashes(tmp_path):
+  tree(tmp_path, *[f'c/{i}.txt' for i in range(50)])
+  found = [file.name for file in files((str(tmp_path / 'c'),), '')]
+  assert found == sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest()) and len(found) == 50
+  assert name_hash('c/7.txt') == int(hashlib.sha256(b'c/7.txt').hexdigest()[:16], 16)
+
+
+@pytest.mark.parametrize('given', ['missing', 'nothing', 'only hidden', 'missing/*.txt'])
+def test_paths_without_files_are_refused(tmp_path, given):
+  (tmp_path / 'nothing').mkdir()
+  tree(tmp_path, 'only hidden/.x')
+  with pytest.raises(BadInput, match=r"^--input: '.*' holds no file; give text files, JSON lines, Parquet"):
+    files((str(tmp_path / given),), '--input')
+
+
+def test_names_that_are_not_utf8_do_no_harm(tmp_path):
+  with open(os.fsencode(tmp_path) + b'/\xff.txt', 'wb') as file:
+    file.write(b'x')
+  found, = files((str(tmp_path),), '')
+  assert found.name.endswith('/\\xff.txt') and list(Reader(Piece(found), Reading(), '')) == [Document(found.name, b'x')]
+
+
+def test_without_paths_the_files_are_the_standard_library():
+  found = files((), '')
+  held = {file.name for file in found}
+  assert {'random.py', 'json/decoder.py'} <= held and all(name.endswith('.py') for name in held) and len(held) == len(found) > 1000
+  assert not [name for name in held if 'site-packages' in name or 'dist-packages' in name]
+  assert digest(next(file for file in found if file.name == 'random.py'), '') == hashlib.sha256(
+      pathlib.Path(sysconfig.get_path('stdlib'), 'random.py').read_bytes()).hexdigest()
+
+
+def test_files_elsewhere_are_found_and_read_through_fsspec(memory):
+  for name in ('c/1.jsonl', 'c/deep/2.txt', 'c/.hidden/3.txt', 'c/4.txt.gz'):
+    memory.pipe_file(f'/bucket/{name}', gzip.compress(b'packed') if name.endswith('gz') else b'{"text": "x"}\n')
+  assert names(('memory://bucket/c',)) == ['c/1.jsonl', 'c/4.txt.gz', 'c/deep/2.txt']
+  assert names(('memory://bucket/c/*.jsonl',)) == ['c/1.jsonl'] and names(('memory://bucket/c/deep/2.txt',)) == ['2.txt']
+  found = {file.name: file for file in files(('memory://bucket/c',), '')}
+  assert list(Reader(Piece(found['c/1.jsonl']), Reading(), '')) == [Document('c/1.jsonl@0', b'x')]
+  assert list(Reader(Piece(found['c/4.txt.gz']), Reading(), '')) == [Document('c/4.txt.gz', b'packed')]
+  with pytest.raises(BadInput, match='holds no file'):
+    files(('memory://bucket/nothing',), '--input')
+
+
+@pytest.mark.parametrize('url', ['gs://bucket/x', 's3://bucket/x', 'nowhere://x'])
+def test_a_protocol_without_its_package_is_one_line(url, monkeypatch):
+  monkeypatch.setattr('mtp_jax.data.inputs.fsspec.core.url_to_fs', lambda url: (_ for _ in ()).throw(ImportError('Please install gcsfs')))
+  with pytest.raises(BadInput, match=rf"^--input: '{url}': Please install gcsfs$"):
+    files((url,), '--input')
+
+
+def found_in(tmp_path, content: bytes, name: str = 'x.jsonl', **reading):
+  path = tmp_path / name
+  path.write_bytes(content)
+  reader = Reader(Piece(File(name, str(path), len(content))), Reading(**reading), '--input')
+  return list(reader), reader
+
+
+LINES = [  # of a JSON-lines file; the fault of each, and the bytes where it is kept
+    (b'{"text": "good"}', None, b'good'),
+    (b'{"text": "na\xc3\xafve \\u00e9 \\ud83d\\ude42"}', None, 'naïve é 🙂'.encode()),
+    (b'\xef\xbb\xbf{"text": "after a byte order mark"}', None, b'after a byte order mark'),
+    (b'{"other": 1, "text": " \\n"} ', None, b' \n'),
+    (b'{"text": ', 'broken_json', None),
+    (b'[' * 100_000, 'broken_json', None),
+    (b'{"text": 1' + b'0' * 5000 + b'}', 'broken_json', None),
+    (b'["text"]', 'missing_field', None),
+    (b'{"body": "x"}', 'missing_field', None),
+    (b'{"text": null}', 'missing_field', None),
+    (b'{"text": ["x"]}', 'missing_field', None),
+    (b'{"text": ""}', 'empty', None),
+    (b'{"text": "caf\xe9"}', 'invalid_utf8', b'caf\xe9'),
+    (b'{"text": "caf\xe9 \\ud800"}', 'invalid_utf8', None),
+    (b'{"text": "a\\ud800b"}', 'lone_surrogate', b'a\xed\xa0\x80b'),
+    (b'{"text": "a\\u0000b"}', 'nul', b'a\0b'),
+    (b'{"text": "' + b'x' * 101 + b'"}', 'too_long', None),
+    (b'{"text": "' + b'x' * 1000 + b'"}', 'too_long', None),
+    (b'{"text": "' + b'x' * 100 + b'"}', None, b'x' * 100),
+]
+LIMIT = 100
+
+
+@pytest.mark.parametrize('end', [b'\n', b'\r\n'])
+def test_what_is_wrong_with_each_line_is_told_and_the_others_are_read(tmp_path, end):
+  lines = [line if fault != 'broken_json' or len(line) < 2 * LIMIT else line[:2 * LIMIT - 10] for line, fault, _ in LINES]
+  content = end.join([lines[0], b'', *lines[1:]]) + end
+  found, reader = found_in(tmp_path, content, max_document_bytes=LIMIT)
+  numbers = [1, *range(3, len(LINES) + 2)]  # the second line is blank, which is no record
+  assert [(f.kind, f.line, f.kept) for f in found if isinstance(f, Fault)] == [
+      (fault, number, False) for number, (_, fault, _) in zip(numbers, LINES) if fault]
+  assert [d.text for d in found if isinstance(d, Document)] == [text for _, fault, text in LINES if not fault]
+  assert reader.lines == len(LINES) + 1 and reader.sha256 == hashlib.sha256(content).hexdigest()
+  for document in found:
+    if isinstance(document, Document):
+      name, _, place = document.name.partition('@')
+      assert name == 'x.jsonl' and json.loads(content[int(place):].split(b'\n')[0].decode('utf-8-sig'))['text'].encode() == document.text
+
+
+@pytest.mark.parametrize('kind', ['invalid_utf8', 'lone_surrogate', 'nul'])
+def test_records_of_a_kind_that_is_to_be_kept_are_kept_byte_for_byte(tmp_path, kind):
+  for line, fault, text in LINES:
+    if fault == kind:
+      found, _ = found_in(tmp_path, line, keep=(kind,))
+      assert found[0] == Fault(kind, 'x.jsonl', 1, True) and (text is None or found[1].text == text) and len(found) == 2
+
+
+def test_deep_nesting_and_long_numbers_are_broken_json_not_crashes(tmp_path):
+  for line, fault, _ in LINES:
+    if fault == 'broken_json':
+      assert found_in(tmp_path, line)[0] == [Fault('broken_json', 'x.jsonl', 1, False)]
+
+
+def test_another_field_may_hold_the_text(tmp_path):
+  assert found_in(tmp_path, b'{"body": "x", "text": "y"}', field='body')[0] == [Document('x.jsonl@0', b'x')]
+
+
+@pytest.mark.parametrize('content, fault', [(b'', 'empty'), (b'a\0', 'nul'), (b'\xff', 'invalid_utf8'), (b'\xed\xa0\x80', 'lone_surrogate'),
+                                            (b'x' * 101, 'too_long'), (b'{"text": 1}', None)])
+def test_a_text_file_is_a_document_whatever_is_in_it(tmp_path, content, fault):
+  found, reader = found_in(tmp_path, content, 'x.py', max_document_bytes=LIMIT)
+  assert found == ([Fault(fault, 'x.py', 0, False)] if fault else [Document('x.py', content)])
+  assert reader.sha256 == hashlib.sha256(content).hexdigest()
+  if fault in ('nul', 'invalid_utf8', 'lone_surrogate'):
+    assert found_in(tmp_path, content, 'x.py', keep=(fault,))[0] == [Fault(fault, 'x.py', 0, True), Document('x.py', content)]
+
+
+@pytest.mark.parametrize('ends', ['with', 'without'])
+def test_pieces_of_a_file_hold_each_line_once_wherever_it_is_cut(tmp_path, ends):
+  content = b'\n'.join([b'{"text": "%d%s"}' % (i, b'x' * (i % 7)) for i in range(12)] + [b''] * (ends == 'with'))
+  path = tmp_path / 'x.jsonl'
+  path.write_bytes(content)
+  file = File('x.jsonl', str(path), len(content))
+  whole = list(Reader(Piece(file), Reading(), ''))
+  for step in range(1, len(content)):
+    cuts = [*range(0, len(content), step), -1]
+    readers = [Reader(Piece(file, a, b), Reading(), '') for a, b in zip(cuts, cuts[1:])]
+    assert [d for reader in readers for d in reader] == whole
+    assert sum(reader.lines for reader in readers) == 12
+
+
+def zstd(content: bytes) -> bytes:
+  sink = pyarrow.BufferOutputStream()
+  with pyarrow.CompressedOutputStream(sink, 'zstd') as out:
+    out.write(content)
+  return sink.getvalue().to_pybytes()
+
+
+COMPRESS = {'gz': gzip.compress, 'zst': zstd}
+
+
+@pytest.mark.parametrize('end', COMPRESS)
+def test_compressed_files_are_read_through_all_their_frames(tmp_path, end):
+  content = b''.join(b'{"text": "%d"}\n' % i for i in range(2000))
+  packed = COMPRESS[end](content[:9999]) + COMPRESS[end](content[9999:])
+  found, reader = found_in(tmp_path, packed, f'x.json.{end}')
+  assert [d.text for d in found] == [b'%d' % i for i in range(2000)]
+  assert reader.lines == 2000 and reader.sha256 == hashlib.sha256(packed).hexdigest()
+  assert found_in(tmp_path, packed, f'x.txt.{end}')[0] == [Document(f'x.txt.{end}', content)]
+
+
+@pytest.mark.parametrize('end', COMPRESS)
+@pytest.mark.parametrize('harm', ['cut', 'flipped'])
+def test_a_damaged_compressed_file_is_named_never_read_in_part(tmp_path, end, harm):
+  packed = bytearray(COMPRESS[end](os.urandom(30_000).hex().encode() + b'\n'))
+  if harm == 'cut':
+    del packed[-20:]
+  else:
+    packed[len(packed) // 2] ^= 16
+  try:
+    found, _ = found_in(tmp_path, bytes(packed), f'x.txt.{end}')
+  except BadInput as error:
+    assert f"x.txt.{end}' is damaged or cut off" in str(error) and 'fetch it again' in str(error)
+  else:  # zstd files need not hold a checksum: text that was changed inside a frame comes back as other text
+    assert end == 'zst' and harm == 'flipped' and len(found) == 1
+
+
+def test_parquet_columns_are_read_by_row(tmp_path):
+  table = pyarrow.table({'text': ['a', None, '', 'naïve', 'nul\0'], 'raw': [b'\xff', b'b', None, b'', b'ok'], 'n': [1, 2, 3, 4, 5],
+                         'large': pyarrow.array(['u', 'v', 'w', 'x', 'y'], pyarrow.large_string())})
+  pyarrow.parquet.write_table(table, tmp_path / 'y', row_group_size=2)
+  content = (tmp_path / 'y').read_bytes()
+  found, reader = found_in(tmp_path, content, 'x.parquet')
+  assert found == [Document('x.parquet@0', b'a'), Fault('missing_field', 'x.parquet', 2, False), Fault('empty', 'x.parquet', 3, False),
+                   Document('x.parquet@3', 'naïve'.encode()), Fault('nul', 'x.parquet', 5, False)]
+  assert reader.lines == 5 and reader.sha256 == hashlib.sha256(content).hexdigest()
+  assert [d.text for d in found_in(tmp_path, content, 'x.parquet', field='large')[0]] == [b'u', b'v', b'w', b'x', b'y']
+  assert [getattr(f, 'kind', 'good') for f in found_in(tmp_path, content, 'x.parquet', field='raw')[0]] == [
+      'invalid_utf8', 'good', 'missing_field', 'empty', 'good']
+  with pytest.raises(BadInput, match=r"--field=txt: '.*x\.parquet' has no such column; did you mean 'text'\?"):
+    found_in(tmp_path, content, 'x.parquet', field='txt')
+  with pytest.raises(BadInput, match=r"--field=n: that column of '.*x\.parquet' holds int64, not text"):
+    found_in(tmp_path, content, 'x.parquet', field='n')
+  for damaged in (content[:-20], content[:40], b'', content[:30] + bytes(30) + content[60:]):
+    with pytest.raises(BadInput, match=r"x\.parquet' is damaged or cut off"):
+      found_in(tmp_path, damaged, 'x.parquet')
+
+
+@pytest.mark.parametrize('format, wanted', [('auto', b'y'), ('jsonl', b'y'), ('text', b'{"text": "y"}')])
+def test_the_format_may_be_said(tmp_path, format, wanted):
+  assert found_in(tmp_path, b'{"text": "y"}', 'x.jsonl', format=format)[0][0].text == wanted
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(format='json'), "--format=json: did you mean 'jsonl'?"), (dict(keep=('null',)), "--keep=null: did you mean 'nul'?"),
+    (dict(keep=('empty',)), '--keep=empty: such a record has no text to keep; valid names: invalid_utf8, lone_surrogate, nul'),
+    (dict(max_document_bytes=0), '--max_document_bytes=0: must be at least 1')])
+def test_bad_options_are_one_line(change, message):
+  with pytest.raises(BadInput) as error:
+    Reading(**change)
+  assert str(error.value) == message
+
+
+def test_a_file_that_went_away_is_named(tmp_path):
+  with pytest.raises(BadInput, match=r"--input: cannot read '.*gone' \(No such file or directory\)"):
+    list(Reader(Piece(File('gone', str(tmp_path / 'gone'), 5)), Reading(), '--input'))

@@ -1,0 +1,179 @@
+"""Whatever happens to the bytes on disk, what is read is what was written, or an error that names the place."""
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from mtp_jax import tokenizer
+from mtp_jax.config import BadInput
+from mtp_jax.data import shards
+from mtp_jax.data.inputs import File
+from mtp_jax.data.prepare import Options, prepare
+from mtp_jax.data.shards import Damaged, Folder, open_set
+
+B = 16  # tokens of a block in these tests
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+  monkeypatch.setattr(shards, 'BLOCK', B)
+
+
+def expected(*lengths) -> np.ndarray:
+  tokens = np.arange(sum(lengths))
+  tokens[np.cumsum([0, *lengths[:-1]])] = 60_000
+  return tokens
+
+
+LAYOUTS = {'one token': [[1]], 'a block': [[B]], 'a block and one': [[B + 1]], 'two shards': [[5, 20], [3]], 'many': [[1] * 40, [B], [7, 90], [1]]}
+
+
+@pytest.mark.parametrize('layout', LAYOUTS.values(), ids=LAYOUTS)
+def test_any_stretch_of_a_stream_is_that_of_the_tokens_written(tmp_path, stream_of, layout):
+  stream, whole = stream_of(tmp_path, *layout), expected(*itertools.chain(*layout))
+  assert (stream.tokens, stream.documents) == (len(whole), sum(map(len, layout)))
+  ends = [(a, b) for a in range(len(whole) + 1) for b in range(a, min(a + 40, len(whole) + 1))]
+  found = stream.gather(np.array([a for a, _ in ends]), np.array([b for _, b in ends]))
+  assert all(np.array_equal(part, whole[a:b]) for part, (a, b) in zip(found, ends, strict=True))
+  assert np.array_equal(stream.read(0, len(whole) + 100), whole)  # as far as it goes
+
+
+@pytest.mark.parametrize('layout', LAYOUTS.values(), ids=LAYOUTS)
+def test_documents_and_their_lengths_are_those_written(tmp_path, stream_of, layout):
+  stream, whole = stream_of(tmp_path, *layout), expected(*itertools.chain(*layout))
+  assert [stream.lengths(s).tolist() for s in range(len(layout))] == layout
+  stop = np.cumsum(list(itertools.chain(*layout)))
+  for i, (end, length) in enumerate(zip(stop, itertools.chain(*layout))):
+    assert np.array_equal(stream.document(i), whole[end - length + 1:max(end - 1, end - length + 1)]) and stream.document(i).dtype == np.int32
+
+
+def test_memory_and_open_files_are_bounded(tmp_path, stream_of, monkeypatch):
+  monkeypatch.setattr(shards, 'OPEN_FILES', 3)
+  monkeypatch.setattr(shards, 'CACHE_BYTES', 4 * B * 2)
+  stream = stream_of(tmp_path, *[[2 * B]] * 8)
+  for start in np.random.default_rng(0).integers(0, 16 * B, 200):
+    stream.read(start, start + 3)
+    assert len(stream._open) <= 3 and len(stream._blocks) <= 4
+  assert np.array_equal(stream.read(0, 16 * B), expected(*[2 * B] * 8))
+
+
+@pytest.fixture
+def prepared(tmp_path):
+  """A set of 60 documents, in several shards."""
+  (tmp_path / 'in').mkdir()
+  files = []
+  for i in range(60):
+    path = tmp_path / 'in' / f'{i:02}.txt'
+    path.write_bytes(bytes([i + 32]) * (i + 1))
+    files.append(File(f'in/{i:02}.txt', str(path), i + 1))
+  return prepare(files, tokenizer.load('bytes'), Options(validation_share=0.2, shard_bytes=600), tmp_path / 'set', 0, '', note=print)
+
+
+def contents(folder) -> dict:
+  return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
+
+
+def test_every_flipped_bit_of_shards_and_index_is_found_and_none_becomes_a_wrong_token(prepared, tmp_path):
+  """40 flips: `verify`, or opening, names the file of every one; reading gives the right tokens or raises."""
+  whole = prepared.train.read(0, prepared.train.tokens)
+  files = contents(prepared.folder.url)
+  rng, refused, harmless = np.random.default_rng(0), 0, 0
+  names = [name for name in sorted(files) if name.startswith('train-')] + [shards.INDEX]
+  for trial in range(40):
+    name = names[trial % len(names)]
+    # shards: half of the flips where the blocks are; ArrayRecord pads its files to 64 KiB
+    damaged, place = bytearray(files[name]), int(rng.integers(len(files[name]) if name == shards.INDEX or trial % 4 < 2 else 3000))
+    damaged[place] ^= 1 << rng.integers(8)
+    shutil.copytree(prepared.folder.url, tmp_path / str(trial))
+    (tmp_path / str(trial) / name).write_bytes(damaged)
+    try:
+      found = open_set(Folder(tmp_path / str(trial), '--data'), '')
+    except Damaged as error:
+      assert name in str(error)
+      refused += 1
+      continue
+    wrong, = found.verify()
+    assert name in wrong
+    for start in range(0, found.train.tokens, 100):
+      try:
+        assert np.array_equal(found.train.read(start, start + 100), whole[start:start + 100])
+        harmless += 1
+      except Damaged as error:
+        assert name in str(error) and 'on_damage' in str(error)
+        refused += 1
+  assert refused > 15 and harmless  # most of a set can still be read
+  assert not prepared.verify()
+
+
+@pytest.mark.parametrize('harm', ['cut', 'empty', 'delete', 'longer'])
+@pytest.mark.parametrize('which', ['shard', 'index'])
+def test_files_that_are_missing_or_of_another_length_are_named_when_a_set_is_opened(prepared, harm, which):
+  path = pathlib.Path(prepared.folder.url, shards.INDEX if which == 'index' else prepared.train.shards[1].file)
+  content = path.read_bytes()
+  path.unlink()
+  if harm != 'delete':
+    path.write_bytes({'cut': content[:-1], 'empty': b'', 'longer': content + b'\n'}[harm])
+  wanted = r'holds no prepared set' if which == 'index' and harm == 'delete' else rf'{path.name}.*; restore the file or prepare the set again'
+  with pytest.raises(BadInput, match=wanted):
+    open_set(Folder(prepared.folder.url, '--data'), '')
+
+
+def test_a_shard_in_place_of_another_is_found_by_its_blocks(prepared):
+  a, b = (pathlib.Path(prepared.folder.url, shard.file) for shard in prepared.train.shards[:2])
+  a.write_bytes(b.read_bytes())
+  found = open_set(Folder(prepared.folder.url, '--data'), '')
+  with pytest.raises(Damaged, match=a.name):
+    found.train.read(0, 500)
+  assert len(found.verify()) == 1
+
+
+def test_another_format_is_refused(prepared):
+  shards.write_index(prepared.folder, prepared.index | {'format': 99})
+  with pytest.raises(BadInput, match='has format 99, this version reads 2; prepare the set again'):
+    open_set(Folder(prepared.folder.url, '--data'), '')
+
+
+def test_a_file_that_is_not_finished_does_not_appear(tmp_path):
+  folder = Folder(tmp_path / 'set', '')
+  with pytest.raises(RuntimeError), folder.aside('file') as path:
+    pathlib.Path(path).write_text('half')
+    raise RuntimeError
+  assert os.listdir(folder.url) == [] and folder.sizes() == {}
+  folder.write('file', b'whole')
+  assert folder.sizes() == {'file': 5} and folder.read('file') == b'whole'
+  assert os.stat(folder.path('file')).st_mode & 0o777 == 0o666 & ~shards._umask()
+
+
+def test_a_set_elsewhere_is_fetched_once_and_checked(prepared, tmp_path, memory):
+  for name, content in contents(prepared.folder.url).items():
+    memory.pipe_file(f'/bucket/set/{name}', content)
+  remote, cache = Folder('memory://bucket/set', '--data'), str(tmp_path / 'cache')
+  found = open_set(remote, cache)
+  whole = prepared.train.read(0, prepared.train.tokens)
+  assert np.array_equal(found.train.read(0, found.train.tokens), whole) and not found.verify()
+  assert sorted(os.listdir(tmp_path / 'cache' / 'shards')) == sorted(shard.sha256 for shard in found.train.shards)
+  first = found.train.shards[0].file
+  memory.pipe_file(f'/bucket/set/{first}', b'x' * found.train.shards[0].bytes)
+  again = open_set(remote, cache)
+  assert np.array_equal(again.train.read(0, 10), whole[:10])  # from the copy
+  with pytest.raises(Damaged, match=rf'memory://bucket/set/{first}: its digest'):
+    open_set(remote, str(tmp_path / 'other')).train.read(0, 10)
+  memory.rm(f'/bucket/set/{first}')
+  with pytest.raises(Damaged, match=f'{first}: is missing'):
+    open_set(remote, cache)
+
+
+def test_an_unknown_protocol_is_one_line():
+  with pytest.raises(BadInput, match=r"^--data: 'nowhere://x': Protocol not known: nowhere"):
+    Folder('nowhere://x', '--data')
+
+
+def test_an_index_holds_what_reading_needs(prepared):
+  index = json.loads(pathlib.Path(prepared.folder.url, shards.INDEX).read_text())
+  assert [dataclasses.asdict(shard) for shard in prepared.train.shards] == index['splits']['train']
+  assert index['dtype'] == '<u2' and prepared.index['fingerprint'] == prepared.fingerprint
