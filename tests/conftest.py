@@ -8,12 +8,15 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import functools
 import gc
+import pathlib
+import sysconfig
 
 import fsspec
 import jax
 import numpy as np
 import pytest
 
+from mtp_jax import tokenizer
 from mtp_jax.config import ModelConfig
 from mtp_jax.data.shards import Folder, Shard, ShardWriter, Stream
 from mtp_jax.model import Model
@@ -128,3 +131,10 @@ def memory():
   yield fs
   fs.store.clear()
   fs.pseudo_dirs[:] = ['']
+
+
+@pytest.fixture(scope='session')
+def sentencepiece_model() -> bytes:
+  """A model file, trained on a few of the standard library's."""
+  stdlib = pathlib.Path(sysconfig.get_path('stdlib'))
+  return tokenizer.train([(stdlib / name).read_bytes() for name in ('ast.py', 'bisect.py', 'calendar.py')], 500)

@@ -274,8 +274,8 @@ def test_a_draft_model_must_share_the_tokenizer(lm):
 
 def test_evaluate_counts_every_target_once(lm):
   found = lm.evaluate()
-  documents = lm.prepared.validation
-  assert found['count'][0] == len(documents.tokens) - documents.documents  # no document's bos is predicted
+  documents = lm.corpus.sources[0].validation
+  assert found['count'][0] == documents.tokens - documents.documents  # no document's bos is predicted
   assert found['bits_per_byte'] == pytest.approx(found['nats'][0] * found['count'][0] / np.log(2) / documents.bytes, rel=1e-12)
   assert len(found['nats']) == len(found['accuracy']) == len(found['count']) == 3
 
@@ -286,6 +286,6 @@ def test_evaluate_takes_as_many_rows_as_asked(lm):
 
 def test_held_out_prompts_are_beginnings_of_documents(lm):
   prompt, = lm.held_out_prompts(1, 10)
-  assert len(prompt) == 10 and (prompt == lm.prepared.validation.document(0)[:10]).all()
+  assert len(prompt) == 10 and (prompt == lm.corpus.sources[0].validation.document(0)[:10]).all()
   with pytest.raises(BadInput, match='held-out documents have 2000000 tokens or more, but 1 prompts are wanted'):
     lm.held_out_prompts(1, 1000000)

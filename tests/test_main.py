@@ -9,8 +9,9 @@ import jax
 import pytest
 from test_checkpoint import experiment, random_state, write
 
-from mtp_jax import checkpoint, data, tokenizer
+from mtp_jax import checkpoint, tokenizer
 from mtp_jax.__main__ import COMMANDS, main
+from mtp_jax.data.corpus import open_corpus
 
 # ml_collections 1.1.0 loads a config file by a deprecated method of importlib.
 pytestmark = pytest.mark.filterwarnings(r'ignore:the load_module\(\) method is deprecated:DeprecationWarning')
@@ -28,11 +29,10 @@ def place(tmp_path_factory):
   (folder / 'lacks.py').write_text('def get_configuration():\n  pass\n')
   (folder / 'forgets.py').write_text(source.replace('.to_config_dict()', ''))
   (folder / 'empty').mkdir()
-  fingerprint = data.prepare(config.data, tokenizer.load('bytes')).fingerprint
-  write(folder / 'run', config, random_state(config), fingerprint=fingerprint)
+  write(folder / 'run', config, random_state(config), identity=open_corpus(config.data, tokenizer.load('bytes')).identity)
   others = experiment(folder / 'others', data={'cache': config.data.cache})
   (folder / 'others' / 'documents' / '3.txt').write_text('changed')
-  data.prepare(others.data, tokenizer.load('bytes'))  # so that the refusal of other documents is all there is to read
+  open_corpus(others.data, tokenizer.load('bytes'))  # so that the refusal of other documents is all there is to read
   (folder / 'broken' / checkpoint.FOLDER).mkdir(parents=True)
   shutil.copytree(folder / 'run' / checkpoint.FOLDER / '3', folder / 'broken' / checkpoint.FOLDER / '3')
   (folder / 'broken' / checkpoint.FOLDER / '3' / '_CHECKPOINT_METADATA').write_text('{"custom_me')
@@ -93,7 +93,7 @@ BAD = {
     'vocabulary too small': ([*TRAIN, '--config.model.vocab=200'], 'config.model.vocab=200: the tokenizer bytes has 259 ids; set at least that'),
     'resume another model': ([*RESUME, '--config.model.layers=4'], 'config.model.layers=4: the checkpoint in'),
     'resume for fewer steps': ([*RESUME, '--config.train.steps=2', '--config.optimizer.warmup_steps=0'], 'config.train.steps=2: the checkpoint in'),
-    'resume other documents': ([*RESUME, '--config.data.paths=others/documents', '--config.train.batch=16'], 'the documents have changed; restore them, or choose another'),
+    'resume other documents': ([*RESUME, '--config.data.paths=others/documents', '--config.train.batch=16'], 'was trained on: source 0: tokens '),
     'resume without documents': ([*RESUME, '--config.data.paths=nowhere'], "config.data.paths: 'nowhere' holds no file"),
     'resume other conventions': (['train', '--config=tiny.py', '--workdir=elsewhere'], "conventions contradict this version in target"),
     'load other conventions': (['evaluate', '--workdir=elsewhere'], "conventions contradict this version in target"),

@@ -7,6 +7,8 @@ import math
 import os
 import pathlib
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +21,14 @@ import pytest
 from test_checkpoint import experiment, random_state, same_bits
 
 import mtp_jax
-from mtp_jax import checkpoint, data, metrics, objective, tokenizer, train
+from mtp_jax import checkpoint, metrics, objective, tokenizer, train
 from mtp_jax.__main__ import main
 from mtp_jax.config import BadInput, Config, MeshConfig, ObjectiveConfig
+from mtp_jax.data.corpus import difference, open_corpus
+from mtp_jax.data.inputs import files
+from mtp_jax.data.prepare import Options, prepare
+from mtp_jax.data.rows import validation_batches
+from mtp_jax.data.shards import Damaged
 from mtp_jax.sharding import make_mesh
 
 SPEEDS = {'tokens_per_second', 'mfu', 'data_wait', 'eta_seconds'}  # all else in the log is a function of config and documents
@@ -274,12 +281,50 @@ def test_a_failed_save_ends_the_run_with_an_error_and_older_checkpoints_stay(fol
   mtp_jax.load(tmp_path, 2)
 
 
+@pytest.mark.parametrize('change, said', [
+    ({'data': {'length': 32}}, 'length 16 -> 32'), ({'data': {'seed': 1}}, 'seed 0 -> 1'), ({'data': {'packing': 'best_fit'}}, 'packing stream -> best_fit'),
+    ({'data': {'boundary': 'across'}}, 'boundary within -> across'), ({'data': {'validation_share': 0.4}}, 'source 0: documents .*, held_out_documents')])
+def test_other_data_are_refused_with_what_changed_unless_accepted(uninterrupted, tmp_path, change, said):
+  config, workdir = uninterrupted('parallel')
+  shutil.copytree(workdir, tmp_path / 'run')
+  changed = lambda **more: dataclasses.replace(config, data=dataclasses.replace(config.data, **change['data'], **more), train=dataclasses.replace(config.train, steps=7))
+  with pytest.raises(BadInput, match=rf'^config.data: not what the checkpoint in .*/run was trained on: {said}.*; restore that, choose another --workdir, '
+                                     r'or set config.data.accept_changed=True'):
+    train.fit(changed(), tmp_path / 'run', note=lambda line: None)
+  lines = []
+  assert train.fit(changed(accept_changed=True), tmp_path / 'run', note=lines.append).step == 7
+  assert any(re.match(f'the data have changed: {said}', line) for line in lines)
+  record = checkpoint.metadata(tmp_path / 'run')
+  assert record['data'] == {'global_next_index': 7 * 8} and difference(record['identity'], open_corpus(changed().data, tokenizer.load('bytes')).identity) == []
+
+
+def test_damaged_data_stop_a_run_after_saving_it_and_quarantined_it_goes_on(tmp_path):
+  config = experiment(tmp_path, data={'sources': (str(tmp_path / 'set'),), 'paths': ()}, train={'checkpoint_every': 100, 'steps': 40, 'log_every': 1})
+  (tmp_path / 'in').mkdir()
+  for i in range(1500):
+    (tmp_path / 'in' / f'{i}.txt').write_text('x' * 150)
+  source = prepare(files((str(tmp_path / 'in'),), ''), tokenizer.load('bytes'), Options(validation_share=0.2), tmp_path / 'set', 0, '', note=print)
+  shard = source.train.shards[0]
+  block, path = source.train._record(0, 9), pathlib.Path(source.folder.path(shard.file))
+  content = bytearray(path.read_bytes())
+  content[content.find(block) + 7] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(Damaged, match=f'{shard.file}: block 9 is damaged'):
+    train.fit(config, tmp_path / 'run', note=lambda line: None)
+  stopped, = checkpoint.steps(tmp_path / 'run')
+  assert 0 < stopped < 40 and checkpoint.metadata(tmp_path / 'run')['data'] == {'global_next_index': stopped * 8}
+  goes_on, lines = dataclasses.replace(config, data=dataclasses.replace(config.data, on_damage='quarantine')), []
+  assert train.fit(goes_on, tmp_path / 'run', note=lines.append).step == 40
+  last = [record for record in log_of(tmp_path / 'run') if record['kind'] == 'train'][-1]
+  assert last['quarantined_rows'] > 0 and [record['step'] for record in log_of(tmp_path / 'run') if record['kind'] == 'train'] == [*range(1, 41)]
+  assert any('quarantined' in line and 'block 9' in line for line in lines)
+
+
 def test_accumulation_changes_nothing_but_memory(folder):
   """Up to the order of float32 sums: a few 1e-7 of a gradient, which Adam's first step turns into a few 1e-4 of an update."""
   config = experiment(folder)
   tokens = tokenizer.load('bytes')
-  rows = data.Rows(data.prepare(config.data, tokens).train, 16, 2, tokens.pad)
-  batch = next(data.batches(rows, 8, 0))
+  batch = open_corpus(config.data, tokens).rows(2).batch(range(8))
   batch['segments'][5:, 4:] = 0  # rows count unequally
   mesh, byte_length_V = make_mesh(config.mesh), jnp.asarray(np.pad(tokens.byte_lengths, (0, 5)))
   state = random_state(config)
@@ -298,18 +343,18 @@ def test_evaluation_divides_sums_once(folder):
   """Against float64 sums over the rows, one at a time."""
   config = experiment(folder)
   model, tokens, mesh = random_state(config).model, tokenizer.load('bytes'), make_mesh(config.mesh)
-  prepared = data.prepare(config.data, tokens)
-  rows = data.Rows(prepared.validation, 16, 2, tokens.pad)
+  corpus = open_corpus(config.data, tokens)
+  rows = corpus.held_out(2)
   byte_length_V = np.pad(tokens.byte_lengths, (0, 5))
   with jax.set_mesh(mesh):
-    found = train.evaluate(config, model, data.validation_batches(rows, 16), byte_length_V, np.ones(264, bool), mesh)
+    found = train.evaluate(config, model, validation_batches(rows, 16), byte_length_V, np.ones(264, bool), mesh)
     one = jax.jit(lambda batch: objective.loss(model, batch, jnp.zeros(2), ObjectiveConfig(chunk=8))[1])
-    sums = [jax.device_get(one(train.put({name: row[None] for name, row in rows[i].items()}, mesh))) for i in range(len(rows))]
+    sums = [jax.device_get(one(train.put(rows.batch([i]), mesh))) for i in range(len(rows))]
   nats, correct, count = (sum(np.asarray(getattr(s, name), np.float64) for s in sums) for name in ('nats_M', 'correct_M', 'count_M'))
   assert found['count'] == count.tolist() and len(rows) % 16  # the last batch is filled up
   np.testing.assert_allclose(found['nats'], nats / count, rtol=1e-6)
   assert found['accuracy'] == (correct / count).tolist()
-  assert found['bits_per_byte'] == pytest.approx(nats[0] / math.log(2) / prepared.validation.bytes, rel=1e-6)  # each byte is a target once
+  assert found['bits_per_byte'] == pytest.approx(nats[0] / math.log(2) / corpus.sources[0].validation.bytes, rel=1e-6)  # each byte is a target once
 
 
 def test_evaluation_on_a_mesh_is_that_on_one_device(folder):
@@ -317,9 +362,9 @@ def test_evaluation_on_a_mesh_is_that_on_one_device(folder):
   for mesh in (MeshConfig(), MeshConfig(fsdp=4, tensor=2)):
     config = experiment(folder, mesh=dataclasses.asdict(mesh))
     tokens, mesh = tokenizer.load('bytes'), make_mesh(mesh)
-    rows = data.Rows(data.prepare(config.data, tokens).validation, 16, 2, tokens.pad)
+    rows = open_corpus(config.data, tokens).held_out(2)
     with jax.set_mesh(mesh):
-      found[mesh.size] = train.evaluate(config, random_state(config).model, data.validation_batches(rows, 16, 16), np.pad(tokens.byte_lengths, (0, 5)), np.ones(264, bool), mesh)
+      found[mesh.size] = train.evaluate(config, random_state(config).model, validation_batches(rows, 16, 16), np.pad(tokens.byte_lengths, (0, 5)), np.ones(264, bool), mesh)
   assert found[1]['count'] == found[8]['count'] and found[1]['accuracy'] == found[8]['accuracy']
   np.testing.assert_allclose(found[8]['nats'], found[1]['nats'], rtol=1e-6)
   assert found[8]['bits_per_byte'] == pytest.approx(found[1]['bits_per_byte'], rel=1e-6)
@@ -341,11 +386,11 @@ def test_bits_per_byte_of_a_uniform_model_are_log2_of_its_vocabulary_times_token
     (tmp_path / 'documents' / f'{i}.txt').write_text(text * (i + 1))
   config = experiment(folder, data={'paths': (str(tmp_path / 'documents'),)})
   tokens, mesh = tokenizer.load('bytes'), make_mesh(config.mesh)
-  held_out = data.prepare(config.data, tokens).validation
+  corpus = open_corpus(config.data, tokens)
+  held_out = corpus.sources[0].validation
   model = jax.tree_util.tree_map_with_path(lambda path, x: x * 0 if 'unembed_VD' in str(path) else x, random_state(config).model)
   with jax.set_mesh(mesh):
-    rows = data.Rows(held_out, 16, 2, tokens.pad)
-    found = train.evaluate(config, model, data.validation_batches(rows, 16), np.pad(tokens.byte_lengths, (0, 5)), np.ones(264, bool), mesh)
+    found = train.evaluate(config, model, validation_batches(corpus.held_out(2), 16), np.pad(tokens.byte_lengths, (0, 5)), np.ones(264, bool), mesh)
   assert held_out.bytes % len(text.encode()) == 0
   assert found['bits_per_byte'] == pytest.approx(math.log2(264) * (held_out.bytes + held_out.documents) / held_out.bytes, rel=1e-6)
 

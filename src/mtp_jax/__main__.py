@@ -64,7 +64,7 @@ def evaluate(f) -> int:
   """On held-out documents: nats, accuracy and count of each future, bits per byte of future 0; how many drafts future 0 accepts."""
   _need_at_least(f, rows=0)
   lm = _load(f)
-  if lm.corpus.identity['sources'] != lm.record['identity']['sources']:
+  if lm.corpus.identity['sources'] != lm.record['identity'].get('sources'):
     print("note: the documents here differ from those of the training run, so some held-out ones may have been trained on", file=sys.stderr)
   found = lm.evaluate(f.rows or None)
   table = [(m, f'{nats:.4f}', f'{accuracy:.4f}', count) for m, (nats, accuracy, count) in enumerate(zip(found['nats'], found['accuracy'], found['count']))]

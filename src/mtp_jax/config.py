@@ -347,7 +347,7 @@ def _check(c: Config) -> None:
   need(not d.weights or len(d.weights) == len(d.sources), 'data.weights', f'must be {len(d.sources)} numbers, one a source, or () for their sizes')
   need(all(weight > 0 and math.isfinite(weight) for weight in d.weights), 'data.weights', 'must be positive; leave out a source that has no weight')
   need(0 < d.validation_share < 1, 'data.validation_share', 'must lie between 0 and 1')
-  need(d.seed >= 0, 'data.seed', 'must not be negative')
+  need(0 <= d.seed < 2**32, 'data.seed', 'must be at least 0 and below 2**32')
   need(t.seed >= 0, 'train.seed', 'must not be negative')
   need(t.evaluate_every >= 0, 'train.evaluate_every', 'must not be negative; 0 validates only at the end')
   need(p.learning_rate > 0, 'optimizer.learning_rate', 'must be positive')

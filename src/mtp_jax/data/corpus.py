@@ -32,7 +32,7 @@ class Corpus:
     c = self.config
     told = lambda source: {'fingerprint': source.fingerprint, 'tokenizer': source.index['identity']['tokenizer'], 'files': len(source.index['inputs']),
                            'documents': source.train.documents, 'tokens': source.train.tokens, 'held_out_documents': source.validation.documents}
-    return {'sources': [told(source) for source in self.sources], 'weights': list(self.weights), 'length': c.length, 'packing': c.packing,
+    return {'sources': [told(source) for source in self.sources], 'weights': list(c.weights), 'length': c.length, 'packing': c.packing,
             'boundary': c.boundary, 'seed': c.seed}
 
   @property

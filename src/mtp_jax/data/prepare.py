@@ -98,6 +98,7 @@ def prepare_once(given: tuple[str, ...], tokenizer: Tokenizer, validation_share:
   directory = pathlib.Path(cache).expanduser() / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
   large = sum(file.bytes for file in inputs) > 256 * 2**20
   try:
+    directory.mkdir(parents=True, exist_ok=True)
     return prepare([dataclasses.replace(file, modified='') for file in inputs], tokenizer, options, directory,
                    (os.cpu_count() or 1) if large else 0, where, cache=cache)
   except OSError as error:

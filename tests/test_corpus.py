@@ -1,0 +1,127 @@
+"""What a config trains on, and what a resumed run says when that has changed."""
+import copy
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from mtp_jax import tokenizer
+from mtp_jax.config import BadInput, Config, DataConfig
+from mtp_jax.data.corpus import difference, open_corpus, tokenizer_of
+from mtp_jax.data.inputs import files
+from mtp_jax.data.prepare import Options, prepare
+
+BYTES = tokenizer.load('bytes')
+
+
+@pytest.fixture
+def sets(tmp_path):
+  """Two prepared sets, of 30 documents of 'a' and 10 of 'b', all of other lengths."""
+  paths = []
+  for letter, count in (('a', 30), ('b', 10)):
+    (tmp_path / letter).mkdir()
+    for i in range(count):
+      (tmp_path / letter / f'{i}.txt').write_text(letter * (i + 1))
+    paths.append(str(tmp_path / f'set-{letter}'))
+    prepare(files((str(tmp_path / letter),), ''), BYTES, Options(validation_share=0.2), paths[-1], 0, '', note=print)
+  return paths
+
+
+@pytest.fixture
+def config(sets, tmp_path):
+  return DataConfig(sources=tuple(sets), length=16, cache=str(tmp_path / 'cache'))
+
+
+def test_sources_are_mixed_by_weights_or_by_their_tokens(config):
+  corpus = open_corpus(config, BYTES)
+  a, b = (source.train.tokens for source in corpus.sources)
+  assert corpus.weights == (a, b) and open_corpus(dataclasses.replace(config, weights=(1.0, 3.0)), BYTES).weights == (1.0, 3.0)
+  for weights, share in (((), a / (a + b)), ((1.0, 3.0), 0.25)):
+    corpus = open_corpus(dataclasses.replace(config, weights=weights), BYTES)
+    batches = corpus.batches(corpus.rows(2), 8)
+    tokens = np.concatenate([next(batches)['tokens'] for _ in range(50)])
+    batches.close()
+    assert abs((tokens == ord('a')).any(axis=1).mean() - share) < 0.02
+
+
+@pytest.mark.parametrize('packing', ['stream', 'best_fit'])
+@pytest.mark.parametrize('boundary', ['within', 'across'])
+def test_rows_are_packed_and_bounded_as_the_config_says(config, packing, boundary):
+  said = []
+  corpus = open_corpus(dataclasses.replace(config, packing=packing, boundary=boundary), BYTES)
+  rows = corpus.rows(2, said.append)
+  batch = rows.batch(range(len(rows)))
+  assert len(said) == (packing == 'best_fit') and batch['segments'].shape == (len(rows), 18)
+  assert (batch['segments'].max() > 1) == (boundary == 'within')
+  if packing == 'best_fit':
+    padding = (batch['segments'][:, :16] == 0).mean()
+    assert 0 < padding < 0.1 and said == ['best_fit: ' + ', '.join(f'{len(r):,} rows, {r.packing.padding:.2%} padding' for r in rows.sources)]
+  held_out = corpus.held_out(2)
+  assert len(held_out) == sum(-(-source.validation.tokens // 16) for source in corpus.sources)
+
+
+def test_without_sources_the_corpus_is_the_standard_library(tmp_path):
+  corpus = open_corpus(DataConfig(cache=str(tmp_path)), BYTES)
+  source, = corpus.sources
+  documents = source.train.documents + source.validation.documents
+  assert documents > 1000 and 10e6 < source.train.bytes + source.validation.bytes < 100e6
+  assert 0.03 < source.validation.documents / documents < 0.07
+  texts = [BYTES.decode(stream.document(i)) for stream in (source.train, source.validation) for i in range(stream.documents)]
+  assert sum(text.startswith(b'"""Random variable generators.') for text in texts) == 1  # random.py
+  names = [file.name for file in files((), '') if file.bytes]
+  assert len(names) == documents and names == sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+
+
+def test_a_set_of_another_tokenizer_is_refused_with_the_one_to_take(config, tmp_path, sentencepiece_model):
+  tokens = tokenizer.SentencePiece(sentencepiece_model)
+  prepare(files((str(tmp_path / 'a'),), ''), tokens, Options(validation_share=0.2), tmp_path / 'pieces', 0, '', note=print)
+  with pytest.raises(BadInput, match=r"^config.data.sources: '.*/set-a' was prepared with another tokenizer than config.data.tokenizer='x'; "
+                                     r"set config.data.tokenizer='bytes'$"):
+    open_corpus(dataclasses.replace(config, tokenizer='x'), tokens)
+  with pytest.raises(BadInput, match=r"set config.data.tokenizer='.*/pieces/tokenizer.model'$"):
+    open_corpus(dataclasses.replace(config, sources=(str(tmp_path / 'pieces'),)), BYTES)
+  source, = open_corpus(dataclasses.replace(config, sources=(str(tmp_path / 'pieces'),)), tokens).sources
+  assert tokenizer_of(source).digest == tokens.digest and tokenizer_of(open_corpus(config, BYTES).sources[0]).digest == BYTES.digest
+
+
+def test_the_identity_is_json_and_each_mutation_is_told(config):
+  mine = open_corpus(config, BYTES).identity
+  assert json.loads(json.dumps(mine)) == mine and difference(mine, copy.deepcopy(mine)) == []
+
+  def mutated(change):
+    theirs = copy.deepcopy(mine)
+    change(theirs)
+    return difference(mine, theirs)
+  a = mine['sources'][0]
+  assert mutated(lambda x: x.update(length=32)) == ['length 32 -> 16']
+  assert mutated(lambda x: x.update(seed=7)) == ['seed 7 -> 0']
+  assert mutated(lambda x: x.update(packing='best_fit')) == ['packing best_fit -> stream']
+  assert mutated(lambda x: x.update(boundary='across')) == ['boundary across -> within']
+  assert mutated(lambda x: x.update(weights=[1.0, 2.0])) == ['weights [1.0, 2.0] -> []']
+  assert mutated(lambda x: x['sources'].pop()) == ['1 -> 2 sources']
+  assert mutated(lambda x: x['sources'][0].update(fingerprint='f', documents=20, tokens=1000)) == [
+      f'source 0: documents 20 -> {a["documents"]}, tokens 1,000 -> {a["tokens"]:,}']
+  assert mutated(lambda x: x['sources'][1].update(fingerprint='f', tokenizer='t')) == ['source 1: its tokenizer']
+  assert mutated(lambda x: x['sources'][1].update(fingerprint='f')) == ['source 1: as many documents and tokens, but other ones, or other options']
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(sources=('a',), paths=('b',)), "config.data.paths=('b',): give either paths or sources; prepare the paths to have them as a source"),
+    (dict(sources=('a', 'b'), weights=(1.0,)), 'config.data.weights=(1.0,): must be 2 numbers, one a source, or () for their sizes'),
+    (dict(weights=(1.0,)), 'config.data.weights=(1.0,): must be 0 numbers, one a source, or () for their sizes'),
+    (dict(sources=('a', 'b'), weights=(1.0, 0.0)), 'config.data.weights=(1.0, 0.0): must be positive; leave out a source that has no weight'),
+    (dict(seed=2**32), 'config.data.seed=4294967296: must be at least 0 and below 2**32'),
+    (dict(packing='bestfit'), "config.data.packing='bestfit': did you mean 'best_fit'?"),
+    (dict(boundary='document'), "config.data.boundary='document': valid names: within, across"),
+    (dict(on_damage='skip'), "config.data.on_damage='skip': valid names: stop, quarantine")])
+def test_bad_fields_are_one_line(change, message):
+  with pytest.raises(BadInput) as error:
+    Config(data=DataConfig(**change))
+  assert str(error.value) == message
+
+
+def test_a_source_that_is_no_set_is_one_line(config, tmp_path):
+  with pytest.raises(BadInput, match=r"^config.data.sources: '.*/a' holds no prepared set; make one with: python -m mtp_jax prepare"):
+    open_corpus(dataclasses.replace(config, sources=(str(tmp_path / 'a'),)), BYTES)

@@ -1,0 +1,290 @@
+"""Rows against a double loop, order against the uninterrupted run, any number of processes against one."""
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import kills
+import numpy as np
+import pytest
+
+from mtp_jax.config import BadInput
+from mtp_jax.data import shards
+from mtp_jax.data.packing import Consecutive, pack
+from mtp_jax.data.rows import Batches, Joined, Rows, validation_batches
+from mtp_jax.data.shards import Damaged
+
+BOS, PAD = 60_000, 999_999
+POLICIES = list(itertools.product(['stream', 'best_fit'], ['within', 'across']))
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+  monkeypatch.setattr(shards, 'BLOCK', 16)
+
+
+def make_rows(stream, folder, L, M, packing='stream', boundary='within', **more) -> Rows:
+  packed = pack(stream, L, str(folder), 'f' * 16) if packing == 'best_fit' else Consecutive(stream, L)
+  return Rows(stream, packed, L, M, BOS, PAD, boundary == 'across', **more)
+
+
+def by_hand(stream, pieces, L, M, across):
+  """One row, token by token: each piece, and beyond a full row what follows in the stream."""
+  whole = stream.read(0, stream.tokens).tolist()
+  row, segment = [], 0
+  for start, size in pieces:
+    full = len(row) + size == L
+    for k in range(start, min(start + size + (M if full else 0), len(whole))):
+      if k == start or whole[k] == BOS:
+        segment, first = segment + 1, k
+      row.append((whole[k], 1 if across else segment, len(row) if across else k - first))
+  return [list(column) for column in zip(*row + [(PAD, 0, 0)] * (L + M - len(row)))]
+
+
+@pytest.mark.parametrize('packing, boundary', POLICIES)
+@pytest.mark.parametrize('M', [1, 2, 5, 8])
+def test_rows_are_those_of_a_double_loop(tmp_path, stream_of, packing, boundary, M):
+  rng = np.random.default_rng(M)
+  cases = [[[1]], [[1] * 30], [[100]], [[16, 16], [16]], [[15, 1, 17]]]
+  cases += [[rng.choice([1, 2, 3, 7, 50], size=rng.integers(1, 20)).tolist() for _ in range(3)] for _ in range(3)]
+  for case, (layout, L) in enumerate(itertools.product(cases, [1, 5, 16])):
+    stream = stream_of(tmp_path / str(case), *layout)
+    rows = make_rows(stream, tmp_path / str(case), L, M, packing, boundary)
+    batch = rows.batch(range(len(rows)))
+    assert all(values.dtype == np.int32 and values.shape == (len(rows), L + M) for values in batch.values())
+    for i in range(len(rows)):
+      pieces = rows.packing.pieces(np.array([i]))[1].tolist()
+      assert [batch[name][i].tolist() for name in ('tokens', 'segments', 'positions')] == by_hand(stream, pieces, L, M, boundary == 'across')
+
+
+def test_two_documents_and_the_end_of_the_stream_as_a_table(tmp_path, stream_of):
+  rows = make_rows(stream_of(tmp_path, [3, 1, 4]), tmp_path, L=5, M=2)
+  assert {name: values.tolist() for name, values in rows.batch([1, 0, -1]).items()} == {
+      'tokens': [[5, 6, 7, PAD, PAD, PAD, PAD], [BOS, 1, 2, BOS, BOS, 5, 6], [PAD] * 7],
+      'segments': [[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 2, 3, 3, 3], [0] * 7],
+      'positions': [[0, 1, 2, 0, 0, 0, 0], [0, 1, 2, 0, 0, 1, 2], [0] * 7]}
+
+
+def test_best_fit_rows_as_a_table(tmp_path, stream_of):
+  """Documents of 7, 2 and 3 tokens in rows of 5: the first five of the long one with two more to predict, then 3 + 2, then the rest of 2."""
+  rows = make_rows(stream_of(tmp_path, [7, 2, 3]), tmp_path, L=5, M=2, packing='best_fit')
+  assert {name: values.tolist() for name, values in rows.batch(range(3)).items()} == {
+      'tokens': [[BOS, 1, 2, 3, 4, 5, 6], [BOS, 10, 11, 5, 6, BOS, 8], [BOS, 8, PAD, PAD, PAD, PAD, PAD]],
+      'segments': [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 2, 2, 3, 3], [1, 1, 0, 0, 0, 0, 0]],
+      'positions': [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 0, 1, 0, 1], [0, 1, 0, 0, 0, 0, 0]]}
+
+
+def test_there_is_no_row_outside(tmp_path, stream_of):
+  rows = make_rows(stream_of(tmp_path, [7]), tmp_path, 5, 2)
+  for i in (-2, 2):
+    with pytest.raises(IndexError):
+      rows.batch([0, i])
+
+
+@pytest.fixture(params=POLICIES, ids='-'.join)
+def rows(tmp_path, stream_of, request):
+  stream = stream_of(tmp_path / 'stream', [1, 90, 3], [40, 2, 44])
+  return Joined([make_rows(stream, tmp_path, 8, 3, *request.param)])
+
+
+@pytest.fixture
+def mixed(tmp_path, stream_of):
+  """Three sources of 23, 7 and 12 rows; their tokens tell them apart."""
+  sources = []
+  for i, (packing, lengths) in enumerate((('stream', [1, 90, 3, 40, 2, 44]), ('best_fit', [5] * 9), ('stream', [96]))):
+    stream = stream_of(tmp_path / str(i), lengths)
+    gather = stream.gather
+    stream.gather = lambda starts, stops, gather=gather, i=i: [np.where(part == BOS, BOS, part + 1000 * i) for part in gather(starts, stops)]
+    sources.append(make_rows(stream, tmp_path / str(i), 8, 3, packing))
+  return Joined(sources)
+
+
+def take(batches, count):
+  found = [next(batches) for _ in range(count)]
+  batches.close()
+  return found
+
+
+def one_epoch(rows) -> list[dict]:
+  return take(Batches(rows, (1,), 1, seed=3), len(rows))
+
+
+def test_every_token_of_every_document_is_an_input_once_an_epoch(rows):
+  inputs = np.concatenate([np.where(batch['segments'][:, :8] > 0, batch['tokens'][:, :8], -1).ravel() for batch in one_epoch(rows)])
+  inputs = inputs[inputs >= 0]
+  assert sorted(inputs[inputs != BOS]) == sorted(set(range(180)) - {0, 1, 91, 94, 134, 136}) and (inputs == BOS).sum() == 6
+
+
+def test_every_future_of_every_input_is_in_its_row(tmp_path, stream_of):
+  """Where a document is not cut between them, the token m+1 places on stands m+1 places on, in the same segment: M are there, always, with stream packing."""
+  rows = make_rows(stream_of(tmp_path, [1, 90, 3, 40]), tmp_path, 8, 3)
+  batch = rows.batch(range(len(rows)))
+  ends = np.cumsum([1, 90, 3, 40])
+  for i, t, m in itertools.product(range(len(rows)), range(8), range(3)):
+    place = 8 * i + t
+    if place < 134:
+      same = place + 1 + m < ends[np.searchsorted(ends, place, side='right')]
+      assert (batch['segments'][i, t] == batch['segments'][i, t + 1 + m]) == same
+
+
+def test_epochs_are_permutations_in_another_order(rows):
+  n = len(rows)
+  drawn = sum([batch['tokens'].tolist() for batch in take(Batches(rows, (1,), n, seed=3), 4)], [])
+  epochs = [drawn[i:i + n] for i in range(0, 4 * n, n)]
+  assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs) and all(a != b for a, b in itertools.combinations(epochs, 2))
+
+
+def test_seed_fixes_the_order(rows):
+  one, same, other = ([b['tokens'].tolist() for b in take(Batches(rows, (1,), 5, seed), 8)] for seed in (1, 1, 2))
+  assert one == same != other
+
+
+WEIGHTS = (0.5, 0.3, 0.2)
+
+
+def whole(rows, count, steps, state=None, batch=8, weights=WEIGHTS):
+  """The global batches that `count` processes draw together, their rows put back in order, and the state they agree on."""
+  processes = [Batches(rows, weights, batch, 5, p, count) for p in range(count)]
+  for process in processes if state else []:
+    process.set_state(state)
+  shares = [[next(process) for _ in range(steps)] for process in processes]
+  states = [process.get_state() for process in processes]
+  for process in processes:
+    process.close()
+  assert all(s == states[0] for s in states) and all(len(b['tokens']) == batch // count for share in shares for b in share)
+  together = [{name: np.stack([b[name] for b in step], axis=1).reshape(batch, -1).tolist() for name in step[0]} for step in zip(*shares)]
+  return together, json.loads(json.dumps(states[0]))
+
+
+def test_any_number_of_processes_draws_the_same_batches(mixed):
+  one, two, four, eight = (whole(mixed, count, steps=6)[0] for count in (1, 2, 4, 8))
+  assert one == two == four == eight
+
+
+def test_resuming_at_every_point_continues_as_if_uninterrupted(mixed):
+  uninterrupted, _ = whole(mixed, 1, steps=8)
+  for point in range(8):
+    before, state = whole(mixed, 1, point)
+    after, _ = whole(mixed, 1, 8 - point, state)
+    assert before + after == uninterrupted
+
+
+def test_the_number_of_processes_may_change_on_the_way(mixed):
+  uninterrupted, _ = whole(mixed, 1, steps=9)
+  found, state = [], None
+  for count, steps in ((2, 2), (1, 3), (8, 1), (4, 3)):
+    batches, state = whole(mixed, count, steps, state)
+    found += batches
+  assert found == uninterrupted and state == {'global_next_index': 9 * 8}
+
+
+def test_the_batch_size_may_change_on_the_way(mixed):
+  flat = lambda batches: [row for batch in batches for row in batch['tokens']]
+  one, state = whole(mixed, 1, 3, batch=8)
+  two, _ = whole(mixed, 1, 2, state, batch=12)
+  assert flat(one + two) == flat(whole(mixed, 1, 6)[0])
+
+
+def test_sources_are_drawn_by_their_weights_and_each_row_once_an_epoch_of_its_source(mixed):
+  tokens = np.concatenate([batch['tokens'] for batch in take(Batches(mixed, WEIGHTS, 10, 0), 40)])
+  source = np.where(tokens >= BOS, 0, tokens).max(axis=1) // 1000
+  counts = np.bincount(source, minlength=3)
+  assert (np.abs(counts / 400 - WEIGHTS) <= 0.01).all()
+  for s, rows in enumerate(mixed.sources):
+    drawn = [tuple(row) for row in tokens[source == s].tolist()]
+    for epoch in range(len(drawn) // len(rows)):
+      assert len(set(drawn[epoch * len(rows):(epoch + 1) * len(rows)])) == len(rows)
+
+
+def test_real_processes_draw_what_one_draws(tmp_path, stream_of):
+  """Each opens the shards on its own; their shares, put together, are the batches of this one."""
+  code = f'''
+import json, sys
+from mtp_jax.data.packing import Consecutive
+from mtp_jax.data.rows import Batches, Joined, Rows
+from mtp_jax.data.shards import Folder, Shard, Stream
+shards = json.loads(sys.argv[3])
+stream = Stream(Folder({str(tmp_path / "real")!r}, ''), [Shard(**shard) for shard in shards], '<u2', '')
+from mtp_jax.data import shards as module
+module.BLOCK = 16
+batches = Batches(Joined([Rows(stream, Consecutive(stream, 8), 8, 3, {BOS}, {PAD})]), (1,), 8, 5, int(sys.argv[1]), int(sys.argv[2]))
+print(json.dumps([next(batches)['tokens'].tolist() for _ in range(6)]))
+batches.close()
+'''
+  stream = stream_of(tmp_path / 'real', [50, 20, 900])
+  entries = json.dumps([vars(shard) for shard in stream.shards])
+  start = lambda p, n: subprocess.Popen([sys.executable, '-c', code, str(p), str(n), entries], stdout=subprocess.PIPE, text=True,
+                                        env=os.environ | {'PYTHONPATH': str(kills.ROOT / 'src')})
+  wanted = [batch['tokens'].tolist() for batch in take(Batches(Joined([make_rows(stream, tmp_path, 8, 3)]), (1,), 8, 5), 6)]
+  for n in (2, 4):
+    shares = [json.loads(process.communicate(timeout=60)[0]) for process in [start(p, n) for p in range(n)]]
+    assert [np.stack(step, axis=1).reshape(8, -1).tolist() for step in zip(*shares)] == wanted
+
+
+def test_a_share_must_come_out_even(rows):
+  with pytest.raises(BadInput, match=r'^config\.train\.batch=9: must be a multiple of the 2 processes$'):
+    Batches(rows, (1,), 9, 0, process_count=2)
+  with pytest.raises(BadInput, match='multiple of the 2 processes'):
+    next(validation_batches(rows, 9, process_count=2))
+
+
+@pytest.mark.parametrize('limit', [None, 1, 8, 10, 41, 42, 43])
+@pytest.mark.parametrize('count', [1, 2, 4])
+def test_validation_sees_each_row_once_or_an_even_sample_in_order_then_padding(mixed, limit, count):
+  processes = [validation_batches(mixed, 8, limit, p, count) for p in range(count)]
+  together = [np.stack(step, axis=1).reshape(8, -1) for step in zip(*([b['tokens'] for b in p] for p in processes), strict=True)]
+  N = len(mixed)
+  n, tokens = min(limit or N, N), np.concatenate(together)
+  assert tokens.shape == (-(-n // 8) * 8, 11)
+  assert np.array_equal(tokens[:n], mixed.batch([i * N // n for i in range(n)])['tokens']) and (tokens[n:] == PAD).all()
+
+
+def harmed(stream, s: int, number: int):
+  """Flips a bit inside block `number` of shard s."""
+  path = pathlib.Path(stream.folder.path(stream.shards[s].file))
+  content = bytearray(path.read_bytes())
+  content[content.find(stream._record(s, number)) + 3] ^= 1
+  path.write_bytes(content)
+  stream._open.clear()
+
+
+def test_a_damaged_block_stops_the_batches_and_names_itself(tmp_path, stream_of):
+  stream = stream_of(tmp_path, [100], [200])
+  harmed(stream, 1, 4)
+  batches = Batches(Joined([make_rows(stream, tmp_path, 8, 3)]), (1,), 4, 0)
+  with pytest.raises(Damaged, match=r'train-00001.array_record: block 4 is damaged .*; restore the file or prepare the set again, or go on without'):
+    for _ in range(10):
+      next(batches)
+  batches.close()
+
+
+def test_quarantined_rows_become_padding_are_counted_and_no_other_row_changes(tmp_path, stream_of):
+  stream, said = stream_of(tmp_path, [100], [200]), []
+  rows = make_rows(stream, tmp_path, 8, 3, quarantine=True, note=said.append)
+  before = rows.batch(range(len(rows)))
+  harmed(stream, 1, 4)
+  stream._blocks.clear()
+  after = rows.batch(range(len(rows)))
+  first, last = 100 + 4 * 16, 100 + 5 * 16  # the tokens of that block
+  hurt = [i for i in range(len(rows)) if 8 * i < last and 8 * i + 11 > first]
+  for name, blank in (('tokens', PAD), ('segments', 0), ('positions', 0)):
+    assert (after[name][hurt] == blank).all()
+    assert np.array_equal(np.delete(after[name], hurt, axis=0), np.delete(before[name], hurt, axis=0))
+  assert rows.quarantined == len(hurt) == 3 and len(said) == 1 and 'train-00001.array_record: block 4 is damaged' in said[0]
+  batches = Batches(Joined([rows]), (1,), 38, 0)
+  next(batches)
+  assert batches.quarantined == 6
+  batches.close()
+
+
+def test_batches_are_placed_ahead_and_the_state_is_that_of_the_one_handed_out(rows):
+  placed = []
+  batches = Batches(rows, (1,), 4, 0, ahead=3, place=lambda batch: placed.append(batch) or len(placed))
+  assert batches.get_state() == {'global_next_index': 0} and next(batches) == 1 and next(batches) == 2
+  assert batches.get_state() == {'global_next_index': 8}
+  batches.set_state({'global_next_index': 4})
+  number = next(batches)
+  assert np.array_equal(placed[number - 1]['tokens'], placed[1]['tokens'])
+  batches.close()
