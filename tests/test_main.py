@@ -29,6 +29,7 @@ def place(tmp_path_factory):
   (folder / 'lacks.py').write_text('def get_configuration():\n  pass\n')
   (folder / 'forgets.py').write_text(source.replace('.to_config_dict()', ''))
   (folder / 'empty').mkdir()
+  (folder / 'bad.jsonl').write_text('{"text": "x"}\n{"text\n{"text": "y"}\n')
   write(folder / 'run', config, random_state(config), identity=open_corpus(config.data, tokenizer.load('bytes')).identity)
   others = experiment(folder / 'others', data={'cache': config.data.cache})
   (folder / 'others' / 'documents' / '3.txt').write_text('changed')
@@ -129,6 +130,20 @@ BAD = {
     'weight in other words': ([*TRAIN, "--config.objective.weights=(1, '0.3 until 0.5 0.1')"], "config.objective.weights=(1.0, '0.3 until 0.5 0.1'): 'until' is no step, linear or cosine"),
     'against nothing': (['benchmark', 'train', '--config=tiny.py', '--against=nowhere.py'], '--against=nowhere.py: no such file'),
     'against a config that raises': (['benchmark', 'train', '--config=tiny.py', '--against=raises.py'], '--against=raises.py: ZeroDivisionError'),
+    'prepare nothing': (['prepare', '--output=set'], '--input: missing'),
+    'prepare into nowhere': (['prepare', '--input=documents'], '--output: missing'),
+    'prepare: no such input': (['prepare', '--input=nowhere', '--output=set'], "--input: 'nowhere' holds no file"),
+    'prepare: no tokenizer': (['prepare', '--input=documents', '--output=set', '--tokenizer=nowhere'], "--tokenizer='nowhere': No such file or directory; give 'bytes' or"),
+    'prepare: keep what cannot be kept': (['prepare', '--input=documents', '--output=set', '--keep=nul,empty'], '--keep=empty: such a record has no text to keep'),
+    'prepare: format misspelt': (['prepare', '--input=documents', '--output=set', '--format=json'], "--format=json: did you mean 'jsonl'?"),
+    'prepare: too many bad records': (['prepare', '--input=bad.jsonl', '--output=bad', '--workers=0'], '--input: 1 of 3 records are bad (1 broken_json), more than --bad_share=0.05; the first is broken_json in bad.jsonl, line 2'),
+    'prepare into a folder of another': (['prepare', '--input=documents', '--output=.', '--workers=0'], 'holds files that are no prepared set, such as'),
+    'prepare elsewhere without a package': (['prepare', '--input=documents', '--output=nowhere://x'], "--output: 'nowhere://x': Protocol not known: nowhere"),
+    'inspect no set': (['inspect-data', '--data=documents'], "documents' holds no prepared set; make one with"),
+    'inspect misspelt packing': (['inspect-data', '--data=set', '--packing=best-fit'], "packing='best-fit': did you mean 'best_fit'?"),
+    'tokenizer of another kind': (['train-tokenizer', '--input=documents', '--output=x.model', '--kind=word'], '--kind=word: must be bpe or unigram'),
+    'tokenizer into nowhere': (['train-tokenizer', '--input=documents', '--output=nowhere/x.model'], '--output=nowhere/x.model: must be a file in a folder that is there'),
+    'train on documents that are no set': ([*TRAIN, "--config.data.sources=('documents',)", '--config.data.paths=()'], "documents' holds no prepared set"),
     'plan without topology': (['plan', '--config=tiny.py'], '--topology: missing'),
     'certify without config': (['certify'], '--config: missing'),
     'no steps': (['benchmark', 'train', '--config=tiny.py', '--steps=0'], '--steps=0: must be at least 1'),
@@ -278,3 +293,67 @@ def test_train_and_both_benchmarks_print_one_object(run, place):
     assert plain['tokens_per_forward'] == plain['speed_up'] == plain['overhead'] == 1 and plain['acceptance'] == []
     assert drafted['overhead'] * drafted['speed_up'] == pytest.approx(drafted['tokens_per_forward']) and 0 <= drafted['drafting'] < 1
   assert not any(row['differing'] for row in found['rows']) and (place / 'decode.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_text_is_prepared_inspected_and_trained_on(run, place):
+  """From JSON lines to a trained model, by the commands alone; the second time the set is found."""
+  lines = [json.dumps({'body': f'document {i} ' + 'x' * (i % 40)}) for i in range(400)]
+  (place / 'lines.jsonl').write_text('\n'.join(['{"body": ', *lines]))
+  arguments = ['prepare', '--input=lines.jsonl', '--field=body', '--output=prepared', '--validation_share=0.1', '--shard_bytes=4000']
+  found = last_line(run, *arguments)
+  assert (found['records'], found['bad']) == (401, {'broken_json': {'skipped': 1, 'kept': 0}})
+  assert found['train']['documents'] + found['validation']['documents'] == 400 and found['train']['shards'] > 3
+  assert last_line(run, *arguments, '--workers=0') == found
+  code, out, _ = run(*arguments)
+  assert code == 0 and 'bad records: broken_json 1 skipped, 0 kept' in out and out[-1] == "train on it with: --config.data.sources=\"('prepared',)\""
+  inspected = last_line(run, 'inspect-data', '--data=prepared', '--verify', '--plot=lengths.png')
+  assert {key: inspected['train'][key] for key in ('documents', 'tokens', 'bytes', 'shards')} == found['train'] and inspected['damaged'] == []
+  assert sum(inspected['train']['lengths'].values()) == found['train']['documents'] and inspected['train']['bytes_per_token'] == 1
+  assert (place / 'lengths.png').read_bytes().startswith(b'\x89PNG')
+  trained = last_line(run, *TRAIN, '--config.train.steps=3', "--config.data.sources=('prepared',)", '--config.data.paths=()', '--config.data.packing=best_fit')
+  assert trained['step'] == 3
+  shutil.rmtree(place / 'new')
+
+
+def test_inspection_shows_every_future_of_a_row_and_ends_it_with_the_document(run, place):
+  """Documents of one letter each, four times: what the table says of the first positions, cell by cell."""
+  (place / 'letters').mkdir()
+  for letter in 'abcdefgh':
+    (place / 'letters' / letter).write_text(letter * 4)
+  run('prepare', '--input=letters', '--output=letters-set', '--validation_share=0.2', '--workers=0')
+  code, out, _ = run('inspect-data', '--data=letters-set', '--length=16', '--futures=3', '--rows=1', '--positions=8')
+  cells = [[cell.strip() for cell in line.split('│')[1:-1]] for line in out if line.startswith('│')]
+  a, b = (row[3] for row in (cells[1], cells[-1]))
+  start = int(cells[0][0])
+  letters = {0: '<bos>', 5: '<eos>'}
+  for t, row in enumerate(cells, start):
+    document, place_in_it = divmod(t, 6)
+    said = lambda k: letters.get(k, a if document == 0 else b) if k < 6 else '·'
+    assert row == [str(t), str(document + 1), str(place_in_it), *(said(place_in_it + k) for k in range(4))]
+  assert code == 0 and len(cells) == 8 and any(line.startswith('├') for line in out)
+
+
+def test_a_flipped_bit_is_told_by_inspection(run, place):
+  run('prepare', '--input=documents', '--output=flipped', '--validation_share=0.2', '--workers=0')
+  path = place / 'flipped' / 'train-00000.array_record'
+  content = bytearray(path.read_bytes())
+  content[-1] ^= 1  # where ArrayRecord pads the file: harmless, yet not what was written
+  path.write_bytes(content)
+  code, out, _ = run('inspect-data', '--data=flipped', '--verify')
+  assert code == 1 and out[-1].endswith('train-00000.array_record: its digest is not that of the index')
+  assert run('inspect-data', '--data=flipped')[0] == 0
+
+
+def test_a_tokenizer_is_trained_on_the_same_inputs(run, place):
+  (place / 'lines.jsonl').write_text('\n'.join(json.dumps({'text': f'def function_{i}(x):\n    return x + {i}\n'}) for i in range(500)))
+  found = last_line(run, 'train-tokenizer', '--input=lines.jsonl', '--output=code.model', '--vocab=320')
+  assert found['vocab'] == 320 and found['bytes_per_token'] > 2 and 20 < found['held_out_documents'] < 80
+  assert last_line(run, 'prepare', '--input=lines.jsonl', '--tokenizer=code.model', '--output=pieces', '--workers=0')['train']['tokens'] < 10_000
+  code, _, err = run('train-tokenizer', '--input=lines.jsonl', '--output=other.model', '--vocab=90000')
+  assert code == 2 and err[-1].startswith('mtp_jax: vocabulary of 90000: ') and not (place / 'other.model').exists()
+
+
+def test_the_way_of_the_data_is_measured(run):
+  found = last_line(run, 'benchmark', 'data', '--config=tiny.py', '--seconds=0.05')
+  assert all(found[key] > 0 for key in ('tokens_per_second', 'rows_per_second', 'share_of_memory_speed', 'prepare_bytes_per_second',
+                                        'sentencepiece_bytes_per_second', 'share_of_raw_encoding'))

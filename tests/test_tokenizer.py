@@ -43,6 +43,12 @@ def train(path: pathlib.Path, **options) -> pathlib.Path:
   return path
 
 
+def ours(path: pathlib.Path, kind: str) -> pathlib.Path:
+  stdlib = pathlib.Path(sysconfig.get_path('stdlib'))
+  path.write_bytes(tokenizer.train([*((stdlib / name).read_bytes() for name in ('ast.py', 'bisect.py', 'calendar.py'))], 600, kind))
+  return path
+
+
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
   folder = tmp_path_factory.mktemp('models')
@@ -52,11 +58,13 @@ def models(tmp_path_factory):
                           user_defined_symbols=['def f', '\u2581x']),
       'same size': train(folder / 'same size', model_type='bpe', **FITTING),
       'bos in the text': train(folder / 'bos in the text', user_defined_symbols=['<s>'], **FITTING),
+      'bpe of ours': ours(folder / 'bpe of ours', 'bpe'),
+      'unigram of ours': ours(folder / 'unigram of ours', 'unigram'),
       'no bytes': train(folder / 'no bytes', hard_vocab_limit=False),
   }
 
 
-@pytest.fixture(scope='module', params=['bytes', 'fitting', 'as shipped', 'bos in the text'])
+@pytest.fixture(scope='module', params=['bytes', 'fitting', 'as shipped', 'bos in the text', 'bpe of ours', 'unigram of ours'])
 def t(request, models):
   return tokenizer.load(str(models.get(request.param, 'bytes')))
 
@@ -160,3 +168,26 @@ def test_half_a_model_is_refused(models, tmp_path):
   (tmp_path / 'model').write_bytes(whole[:len(whole) // 2])
   with pytest.raises(BadInput):
     tokenizer.load(str(tmp_path / 'model'))
+
+
+@pytest.mark.parametrize('kind', ['bpe', 'unigram'])
+def test_a_model_of_ours_is_made_for_code(models, kind):
+  t = tokenizer.load(str(models[f'{kind} of ours']))
+  pieces = [t.decode([i]) for i in range(t.size)]
+  assert t.size == 600 and (t.bos, t.eos, t.pad) == (1, 2, 3)
+  assert not [piece for piece in pieces if len(piece) > 1 and any(48 <= b < 58 for b in piece)]  # digits stand alone
+  assert b'    ' in pieces and any(b'\n' in piece for piece in pieces)
+  plain = sentencepiece.SentencePieceProcessor(model_file=str(models[f'{kind} of ours']))
+  text = pathlib.Path(sysconfig.get_path('stdlib'), 'heapq.py').read_text(encoding='utf-8')
+  assert t.encode(text).tolist() == plain.encode(text) and len(text) / len(t.encode(text)) > 1.8
+
+
+def test_long_lines_are_trained_on_too():
+  text = 'abcdefgh' * 20_000  # one line, longer than SentencePiece takes by default
+  assert b'abcdefgh' in b'|'.join(tokenizer.SentencePiece(tokenizer.train([text.encode()] * 3 + [bytes(range(32, 127))] * 20, 380))._strings)
+
+
+@pytest.mark.parametrize('size', [100, 100_000])
+def test_a_vocabulary_that_does_not_fit_its_sample_is_one_line(size):
+  with pytest.raises(BadInput, match=f'^vocabulary of {size}: '):
+    tokenizer.train([b'a few words ' * 9] * 20, size)

@@ -267,13 +267,13 @@ def inspect_data(f) -> int:
   _need(f, 'data')
   _need_at_least(f, length=1, futures=1, rows=0, positions=1)
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-  from mtp_jax.data.corpus import Corpus, tokenizer_of
   from mtp_jax.data.shards import Folder, open_set
   config = Config(data=schema.DataConfig(sources=(f.data,), length=f.length, packing=f.packing, boundary=f.boundary)).data
   source = open_set(Folder(f.data, '--data'), config.cache)
-  tokens = tokenizer_of(source)
   wrong = source.verify() if f.verify else []
   from mtp_jax.data import inspection
+  from mtp_jax.data.corpus import Corpus, tokenizer_of
+  tokens = tokenizer_of(source)
   found = inspection.summary(source) | ({'damaged': wrong} if f.verify else {})
   if f.plot:
     inspection.plot(found, f.plot)

@@ -71,10 +71,10 @@ class Meter:
       self.bar.start()
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, error, *_):
     if self.bar:
       self.bar.stop()
-    if any(self.done):
+    if any(self.done) and not error:
       self.note(f'{self._text()} in {time.perf_counter() - self.start:.1f} s')
 
   def add(self, size: int, documents: int, tokens: int) -> None:

@@ -266,7 +266,7 @@ def _run(work: _Work, size: int, workers: int, note) -> None:
       records, skipped = records + part_records, skipped + part_skipped
       if records >= ENOUGH:
         _check_bad(work, records, skipped)
-  _check_bad(work, records, skipped)
+    _check_bad(work, records, skipped)
 
 
 def _tokenized(work: _Work, todo: list[int], workers: int, meter: Meter):
