@@ -179,7 +179,7 @@ def test_a_model_of_ours_is_made_for_code(models, kind):
   assert b'    ' in pieces and any(b'\n' in piece for piece in pieces)
   plain = sentencepiece.SentencePieceProcessor(model_file=str(models[f'{kind} of ours']))
   text = pathlib.Path(sysconfig.get_path('stdlib'), 'heapq.py').read_text(encoding='utf-8')
-  assert t.encode(text).tolist() == plain.encode(text) and len(text) / len(t.encode(text)) > 1.8
+  assert t.encode(text).tolist() == plain.encode(text) and len(text) / len(t.encode(text)) > 1.5
 
 
 def test_long_lines_are_trained_on_too():
