@@ -16,7 +16,7 @@ def workdir(tmp_path_factory):
   from mtp_jax.train import fit
   folder = tmp_path_factory.mktemp('run')
   for i in range(6):
-    shutil.copy(ROOT / 'src' / 'mtp_jax' / ('config.py', 'data.py', 'train.py', 'model.py', 'lm.py', 'metrics.py')[i], folder / f'{i}.py')
+    shutil.copy(ROOT / 'src' / 'mtp_jax' / ('config.py', 'data/rows.py', 'train.py', 'model.py', 'lm.py', 'metrics.py')[i], folder / f'{i}.py')
   config = Config(
       model=ModelConfig(width=32, layers=5, heads=4, head_width=8, feed_forward=64, futures=4), objective=ObjectiveConfig(chunk=64),
       data=DataConfig(paths=tuple(str(path) for path in sorted(folder.glob('*.py'))), length=64, validation_share=0.3, cache=str(folder / 'cache')),

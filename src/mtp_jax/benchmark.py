@@ -49,7 +49,7 @@ class Steps:
     self.temporary_bytes = self.compiled.memory_analysis().temp_size_in_bytes
 
   def __call__(self) -> float:
-    """Seconds of one step, the making of its batch included."""
+    """Seconds of one step, the wait for its batch included."""
     with jax.set_mesh(self.mesh):
       start = time.perf_counter()
       self.state, _ = jax.block_until_ready(self.compiled(self.state, training.put(next(self.batches), self.mesh), *self.others))

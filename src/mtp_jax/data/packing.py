@@ -5,16 +5,19 @@
                document. Pieces go, longest first, each into the fullest row that still has room (best-fit decreasing: Ding et al. 2024,
                arXiv:2404.10830); what stays empty is padding
 
-Best-fit rows are packed shard by shard, so that memory does not grow with the corpus, and written down once:
+Best-fit rows are packed shard by shard, so that a shard's documents and the bounds of all rows are what is in memory, and written down once:
 
-    file       sha256 of what follows, then int64: number of rows R, R+1 bounds, then (start, length) of each piece of the rows in turn
+    file       int64: (start, length) of each piece of the rows in turn, R+1 bounds, the number of rows R; then the sha256 of all that
 """
 import hashlib
+import os
 import pathlib
 
 import numpy as np
 
 from mtp_jax.data.shards import Damaged, Folder, Stream
+
+_DIGEST = 32  # bytes of a sha256
 
 
 class Consecutive:
@@ -40,14 +43,17 @@ class BestFit:
   """
 
   def __init__(self, path: str, stream: Stream, length: int):
+    size = os.path.getsize(path) - _DIGEST
     with open(path, 'rb') as file:
-      digest = file.read(32)
-      intact = hashlib.file_digest(file, 'sha256').digest() == digest
+      found = hashlib.sha256()
+      for start in range(0, size, 2**24):
+        found.update(file.read(min(2**24, size - start)))
+      intact = found.digest() == file.read()
     if not intact:
       raise Damaged(f'{path}: is damaged; delete that file, it will be made again')
-    numbers = np.asarray(np.memmap(path, '<i8', mode='r', offset=32))
-    self._rows = int(numbers[0])
-    self._bounds, self._pieces = numbers[1:self._rows + 2], numbers[self._rows + 2:].reshape(-1, 2)
+    numbers = np.asarray(np.memmap(path, '<i8', mode='r', shape=(size // 8,)))
+    self._rows = int(numbers[-1])
+    self._bounds, self._pieces = numbers[-self._rows - 2:-1], numbers[:-self._rows - 2].reshape(-1, 2)
     self.padding = 1 - stream.tokens / max(1, self._rows * length)
 
   def __len__(self) -> int:
@@ -62,15 +68,20 @@ def pack(stream: Stream, length: int, cache: str, fingerprint: str) -> BestFit:
   """Packs a stream, or finds that done in a file of `cache`."""
   folder, name = Folder(pathlib.Path(cache).expanduser() / 'rows', 'config.data.cache'), f'{fingerprint[:16]}-best_fit-{length}'
   if name not in folder.sizes():
-    bounds, pieces, count = [np.zeros(1, np.int64)], [], 0
-    for s in range(len(stream.shards)):
-      shard_bounds, shard_pieces = best_fit(stream.lengths(s), length)
-      bounds.append(shard_bounds[1:] + count)
-      pieces.append(shard_pieces + [stream.start(s), 0])
-      count += len(shard_pieces)
-    bounds = np.concatenate(bounds)
-    content = np.concatenate([[len(bounds) - 1], bounds, *(piece.ravel() for piece in pieces)]).astype('<i8').tobytes()
-    folder.write(name, hashlib.sha256(content).digest() + content)
+    digest, bounds, count = hashlib.sha256(), [np.zeros(1, np.int64)], 0
+    with folder.aside(name) as path, open(path, 'wb') as file:
+      def write(numbers: np.ndarray):
+        content = numbers.astype('<i8').tobytes()
+        digest.update(content)
+        file.write(content)
+      for s in range(len(stream.shards)):
+        shard_bounds, pieces = best_fit(stream.lengths(s), length)
+        write(pieces + [stream.start(s), 0])
+        bounds.append(shard_bounds[1:] + count)
+        count += len(pieces)
+      bounds = np.concatenate(bounds)
+      write(np.append(bounds, len(bounds) - 1))
+      file.write(digest.digest())
   return BestFit(folder.path(name), stream, length)
 
 

@@ -81,6 +81,8 @@ def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, 
       try:
         _run(work, size, workers, note)
         _finish(work, inputs)
+      except ChildProcessError:
+        raise
       except OSError as error:
         raise OSError(f'--output={folder.url}: cannot write there ({error}); mend that and run the same command, it goes on where it stopped') from error
     return open_set(folder, cache)
@@ -96,11 +98,9 @@ def prepare_once(given: tuple[str, ...], tokenizer: Tokenizer, validation_share:
   options = Options(Reading(keep=('invalid_utf8', 'lone_surrogate', 'nul')), validation_share)
   identity = [FORMAT, tokenizer.digest, validation_share, [(file.name, file.bytes, digest(file, where)) for file in inputs]]
   directory = pathlib.Path(cache).expanduser() / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-  large = sum(file.bytes for file in inputs) > 256 * 2**20
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    return prepare([dataclasses.replace(file, modified='') for file in inputs], tokenizer, options, directory,
-                   (os.cpu_count() or 1) if large else 0, where, cache=cache)
+    return prepare([dataclasses.replace(file, modified='') for file in inputs], tokenizer, options, directory, 0, where, cache=cache)
   except OSError as error:
     raise BadInput(f'config.data.cache={cache!r}: cannot write there ({error}); give a folder with space') from error
 
@@ -262,10 +262,11 @@ def _run(work: _Work, size: int, workers: int, note) -> None:
   if ready:
     note(f'{len(work.parts) - len(todo)} of {len(work.parts)} parts are done already')
   with Meter(size, ready, note) as meter:
-    for part_records, part_skipped in _tokenized(work, todo, min(workers, len(todo)), meter):
-      records, skipped = records + part_records, skipped + part_skipped
-      if records >= ENOUGH:
-        _check_bad(work, records, skipped)
+    with contextlib.closing(_tokenized(work, todo, min(workers, len(todo)), meter)) as found:  # which stops the workers
+      for part_records, part_skipped in found:
+        records, skipped = records + part_records, skipped + part_skipped
+        if records >= ENOUGH:
+          _check_bad(work, records, skipped)
     _check_bad(work, records, skipped)
 
 
@@ -284,7 +285,7 @@ def _tokenized(work: _Work, todo: list[int], workers: int, meter: Meter):
         meter.show(*counts[:3])
         yield from (future.result() for future in done)
     except concurrent.futures.process.BrokenProcessPool as error:
-      raise OSError('a worker process was killed, perhaps for want of memory: use fewer --workers') from error
+      raise ChildProcessError('a worker process was killed, perhaps for want of memory; run the same command with fewer --workers') from error
     finally:
       counts[3] = 1
       pool.shutdown(wait=True, cancel_futures=True)

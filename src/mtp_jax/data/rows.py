@@ -154,7 +154,11 @@ class Batches:
   def __next__(self):
     while len(self._coming) <= self._ahead:
       self._coming.append(self._reader.submit(self._draw))
-    batch, self.quarantined = self._coming.popleft().result()
+    try:
+      batch, self.quarantined = self._coming.popleft().result()
+    except BaseException:
+      self.set_state(self.get_state())  # the next call tries the same batch again
+      raise
     self._next += self._batch
     return batch
 
