@@ -260,22 +260,25 @@ def test_a_damaged_block_stops_the_batches_and_names_itself(tmp_path, stream_of)
   batches.close()
 
 
-def test_quarantined_rows_become_padding_are_counted_and_no_other_row_changes(tmp_path, stream_of):
-  stream, said = stream_of(tmp_path, [100], [200]), []
-  rows = make_rows(stream, tmp_path, 8, 3, quarantine=True, note=said.append)
+@pytest.mark.parametrize('packing', ['stream', 'best_fit'])
+def test_quarantined_rows_become_padding_are_counted_and_no_other_row_changes(tmp_path, stream_of, packing):
+  stream, said = stream_of(tmp_path, [5] * 12 + [3] * 12 + [4], [3] * 25 + [5] * 25), []
+  rows = make_rows(stream, tmp_path, 8, 3, packing, quarantine=True, note=said.append)
   before = rows.batch(range(len(rows)))
   harmed(stream, 1, 4)
   stream._blocks.clear()
   after = rows.batch(range(len(rows)))
   first, last = 100 + 4 * 16, 100 + 5 * 16  # the tokens of that block
-  hurt = [i for i in range(len(rows)) if 8 * i < last and 8 * i + 11 > first]
+  place, pieces = rows.packing.pieces(np.arange(len(rows)))
+  ends = pieces.sum(axis=1) + 3 * (np.bincount(place, pieces[:, 1])[place] == 8) * (np.append(np.diff(place), 1) > 0)  # and the futures of full rows
+  hurt = np.unique(place[(pieces[:, 0] < last) & (ends > first)])
   for name, blank in (('tokens', PAD), ('segments', 0), ('positions', 0)):
     assert (after[name][hurt] == blank).all()
     assert np.array_equal(np.delete(after[name], hurt, axis=0), np.delete(before[name], hurt, axis=0))
-  assert rows.quarantined == len(hurt) == 3 and len(said) == 1 and 'train-00001.array_record: block 4 is damaged' in said[0]
-  batches = Batches(Joined([rows]), (1,), 38, 0)
+  assert rows.quarantined == len(hurt) > 2 and len(said) == 1 and 'train-00001.array_record: block 4 is damaged' in said[0]
+  batches = Batches(Joined([rows]), (1,), len(rows), 0)
   next(batches)
-  assert batches.quarantined == 6
+  assert batches.quarantined == 2 * len(hurt)
   batches.close()
 
 

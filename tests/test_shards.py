@@ -132,6 +132,13 @@ def test_a_shard_in_place_of_another_is_found_by_its_blocks(prepared):
   assert len(found.verify()) == 1
 
 
+def test_a_block_of_another_size_is_no_block_of_this_shard(tmp_path, stream_of):
+  stream, other = stream_of(tmp_path / 'one', [B + 3]), stream_of(tmp_path / 'other', [B + 5])
+  pathlib.Path(stream.folder.path(stream.shards[0].file)).write_bytes(pathlib.Path(other.folder.path(other.shards[0].file)).read_bytes())
+  with pytest.raises(Damaged, match='train-00000.array_record: block 1 has 10 bytes; restore the file'):
+    stream.read(0, B + 3)
+
+
 def test_another_format_is_refused(prepared):
   shards.write_index(prepared.folder, prepared.index | {'format': 99})
   with pytest.raises(BadInput, match='has format 99, this version reads 2; prepare the set again'):
