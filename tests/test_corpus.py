@@ -12,6 +12,7 @@ from mtp_jax.config import BadInput, Config, DataConfig
 from mtp_jax.data.corpus import difference, open_corpus, tokenizer_of
 from mtp_jax.data.inputs import files
 from mtp_jax.data.prepare import Options, prepare
+from mtp_jax.data.shards import Damaged
 
 BYTES = tokenizer.load('bytes')
 
@@ -84,6 +85,13 @@ def test_a_set_of_another_tokenizer_is_refused_with_the_one_to_take(config, tmp_
     open_corpus(dataclasses.replace(config, sources=(str(tmp_path / 'pieces'),)), BYTES)
   source, = open_corpus(dataclasses.replace(config, sources=(str(tmp_path / 'pieces'),)), tokens).sources
   assert tokenizer_of(source).digest == tokens.digest and tokenizer_of(open_corpus(config, BYTES).sources[0]).digest == BYTES.digest
+  model = tmp_path / 'pieces/tokenizer.model'
+  model.write_bytes(tokenizer.train([b'other words ' * 50, bytes(range(32, 127))] * 9, 380))
+  with pytest.raises(Damaged, match='tokenizer.model: is not the tokenizer of this set; restore the file'):
+    tokenizer_of(source)
+  model.unlink()
+  with pytest.raises(Damaged, match='tokenizer.model: is missing; restore the file, or delete the folder'):
+    open_corpus(dataclasses.replace(config, sources=(str(tmp_path / 'pieces'),)), tokens)
 
 
 def test_the_identity_is_json_and_each_mutation_is_told(config):

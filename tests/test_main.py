@@ -37,6 +37,8 @@ def place(tmp_path_factory):
   (folder / 'broken' / checkpoint.FOLDER).mkdir(parents=True)
   shutil.copytree(folder / 'run' / checkpoint.FOLDER / '3', folder / 'broken' / checkpoint.FOLDER / '3')
   (folder / 'broken' / checkpoint.FOLDER / '3' / '_CHECKPOINT_METADATA').write_text('{"custom_me')
+  (folder / 'prepared-set').mkdir()
+  (folder / 'prepared-set' / 'index.json').write_text('{}')
   write(folder / 'elsewhere', config, random_state(config), conventions={})
   write(folder / 'foreign', config, random_state(config), tokenizer='other')
   return folder
@@ -133,16 +135,20 @@ BAD = {
     'prepare nothing': (['prepare', '--output=set'], '--input: missing'),
     'prepare into nowhere': (['prepare', '--input=documents'], '--output: missing'),
     'prepare: no such input': (['prepare', '--input=nowhere', '--output=set'], "--input: 'nowhere' holds no file"),
+    'prepare: a comma too many': (['prepare', '--input=documents,', '--output=set'], '--input=documents,: holds an empty name'),
     'prepare: no tokenizer': (['prepare', '--input=documents', '--output=set', '--tokenizer=nowhere'], "--tokenizer='nowhere': No such file or directory; give 'bytes' or"),
     'prepare: keep what cannot be kept': (['prepare', '--input=documents', '--output=set', '--keep=nul,empty'], '--keep=empty: such a record has no text to keep'),
     'prepare: format misspelt': (['prepare', '--input=documents', '--output=set', '--format=json'], "--format=json: did you mean 'jsonl'?"),
+    'prepare into its input': (['prepare', '--input=documents', '--output=documents/set'], '--output=documents/set: lies within the input documents'),
     'prepare: too many bad records': (['prepare', '--input=bad.jsonl', '--output=bad', '--workers=0'], '--input: 1 of 3 records are bad (1 broken_json), more than --bad_share=0.05; the first is broken_json in bad.jsonl, line 2'),
     'prepare into a folder of another': (['prepare', '--input=documents', '--output=.', '--workers=0'], 'holds files that are no prepared set, such as'),
     'prepare elsewhere without a package': (['prepare', '--input=documents', '--output=nowhere://x'], "--output: 'nowhere://x': Protocol not known: nowhere"),
     'inspect no set': (['inspect-data', '--data=documents'], "documents' holds no prepared set; make one with"),
-    'inspect misspelt packing': (['inspect-data', '--data=set', '--packing=best-fit'], "packing='best-fit': did you mean 'best_fit'?"),
+    'inspect misspelt packing': (['inspect-data', '--data=set', '--packing=best-fit'], "--packing='best-fit': did you mean 'best_fit'?"),
     'tokenizer of another kind': (['train-tokenizer', '--input=documents', '--output=x.model', '--kind=word'], '--kind=word: must be bpe or unigram'),
-    'tokenizer into nowhere': (['train-tokenizer', '--input=documents', '--output=nowhere/x.model'], '--output=nowhere/x.model: must be a file in a folder that is there'),
+    'tokenizer into nowhere': (['train-tokenizer', '--input=documents', '--output=nowhere/x.model'], '--output=nowhere/x.model: must be a new file, in a folder that is there'),
+    'tokenizer over a file': (['train-tokenizer', '--input=documents', '--output=tiny.py'], '--output=tiny.py: must be a new file'),
+    'train into documents prepared': ([*TRAIN[:-1], '--workdir=prepared-set'], 'prepared-set: holds a prepared set; choose another'),
     'train on documents that are no set': ([*TRAIN, "--config.data.sources=('documents',)", '--config.data.paths=()'], "documents' holds no prepared set"),
     'plan without topology': (['plan', '--config=tiny.py'], '--topology: missing'),
     'certify without config': (['certify'], '--config: missing'),
@@ -326,10 +332,10 @@ def test_inspection_shows_every_future_of_a_row_and_ends_it_with_the_document(ru
   a, b = (row[3] for row in (cells[1], cells[-1]))
   start = int(cells[0][0])
   letters = {0: '<bos>', 5: '<eos>'}
+  said = lambda k, letter: letters.get(k, letter) if k < 6 else '·'
   for t, row in enumerate(cells, start):
     document, place_in_it = divmod(t, 6)
-    said = lambda k: letters.get(k, a if document == 0 else b) if k < 6 else '·'
-    assert row == [str(t), str(document + 1), str(place_in_it), *(said(place_in_it + k) for k in range(4))]
+    assert row == [str(t), str(document + 1), str(place_in_it), *(said(place_in_it + k, b if document else a) for k in range(4))]
   assert code == 0 and len(cells) == 8 and any(line.startswith('├') for line in out)
 
 
@@ -340,7 +346,7 @@ def test_a_flipped_bit_is_told_by_inspection(run, place):
   content[-1] ^= 1  # where ArrayRecord pads the file: harmless, yet not what was written
   path.write_bytes(content)
   code, out, _ = run('inspect-data', '--data=flipped', '--verify')
-  assert code == 1 and out[-1].endswith('train-00000.array_record: its digest is not that of the index')
+  assert code == 1 and 'train-00000.array_record: its digest is not that of the index; restore' in out[-1]
   assert run('inspect-data', '--data=flipped')[0] == 0
 
 

@@ -49,7 +49,7 @@ def test_every_token_is_in_one_row_and_no_document_that_fits_is_cut(seed):
   assert all(length == room for start, length in held if start + length not in set(np.cumsum(lengths).tolist()))  # a cut piece fills its row
 
 
-def test_packing_many_documents_takes_no_loop_over_them():
+def test_many_documents_fill_their_rows_almost_wholly():
   lengths = np.random.default_rng(0).geometric(1 / 300, 300_000)
   bounds, pieces = best_fit(lengths, 2048)
   assert lengths.sum() / ((len(bounds) - 1) * 2048) > 0.998 and len(pieces) >= 300_000

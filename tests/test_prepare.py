@@ -6,10 +6,10 @@ import json
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 
@@ -50,7 +50,7 @@ def corpus(tmp_path):
 
 
 def prepared(folder, output, workers=0, **options):
-  return prepare(files((str(folder),), '--input'), BYTES, Options(**{'validation_share': 0.2, 'shard_bytes': 3000} | options), output, workers, '--input',
+  return prepare(files((str(folder),), '--input'), BYTES, Options(**{'validation_share': 0.2, 'shard_bytes': 3000, 'bad_share': 1} | options), output, workers, '--input',
                  note=lambda line: None)
 
 
@@ -92,27 +92,22 @@ def test_a_document_is_held_out_if_the_hash_of_its_name_says_so(tmp_path):
   assert set(texts(prepared(folder, tmp_path / 'more').validation)) - {b'other'} == set(held_out)
 
 
-@pytest.mark.parametrize('share', [1e-9, 1 - 1e-9])
-def test_of_text_files_both_splits_get_one_whatever_the_share(tmp_path, share):
+@pytest.mark.parametrize('kind', ['text', 'lines'])
+def test_the_very_first_document_is_held_out_however_small_the_share(tmp_path, kind):
   (tmp_path / 'in').mkdir()
   for i in range(5):
-    (tmp_path / 'in' / str(i)).write_text(str(i))
-  found = prepared(tmp_path / 'in', tmp_path / 'set', validation_share=share)
-  assert [found.validation.documents, found.train.documents] == ([1, 4] if share < 0.5 else [4, 1])
+    (tmp_path / 'in' / f'{i}{".jsonl" if kind == "lines" else ""}').write_text(str(i) if kind == 'text' else f'{{"text": "{i}a"}}\n{{"text": "{i}b"}}\n')
+  found = prepared(tmp_path / 'in', tmp_path / 'set', validation_share=1e-9)
+  first = min((file.hash, file.name) for file in files((str(tmp_path / 'in'),), ''))[1]
+  assert texts(found.validation) == [first.removeprefix('in/').replace('.jsonl', 'a').encode()]
+  assert found.train.documents == (4 if kind == 'text' else 9)
 
 
-@pytest.mark.parametrize('content', [b'', b'one'])
-def test_one_document_is_too_few(tmp_path, content):
-  (tmp_path / 'in').mkdir()
-  (tmp_path / 'in' / 'one.txt').write_bytes(content)
-  with pytest.raises(BadInput, match=rf'^--input: {len(content) // 3} documents, and one must be held out; give two files'):
-    prepared(tmp_path / 'in', tmp_path / 'set')
-
-
-def test_an_empty_split_of_records_is_one_line(tmp_path):
-  (tmp_path / 'in.jsonl').write_text('{"text": "x"}\n' * 9)
-  with pytest.raises(BadInput, match=r'^--input: of 9 records none went to the validation split; give more, or another --validation_share than 1e-09$'):
-    prepared(tmp_path / 'in.jsonl', tmp_path / 'set', validation_share=1e-9)
+@pytest.mark.parametrize('content, share, split', [('', 0.2, 'train'), ('{"text": "one"}', 0.2, 'train'), ('{"text": "one"}\n' * 9, 1 - 1e-9, 'train')])
+def test_an_empty_split_is_one_line(tmp_path, content, share, split):
+  (tmp_path / 'in.jsonl').write_text(content)
+  with pytest.raises(BadInput, match=rf'^--input: of {content.count("one")} records none is left for the {split} split; give at least two documents'):
+    prepared(tmp_path / 'in.jsonl', tmp_path / 'set', validation_share=share)
 
 
 def test_large_vocabularies_take_four_bytes(corpus, tmp_path):
@@ -136,8 +131,8 @@ def test_preparing_again_finds_it_done(corpus, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('change, said', [
-    (dict(validation_share=0.3), 'validation_share'), (dict(shard_bytes=4000), 'shard_bytes'), (dict(reading=Reading(keep=('nul',))), 'reading'),
-    ('content', 'the inputs, such as corpus/3.txt'), ('more', 'the inputs, such as corpus/new.txt')])
+    (dict(validation_share=0.3), r'--validation_share \(0.2 -> 0.3\)'), (dict(shard_bytes=4000), r'--shard_bytes \(3000 -> 4000\)'),
+    (dict(reading=Reading(keep=('nul',), field='body')), r"--field \(text -> body\), --keep \(\[\] -> \['nul'\]\)"), ('content', 'the inputs, such as corpus/3.txt'), ('more', 'the inputs, such as corpus/new.txt')])
 @pytest.mark.parametrize('state', ['a set', 'unfinished work'])
 def test_other_inputs_or_options_in_the_same_folder_are_refused_and_named(corpus, tmp_path, change, said, state):
   prepared(corpus[0], tmp_path / 'set') if state == 'a set' else interrupted(corpus[0], tmp_path / 'set')
@@ -163,7 +158,7 @@ def interrupted(folder, output, after: int = 3):
       return super().encode(text)
   with pytest.raises(KeyboardInterrupt):
     prepare(files((str(folder),), ''), Failing(), Options(validation_share=0.2, shard_bytes=3000), output, 0, '', note=lambda line: None)
-  with pytest.raises(BadInput, match=r'holds no prepared set \(it was begun: run the same prepare again\)'):
+  with pytest.raises(BadInput, match=r'holds no prepared set; its preparation has not ended: run the same prepare again$'):
     open_set(Folder(output, '--data'), '')
 
 
@@ -222,7 +217,7 @@ def test_a_second_process_waits_for_the_first_and_finds_it_done(corpus, tmp_path
   go.set()
   one.join()
   two.join()
-  assert len(said) == 2 and everything(said[1]) == corpus[1]
+  assert said[1].endswith('is complete already, by names, sizes and options; nothing is written') and everything(said[2]) == corpus[1]
 
 
 BAD = b'{"text": "good"}\n' * 6 + b'{"text": \n' + b'{"text": ""}\n' + b'{"text": "a\\u0000"}\n' + b'{"text": "better"}\n'
@@ -233,7 +228,7 @@ def test_bad_records_are_counted_and_listed_with_file_and_line(tmp_path):
   for name, keep in (('all', ()), ('nul', ('nul',))):
     found = prepared(tmp_path / 'in.jsonl', tmp_path / name, shard_bytes=1000, reading=Reading(keep=keep))
     lines = [json.loads(line) for line in (tmp_path / name / 'bad_records.jsonl').read_text().splitlines()]
-    assert lines == [{'kind': kind, 'file': 'in.jsonl', 'line': 10 * i + line, 'kept': kind in keep}
+    assert lines == [{'kind': kind, 'file': 'in.jsonl', 'line': 10 * i + line, 'kept': kind in keep, 'detail': ''}
                      for i in range(30) for kind, line in (('broken_json', 7), ('empty', 8), ('nul', 9))]
     assert found.index['bad'] == {kind: {'skipped': 0, 'kept': 30} if kind in keep else {'skipped': 30, 'kept': 0} for kind in ('broken_json', 'empty', 'nul')}
     assert found.train.documents + found.validation.documents == (240 if keep else 210) and found.index['records'] == 300
@@ -250,17 +245,50 @@ def test_too_many_bad_records_stop_the_work_which_goes_on_when_more_are_allowed(
   assert prepared(tmp_path / 'in.jsonl', tmp_path / 'set', bad_share=0.3).train.documents > 100
 
 
-def test_hopeless_inputs_stop_early(tmp_path, monkeypatch):
-  monkeypatch.setattr(preparing, 'ENOUGH', 20)
+def test_a_wrong_field_is_told_with_those_that_are_there(tmp_path):
+  (tmp_path / 'in.jsonl').write_text('{"content": "x", "id": 1}\n' * 9)
+  with pytest.raises(BadInput, match=r'the first is missing_field in in.jsonl, line 1 \(fields: content, id; --field=text\)'):
+    prepared(tmp_path / 'in.jsonl', tmp_path / 'set', bad_share=0.05)
+
+
+def test_hopeless_inputs_stop_early(tmp_path):
   (tmp_path / 'in.jsonl').write_bytes(b'no JSON\n' * 5000)
-  with pytest.raises(BadInput, match=r'^--input: (\d+) of \1 records are bad') as error:
+  with pytest.raises(BadInput, match=r'^--input: ([\d,]+) of \1 records are bad') as error:
     prepared(tmp_path / 'in.jsonl', tmp_path / 'set', bad_share=0.5)
   assert 'of 5,000' not in str(error.value)
 
 
+def test_bad_records_all_in_one_place_do_not_stop_the_work_while_they_are_few_of_all(tmp_path):
+  (tmp_path / 'in.jsonl').write_bytes(b'no JSON\n' * 40 + b'{"text": "x"}\n' * 1000)
+  assert prepared(tmp_path / 'in.jsonl', tmp_path / 'set', bad_share=0.05, shard_bytes=300).index['bad'] == {'broken_json': {'skipped': 40, 'kept': 0}}
+
+
+def test_inputs_that_change_while_they_are_read_are_refused(corpus, tmp_path):
+  inputs = files((str(corpus[0]),), '')
+  for name, content in (('a.jsonl', b'{"text": "shorter"}\n'), ('3.txt', b'longer ' * 999)):
+    before = (corpus[0] / name).read_bytes()
+    (corpus[0] / name).write_bytes(content)
+    with pytest.raises(BadInput, match=rf"^--input: '.*/{name}' had {len(before):,} bytes, and {len(content):,} when it was read; delete .* and run again"):
+      prepare(inputs, BYTES, Options(validation_share=0.2, shard_bytes=3000), tmp_path / f'set-{name}', 0, '--input', note=print)
+    (corpus[0] / name).write_bytes(before)
+
+
+def test_work_goes_on_only_while_files_are_as_they_were(corpus, tmp_path):
+  interrupted(corpus[0], tmp_path / 'set')
+  os.utime(corpus[0] / '3.txt', (1, 1))  # of the same size, but written since
+  with pytest.raises(BadInput, match='holds unfinished work that differs in the inputs, such as corpus/3.txt'):
+    prepared(corpus[0], tmp_path / 'set')
+
+
+def test_killed_at_the_first_moment_it_begins_anew(corpus, tmp_path):
+  (tmp_path / 'set').mkdir()
+  (tmp_path / 'set' / '.unfinished-abc').write_bytes(b'half a plan')
+  assert everything(prepared(corpus[0], tmp_path / 'set')) == corpus[1] and not list((tmp_path / 'set').glob('.*'))
+
+
 def test_a_damaged_input_stops_with_its_name(corpus, tmp_path):
   (corpus[0] / 'b.jsonl.gz').write_bytes((corpus[0] / 'b.jsonl.gz').read_bytes()[:-30])
-  with pytest.raises(BadInput, match=r"^--input: '.*b.jsonl.gz' is damaged or cut off after line \d+ .*; fetch it again or leave it out$"):
+  with pytest.raises(BadInput, match=r"^--input: '.*b.jsonl.gz' is damaged or cut off after line \d+, .*; fetch it again or leave it out$"):
     prepared(corpus[0], tmp_path / 'set', workers=2)
 
 
@@ -276,7 +304,7 @@ def test_a_folder_that_is_none_of_ours_is_left_alone(corpus, tmp_path, where):
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(validation_share=0.0), '--validation_share=0.0: must lie between 0 and 1'), (dict(bad_share=1.1), '--bad_share=1.1: must lie between 0 and 1'),
+    (dict(validation_share=0.0), '--validation_share=0.0: must be above 0 and below 1'), (dict(bad_share=1.1), '--bad_share=1.1: must be at least 0 and at most 1'),
     (dict(shard_bytes=-1), '--shard_bytes=-1: must not be negative; 0 chooses by the size of the inputs')])
 def test_bad_options_are_one_line(options, message):
   with pytest.raises(BadInput) as error:
@@ -310,13 +338,14 @@ def test_the_fingerprint_tells_contents_names_tokenizers_and_options_apart(corpu
 
 
 def test_text_is_prepared_once_for_each_content(corpus, tmp_path, monkeypatch):
+  (corpus[0] / 'a.jsonl').unlink(), (corpus[0] / 'b.jsonl.gz').unlink()
   once = lambda share=0.2: prepare_once((str(corpus[0]),), BYTES, share, str(tmp_path / 'cache'), 'config.data.paths')
   first = once()
   other = once(0.3)
   monkeypatch.setattr(preparing, '_run', None)
   os.utime(corpus[0] / '3.txt')
   again = once()
-  assert again.folder.url == first.folder.url != other.folder.url and everything(again) == corpus[1]
+  assert again.folder.url == first.folder.url != other.folder.url and len(everything(again)) == 20
   monkeypatch.undo()
   (corpus[0] / '3.txt').write_bytes(b'changed')
   assert once().folder.url != first.folder.url
@@ -328,19 +357,33 @@ def test_a_cache_that_cannot_be_written_is_named(corpus, tmp_path):
     prepare_once((str(corpus[0]),), BYTES, 0.2, str(tmp_path / 'file'), 'config.data.paths')
 
 
-def test_a_full_disk_is_told_with_what_to_do(corpus, tmp_path, monkeypatch):
-  monkeypatch.setattr(preparing.ShardWriter, 'close', lambda writer: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
-  with pytest.raises(OSError, match=r'^--output=.*/set: cannot write there .*No space left.*; mend that and run the same command, it goes on where it stopped$'):
-    prepared(corpus[0], tmp_path / 'set')
-  monkeypatch.undo()
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_full_disk_is_told_with_what_to_do(corpus, tmp_path, workers):
+  """Files of this process and its children may have 60 kB, of which ArrayRecord wants 64 at once."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+  try:
+    with pytest.raises(OSError, match=r'^--output=.*/set: cannot write there .*; mend that and run the same command, it goes on where it stopped$'):
+      prepared(corpus[0], tmp_path / 'set', workers)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)
   assert everything(prepared(corpus[0], tmp_path / 'set')) == corpus[1]
 
 
 def test_a_sample_is_from_all_over_the_inputs(corpus):
   inputs = files((str(corpus[0]),), '')
-  whole = [document.text for document in sample(inputs, Reading(), 10**9, '')]
-  some = [document.text for document in sample(inputs, Reading(), 5000, '')]
+  whole = [found.text for found in sample(inputs, Reading(), 10**9, '')]
+  some = [found.text for found in sample(inputs, Reading(), 5000, '')]
   assert sorted(whole) == corpus[1] and some == whole[:len(some)] and 5000 <= sum(map(len, some)) < 5400
+
+
+def test_a_sample_takes_no_more_of_a_file_than_its_share(tmp_path):
+  for i in range(4):
+    (tmp_path / f'{i}.jsonl.gz').write_bytes(gzip.compress(b''.join(b'{"text": "%d%s"}\n' % (i, b'x' * 1000) for _ in range(200))))
+  some = [found.text[:1] for found in sample(files((str(tmp_path),), ''), Reading(), 300_000, '')]
+  assert [some.count(b'%d' % i) for i in range(4)] == [75, 75, 75, 75]
 
 
 def test_sentencepiece_sets_carry_their_model(corpus, tmp_path, sentencepiece_model):

@@ -254,7 +254,7 @@ def test_a_damaged_block_stops_the_batches_and_names_itself(tmp_path, stream_of)
   stream = stream_of(tmp_path, [100], [200])
   harmed(stream, 1, 4)
   batches = Batches(Joined([make_rows(stream, tmp_path, 8, 3)]), (1,), 4, 0)
-  with pytest.raises(Damaged, match=r'train-00001.array_record: block 4 is damaged .*; restore the file or prepare the set again, or go on without'):
+  with pytest.raises(Damaged, match=r'train-00001.array_record: block 4 is damaged .*; restore the file, or delete the folder and prepare it again, or go on without'):
     for _ in range(10):
       next(batches)
   batches.close()
@@ -280,6 +280,23 @@ def test_quarantined_rows_become_padding_are_counted_and_no_other_row_changes(tm
   next(batches)
   assert batches.quarantined == 2 * len(hurt)
   batches.close()
+
+
+def test_a_batch_that_failed_is_tried_again_and_none_is_lost(rows):
+  wanted, failing = take(Batches(rows, (1,), 4, 0), 5), [2]
+  def place(batch):
+    if np.array_equal(batch['tokens'], wanted[2]['tokens']) and failing:
+      failing.pop()
+      raise OSError('for once')
+    return batch['tokens'].tolist()
+  batches, found = Batches(rows, (1,), 4, 0, place=place), []
+  while len(found) < 5:
+    try:
+      found.append(next(batches))
+    except OSError:
+      assert batches.get_state() == {'global_next_index': 8}
+  batches.close()
+  assert found == [batch['tokens'].tolist() for batch in wanted] and not failing
 
 
 def test_batches_are_placed_ahead_and_the_state_is_that_of_the_one_handed_out(rows):

@@ -118,7 +118,7 @@ def test_files_that_are_missing_or_of_another_length_are_named_when_a_set_is_ope
   path.unlink()
   if harm != 'delete':
     path.write_bytes({'cut': content[:-1], 'empty': b'', 'longer': content + b'\n'}[harm])
-  wanted = r'holds no prepared set' if which == 'index' and harm == 'delete' else rf'{path.name}.*; restore the file or prepare the set again'
+  wanted = r'holds no prepared set' if which == 'index' and harm == 'delete' else rf'{path.name}.*; restore the file, or delete the folder and prepare it again'
   with pytest.raises(BadInput, match=wanted):
     open_set(Folder(prepared.folder.url, '--data'), '')
 
@@ -140,8 +140,8 @@ def test_a_block_of_another_size_is_no_block_of_this_shard(tmp_path, stream_of):
 
 
 def test_another_format_is_refused(prepared):
-  shards.write_index(prepared.folder, prepared.index | {'format': 99})
-  with pytest.raises(BadInput, match='has format 99, this version reads 2; prepare the set again'):
+  shards.write_index(prepared.folder, prepared.index | {'identity': prepared.index['identity'] | {'layout': 99}})
+  with pytest.raises(BadInput, match='has layout 99, this version reads 2; prepare it again, in another folder'):
     open_set(Folder(prepared.folder.url, '--data'), '')
 
 
@@ -168,6 +168,9 @@ def test_a_set_elsewhere_is_fetched_once_and_checked(prepared, tmp_path, memory)
   memory.pipe_file(f'/bucket/set/{first}', b'x' * found.train.shards[0].bytes)
   again = open_set(remote, cache)
   assert np.array_equal(again.train.read(0, 10), whole[:10])  # from the copy
+  (tmp_path / 'cache' / 'shards' / found.train.shards[0].sha256).write_bytes(b'cut')
+  with pytest.raises(Damaged, match=rf'memory://bucket/set/{first}: its digest'):  # of what is fetched anew
+    open_set(remote, cache).train.read(0, 10)
   with pytest.raises(Damaged, match=rf'memory://bucket/set/{first}: its digest'):
     open_set(remote, str(tmp_path / 'other')).train.read(0, 10)
   memory.rm(f'/bucket/set/{first}')

@@ -298,26 +298,55 @@ def test_other_data_are_refused_with_what_changed_unless_accepted(uninterrupted,
   assert record['data'] == {'global_next_index': 7 * 8} and difference(record['identity'], open_corpus(changed().data, tokenizer.load('bytes')).identity) == []
 
 
-def test_damaged_data_stop_a_run_after_saving_it_and_quarantined_it_goes_on(tmp_path):
-  config = experiment(tmp_path, data={'sources': (str(tmp_path / 'set'),), 'paths': ()}, train={'checkpoint_every': 100, 'steps': 40, 'log_every': 1})
+@pytest.fixture
+def damaged_set(tmp_path):
+  """A config of 40 steps, and harm(split, block): flips a bit in that block of the first shard."""
+  config = experiment(tmp_path, data={'sources': (str(tmp_path / 'set'),), 'paths': ()},
+                      train={'checkpoint_every': 100, 'steps': 40, 'log_every': 1, 'evaluate_every': 4})
   (tmp_path / 'in').mkdir()
   for i in range(1500):
     (tmp_path / 'in' / f'{i}.txt').write_text('x' * 150)
   source = prepare(files((str(tmp_path / 'in'),), ''), tokenizer.load('bytes'), Options(validation_share=0.2), tmp_path / 'set', 0, '', note=print)
-  shard = source.train.shards[0]
-  block, path = source.train._record(0, 9), pathlib.Path(source.folder.path(shard.file))
-  content = bytearray(path.read_bytes())
-  content[content.find(block) + 7] ^= 1
-  path.write_bytes(content)
-  with pytest.raises(Damaged, match=f'{shard.file}: block 9 is damaged'):
+
+  def harm(split: str, number: int) -> str:
+    stream = getattr(source, split)
+    block, path = stream._record(0, number), pathlib.Path(source.folder.path(stream.shards[0].file))
+    content = bytearray(path.read_bytes())
+    content[content.find(block) + 7] ^= 1
+    path.write_bytes(content)
+    return path.name
+  return config, harm
+
+
+@pytest.mark.parametrize('split, block, at', [('train', 9, range(1, 40)), ('validation', 3, [4])])
+def test_damaged_data_stop_a_run_after_saving_it_and_quarantined_it_goes_on(damaged_set, tmp_path, split, block, at):
+  config, harm = damaged_set
+  name = harm(split, block)
+  with pytest.raises(Damaged, match=f'{name}: block {block} is damaged'):
     train.fit(config, tmp_path / 'run', note=lambda line: None)
   stopped, = checkpoint.steps(tmp_path / 'run')
-  assert 0 < stopped < 40 and checkpoint.metadata(tmp_path / 'run')['data'] == {'global_next_index': stopped * 8}
+  assert stopped in at and checkpoint.metadata(tmp_path / 'run')['data'] == {'global_next_index': stopped * 8}
   goes_on, lines = dataclasses.replace(config, data=dataclasses.replace(config.data, on_damage='quarantine')), []
   assert train.fit(goes_on, tmp_path / 'run', note=lines.append).step == 40
-  last = [record for record in log_of(tmp_path / 'run') if record['kind'] == 'train'][-1]
-  assert last['quarantined_rows'] > 0 and [record['step'] for record in log_of(tmp_path / 'run') if record['kind'] == 'train'] == [*range(1, 41)]
-  assert any('quarantined' in line and 'block 9' in line for line in lines)
+  log = log_of(tmp_path / 'run')
+  last = [record for record in log if record['kind'] == ('train' if split == 'train' else 'validation')][-1]
+  assert last['quarantined_rows'] > 0 and [record['step'] for record in log if record['kind'] == 'train'] == [*range(1, 41)]
+  assert any('quarantined' in line and f'block {block}' in line for line in lines)
+
+
+@pytest.mark.parametrize('harm', ['missing', 'cut'])
+def test_a_shard_that_is_missing_or_cut_off_stops_a_run_or_is_quarantined(damaged_set, tmp_path, harm):
+  config, _ = damaged_set
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4, evaluate_every=0))
+  path = tmp_path / 'set' / 'validation-00000.array_record'
+  content = path.read_bytes()
+  path.unlink() if harm == 'missing' else path.write_bytes(content[:-70_000])
+  with pytest.raises(Damaged, match=rf'{path.name}: (is missing|has [0-9,]+ of [0-9,]+ bytes); restore the file, or delete'):
+    train.fit(config, tmp_path / 'run', note=lambda line: None)
+  goes_on = dataclasses.replace(config, data=dataclasses.replace(config.data, on_damage='quarantine'))
+  train.fit(goes_on, tmp_path / 'run', note=lambda line: None)
+  validation = log_of(tmp_path / 'run')[-1]
+  assert validation['kind'] == 'validation' and validation['quarantined_rows'] == config.train.evaluate_rows and validation['count'] == [0, 0]
 
 
 def test_accumulation_changes_nothing_but_memory(folder):

@@ -29,7 +29,8 @@ INPUT = (
     ('format', 'auto', 'auto goes by the end of a name; text (a document a file), jsonl or parquet'),
     ('field', 'text', 'of a JSON object, or the column of a Parquet file, that holds the text'),
     ('keep', '', 'bad records to keep as they are: invalid_utf8, lone_surrogate, nul, with commas between; others are skipped'),
-    ('max_document_bytes', 64 * 2**20, 'longer documents are skipped, as bad ones'))
+    ('max_document_bytes', 64 * 2**20, 'longer documents are skipped, as bad ones'),
+    ('bad_share', 0.05, 'share of the records that may be skipped; beyond it the command stops'))
 JSON = ('json', False, 'print one JSON object on the last line')
 
 
@@ -208,11 +209,14 @@ def prepare(f) -> int:
   from mtp_jax import tokenizer
   from mtp_jax.data.inputs import files
   from mtp_jax.data.prepare import Options, prepare
+  within = [given for given in _inputs(f) if os.path.isdir(given) and os.path.realpath(f.output).startswith(os.path.realpath(given) + os.sep)]
+  if within:
+    raise BadInput(f'--output={f.output}: lies within the input {within[0]}, which would read it; choose another folder')
   options = Options(_reading(f), f.validation_share, f.shard_bytes, f.bad_share)
   tokens = tokenizer.load(f.tokenizer, '--tokenizer')
   workers = os.cpu_count() if f.workers < 0 else f.workers
   try:
-    found = prepare(files(f.input.split(','), '--input'), tokens, options, f.output, workers, '--input')
+    found = prepare(files(_inputs(f), '--input'), tokens, options, f.output, workers, '--input')
   except KeyboardInterrupt:
     print('mtp_jax: interrupted; run the same command, it goes on where it stopped', file=sys.stderr)
     return 130
@@ -223,7 +227,8 @@ def prepare(f) -> int:
   _report(f, {'fingerprint': found.fingerprint, 'records': index['records'], 'bad': index['bad'], **values}, [
       *(f'{split}: {n["documents"]:,} documents, {n["tokens"]:,} tokens, {n["bytes"]:,} bytes, {n["shards"]} shards' for split, n in values.items()),
       *bad, *([f'they are listed in {found.folder.url}/bad_records.jsonl'] if bad else []), f'fingerprint {found.fingerprint}',
-      f"train on it with: --config.data.sources=\"('{f.output}',)\"" + ('' if f.tokenizer == 'bytes' else f' --config.data.tokenizer={f.tokenizer}')])
+      f"train on it with: --config.data.sources=\"('{f.output}',)\"" + (
+          '' if f.tokenizer == 'bytes' else f' --config.data.tokenizer={f.tokenizer} --config.model.vocab={tokens.size}')])
   return 0
 
 
@@ -234,18 +239,25 @@ def train_tokenizer(f) -> int:
   _need_at_least(f, sample_bytes=1, vocab=260)
   if f.kind not in ('bpe', 'unigram'):
     raise BadInput(f'--kind={f.kind}: must be bpe or unigram')
-  if os.path.isdir(f.output) or not os.path.isdir(os.path.dirname(f.output) or '.'):
-    raise BadInput(f'--output={f.output}: must be a file in a folder that is there')
+  if os.path.exists(f.output) or not os.path.isdir(os.path.dirname(f.output) or '.'):
+    raise BadInput(f'--output={f.output}: must be a new file, in a folder that is there')
   from mtp_jax import tokenizer
-  from mtp_jax.data.inputs import files, name_hash
+  from mtp_jax.data.inputs import Fault, files, name_hash
   from mtp_jax.data.prepare import sample
-  documents, held_out = [], []
-  for document in sample(files(f.input.split(','), '--input'), _reading(f), f.sample_bytes, '--input'):
-    (held_out if name_hash(document.name) % 10 == 0 else documents).append(document.text)
+  documents, held_out, skipped = [], [], []
+  for found in sample(files(_inputs(f), '--input'), _reading(f), f.sample_bytes, '--input'):
+    if isinstance(found, Fault):
+      skipped += [] if found.kept else [found]
+    else:
+      (held_out if name_hash(found.name) % 10 == 0 else documents).append(found.text)
+  records = len(documents) + len(held_out) + len(skipped)
+  if len(skipped) > f.bad_share * records:
+    first = f'{skipped[0].kind} in {skipped[0].file}' + (f' ({skipped[0].detail}; --field={f.field})' if skipped[0].detail else '')
+    raise BadInput(f'--input={f.input}: {len(skipped):,} of {records:,} records are bad, more than --bad_share={f.bad_share}; the first is {first}')
   if not documents or not held_out:
-    raise BadInput(f'--input={f.input}: {len(documents) + len(held_out)} documents are too few, for one of ten is held out; give more')
+    raise BadInput(f'--input={f.input}: {records - len(skipped)} documents are too few, for one of ten is held out; give more')
   size = lambda texts: sum(map(len, texts))
-  print(f'training {f.kind} on {len(documents):,} documents, {size(documents) / 1e6:,.1f} MB; this may take minutes', file=sys.stderr, flush=True)
+  print(f'training {f.kind} on {len(documents):,} documents, {size(documents) / 1e6:,.1f} MB', file=sys.stderr, flush=True)
   model = tokenizer.train(documents, f.vocab, f.kind)
   tokens = tokenizer.SentencePiece(model)
   began = time.perf_counter()
@@ -258,7 +270,7 @@ def train_tokenizer(f) -> int:
             'bytes_per_second': size(held_out) / seconds, 'digest': tokens.digest}
   _report(f, values, [f'{f.output}: {tokens.size:,} ids; {values["bytes_per_token"]:.3f} bytes per token on {len(held_out):,} held-out documents '
                       f'({size(held_out) / 1e6:,.1f} MB), {values["bytes_per_second"] / 1e6:.1f} MB/s',
-                      f'use it with: --tokenizer={f.output}, and --config.data.tokenizer={f.output} --config.model.vocab={-(-tokens.size // 8) * 8}'])
+                      f'use it with: --tokenizer={f.output}, and --config.data.tokenizer={f.output} --config.model.vocab={tokens.size}'])
   return 0
 
 
@@ -268,7 +280,10 @@ def inspect_data(f) -> int:
   _need_at_least(f, length=1, futures=1, rows=0, positions=1)
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   from mtp_jax.data.shards import Folder, open_set
-  config = Config(data=schema.DataConfig(sources=(f.data,), length=f.length, packing=f.packing, boundary=f.boundary)).data
+  try:
+    config = Config(data=schema.DataConfig(sources=(f.data,), length=f.length, packing=f.packing, boundary=f.boundary)).data
+  except BadInput as error:
+    raise BadInput(str(error).replace('config.data.', '--')) from error
   source = open_set(Folder(f.data, '--data'), config.cache)
   wrong = source.verify() if f.verify else []
   from mtp_jax.data import inspection
@@ -290,6 +305,13 @@ def inspect_data(f) -> int:
     lines += wrong or ['every byte of every shard is what was written']
   _report(f, found, lines)
   return 1 if wrong else 0
+
+
+def _inputs(f) -> tuple[str, ...]:
+  given = tuple(f.input.split(','))
+  if not all(given):
+    raise BadInput(f'--input={f.input}: holds an empty name; write files, directories or globs with commas between')
+  return given
 
 
 def _reading(f):
@@ -386,14 +408,13 @@ COMMANDS = {
         ('tokenizer', 'bytes', 'bytes, or the path of a SentencePiece model file'),
         ('output', None, 'folder of the set, empty or of this very set'),
         ('validation_share', 0.01, 'share of the documents held out, chosen by a hash of their names'),
-        ('bad_share', 0.05, 'share of the records that may be skipped; beyond it the command stops'),
-        ('workers', -1, 'processes; -1 is one a core'),
+        ('workers', -1, 'processes; -1 is one a core, 0 works in the process at hand'),
         ('shard_bytes', 0, 'of input in a shard; 0: a 64th of all, within 4 and 256 MiB'), JSON),
         "prepare --input='corpus/*.jsonl.gz' --output=data/corpus"),
     'train-tokenizer': Command(train_tokenizer, 'a SentencePiece model for such text', (
         *INPUT,
         ('output', None, 'the model file'),
-        ('vocab', 32_000, 'ids, bos, eos and pad included'),
+        ('vocab', 32_000, 'ids, bos, eos, pad and 256 bytes included'),
         ('kind', 'bpe', 'bpe or unigram'),
         ('sample_bytes', 100_000_000, 'of text to train on, from all over the inputs'), JSON),
         "train-tokenizer --input='corpus/*.jsonl.gz' --output=corpus.model --vocab=32000"),

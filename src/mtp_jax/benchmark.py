@@ -18,7 +18,7 @@ from mtp_jax import metrics, objective, tokenizer
 from mtp_jax import train as training
 from mtp_jax.config import BadInput, Config
 from mtp_jax.data.corpus import open_corpus
-from mtp_jax.data.inputs import Reading, files
+from mtp_jax.data.inputs import Document, Reading, files
 from mtp_jax.data.prepare import Options, prepare, sample
 from mtp_jax.decode import Nothing
 from mtp_jax.lm import LanguageModel
@@ -145,7 +145,7 @@ def data(config: Config, seconds: float) -> dict:
   size = sum(file.bytes for file in inputs)
   some, reading = inputs[::8], Reading(keep=('invalid_utf8', 'lone_surrogate', 'nul'))
   some_size = sum(file.bytes for file in some)
-  texts = [document.text for document in sample(some, reading, some_size, '')]
+  texts = [found.text for found in sample(some, reading, some_size, '') if isinstance(found, Document)]
   model = tokenizer.SentencePiece(tokenizer.train(texts, 4000))
   raw, strings = sentencepiece.SentencePieceProcessor(model_proto=model.model), [text.decode('utf-8', errors='replace') for text in texts]
   with tempfile.TemporaryDirectory() as folder:

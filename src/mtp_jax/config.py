@@ -163,7 +163,7 @@ def reverse_curriculum(futures: int) -> tuple[float | str, ...]:
 class DataConfig:
   sources: tuple[str, ...] = _field((), 'folders that `prepare` wrote')
   weights: tuple[float, ...] = _field((), 'share of the rows that come from each source, up to a factor; () is in proportion to their tokens')
-  paths: tuple[str, ...] = _field((), "without sources: files or directories of text; () is the Python standard library's own source")
+  paths: tuple[str, ...] = _field((), "without sources: text files, a document each, or directories of them; () is the Python standard library's own source")
   tokenizer: str = _field('bytes', 'bytes, or the path of a SentencePiece model file')
   length: int = _field(256, 'L: input tokens of a row; a row holds M more, so that every future has a target')
   packing: str = _field('stream', 'stream: rows follow one another, without padding; best_fit: a document of up to L tokens is never cut')

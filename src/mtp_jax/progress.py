@@ -95,7 +95,7 @@ class Meter:
   def _text(self) -> str:
     size, documents, tokens = self.done
     seconds = max(time.perf_counter() - self.start, 1e-9)
-    return (f'{size / 1e6:,.1f} MB, {documents:,} documents ({documents / seconds:,.0f}/s), {tokens:,} tokens ({tokens / seconds:,.0f}/s)')
+    return (f'{size / 1e6:,.1f} MB read, {documents:,} documents ({documents / seconds:,.0f}/s), {tokens:,} tokens ({tokens / seconds:,.0f}/s)')
 
 
 class Speed:

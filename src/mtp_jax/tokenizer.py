@@ -78,29 +78,30 @@ def train(documents: Iterable[bytes], size: int, kind: str = 'bpe') -> bytes:
     BadInput: the sample is too small for so many pieces, or size for the 256 bytes.
   """
   model = io.BytesIO()
+  texts = (document.decode('utf-8', errors='replace').replace('\0', ' ') for document in documents)
   try:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_stretches(documents), model_writer=model, model_type=kind, vocab_size=size, byte_fallback=True, split_digits=True,
+        sentence_iterator=(stretch for text in texts for stretch in _stretches(text, _STRETCH)), model_writer=model,
+        model_type=kind, vocab_size=size, byte_fallback=True, split_digits=True,
         normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=False, allow_whitespace_only_pieces=True,
         pad_id=3, max_sentence_length=8 * _STRETCH, train_extremely_large_corpus=True, minloglevel=3)
   except RuntimeError as error:
-    raise BadInput(f'vocabulary of {size}: {" ".join(str(error).split())}') from error
+    raise BadInput(f'vocabulary of {size}: {" ".join(str(error).split()).rpartition("] ")[2]}') from error
   return model.getvalue()
 
 
 _STRETCH = 4096
 
 
-def _stretches(documents: Iterable[bytes]) -> Iterator[str]:
-  """The text, in stretches of whole lines where lines are no longer than _STRETCH characters."""
-  for document in documents:
-    text, start = document.decode('utf-8', errors='replace').replace('\0', ' '), 0
-    while start < len(text):
-      stop = start + _STRETCH
-      if stop < len(text):
-        stop = text.rfind('\n', start, stop) + 1 or stop
-      yield text[start:stop]
-      start = stop
+def _stretches(text: str, size: int) -> Iterator[str]:
+  """The text in stretches of at most `size` characters, of whole lines where lines are no longer than that."""
+  start = 0
+  while start < len(text):
+    stop = start + size
+    if stop < len(text):
+      stop = text.rfind('\n', start, stop) + 1 or stop
+    yield text[start:stop]
+    start = stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +175,8 @@ class SentencePiece:
     parts = [text] if text.isascii() else _FOREIGN.split(text)
     ids = []
     for i, part in enumerate(parts):
-      ids += self._spell(part) if i % 2 else self._segment(part)
+      for stretch in _stretches(part, _LONG):  # SentencePiece needs some 65 bytes of memory for each of text
+        ids += self._spell(stretch) if i % 2 else self._segment(stretch)
     return np.array(ids, np.int32)
 
   def decode(self, ids: Sequence[int]) -> bytes:
@@ -194,6 +196,7 @@ class SentencePiece:
 
 # SentencePiece writes a space as U+2581 inside its pieces, so a U+2581 of the text is foreign to it, as are bytes that are not
 # UTF-8, which 'surrogateescape' shows as U+DC80..U+DCFF. The group keeps them: odd parts of a split are foreign.
+_LONG = 2**20  # characters segmented at once; longer texts are cut, at line ends
 _SPACE = '\u2581'
 _FOREIGN = re.compile('([\u2581\udc80-\udcff]+)')
 

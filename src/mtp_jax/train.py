@@ -24,7 +24,7 @@ from mtp_jax import acceptance, checkpoint, metrics, objective, optimizer, token
 from mtp_jax.config import BadInput, Config
 from mtp_jax.data.corpus import Corpus, difference, open_corpus
 from mtp_jax.data.rows import validation_batches
-from mtp_jax.data.shards import Damaged
+from mtp_jax.data.shards import INDEX, Damaged
 from mtp_jax.model import Model, conventions
 from mtp_jax.progress import Display, Interrupts, Speed, numbers
 from mtp_jax.sharding import make_mesh, out, parameter_spec, spec
@@ -218,7 +218,7 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=lambda li
 
   Raises:
     BadInput: for what the user can mend, before anything is written.
-    Damaged: a block of the data is not what was written; a checkpoint is saved first.
+    Damaged: a block of the data is not what was written; a run of one process saves a checkpoint first.
     NotFinite: after config.train.skipped_allowed bad steps in a row; the batches are in workdir/nonfinite.
   """
   workdir = pathlib.Path(workdir).expanduser().absolute()
@@ -229,21 +229,22 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=lambda li
   except OSError as error:
     raise BadInput(f'--workdir={workdir}: cannot be a folder ({error.strerror}); choose another') from None
   with Interrupts() as interrupts, jax.set_mesh(mesh), contextlib.closing(_Run(config, workdir, tokens, corpus, record, mesh, note)) as run:
-    if record and run.evaluates(run.step):  # a run may end between a checkpoint and its validation
-      run.validate()
-    stopping = False
-    while run.step < config.train.steps and not stopping:
-      run.profile(profile_steps)
-      try:
-        run.advance()
-      except Damaged:  # the steps until here are good
-        run.save()
-        raise
-      stopping = bool(interrupts.received)
-      if stopping or run.step == config.train.steps or run.step % config.train.checkpoint_every == 0:
-        run.save()
-      if run.evaluates(run.step) and not stopping:
+    try:
+      if record and run.evaluates(run.step):  # a run may end between a checkpoint and its validation
         run.validate()
+      stopping = False
+      while run.step < config.train.steps and not stopping:
+        run.profile(profile_steps)
+        run.advance()
+        stopping = bool(interrupts.received)
+        if stopping or run.step == config.train.steps or run.step % config.train.checkpoint_every == 0:
+          run.save()
+        if run.evaluates(run.step) and not stopping:
+          run.validate()
+    except Damaged:
+      if jax.process_count() == 1:  # the steps until here are good; of several processes the others may be a step ahead
+        run.save()
+      raise
   return Outcome(run.step, run.validation, interrupts.received)
 
 
@@ -251,6 +252,8 @@ def _open(config: Config, workdir: pathlib.Path, note):
   """Tokenizer, documents, and the record of the newest checkpoint or None, all found to agree with the config."""
   if workdir.exists() and not workdir.is_dir():
     raise BadInput(f'--workdir={workdir}: cannot be a folder, it is a file; choose another')
+  if (workdir / INDEX).exists():
+    raise BadInput(f'--workdir={workdir}: holds a prepared set; choose another')
   record = checkpoint.metadata(workdir) if checkpoint.steps(workdir) else None
   changes = checkpoint.check_resumes(config, record, workdir) if record else []
   if record:
@@ -264,7 +267,7 @@ def _open(config: Config, workdir: pathlib.Path, note):
   differing = difference(corpus.identity, record['identity']) if record else []
   if differing and not config.data.accept_changed:
     raise BadInput(f'config.data: not what the checkpoint in {workdir} was trained on: {"; ".join(differing)}; restore that, choose another --workdir, '
-                   'or set config.data.accept_changed=True to go on with these data from the same place')
+                   'or set config.data.accept_changed=True to go on with these data from the same row number')
   for change in (*changes, *(f'the data have changed: {what}' for what in differing)):
     note(change)
   return tokens, corpus, record
@@ -364,7 +367,7 @@ class _Run:
     with self.speed.paused():
       batches = validation_batches(self.held_out, n, n, jax.process_index(), jax.process_count())
       found = self.validation = evaluate(self.config, self.state.model, batches, self.byte_length_V, self.allowed_V, self.mesh)
-    self.log.write(self.step, 'validation', found)
+    self.log.write(self.step, 'validation', found | {'quarantined_rows': self.held_out.quarantined})
     self.display.line(f'step {self.step} validation: {found["bits_per_byte"]:.4f} bits per byte, '
                       f'nats {numbers(found["nats"])}, accuracy {numbers(found["accuracy"])}'
                       + (f', acceptance {numbers(found["acceptance_greedy"])}' if found['acceptance_greedy'] else ''))

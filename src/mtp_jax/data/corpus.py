@@ -11,7 +11,7 @@ from mtp_jax.config import BadInput, DataConfig
 from mtp_jax.data.packing import Consecutive, pack
 from mtp_jax.data.prepare import prepare_once
 from mtp_jax.data.rows import Batches, Joined, Rows
-from mtp_jax.data.shards import Folder, Prepared, Stream, open_set
+from mtp_jax.data.shards import Damaged, Folder, Prepared, Stream, open_set
 from mtp_jax.tokenizer import Tokenizer
 
 
@@ -70,7 +70,8 @@ def open_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
   """
   if not config.sources:
     return Corpus(config, tokenizer, (prepare_once(config.paths, tokenizer, config.validation_share, config.cache, 'config.data.paths'),))
-  sources = tuple(open_set(Folder(source, 'config.data.sources'), config.cache) for source in config.sources)
+  note = say if config.on_damage == 'quarantine' else None
+  sources = tuple(open_set(Folder(source, 'config.data.sources'), config.cache, note) for source in config.sources)
   for source in sources:
     if source.index['identity']['tokenizer'] != tokenizer.digest:
       theirs = source.index['tokenizer'] if source.index['tokenizer'] == 'bytes' else source.folder.path(source.index['tokenizer'])
@@ -82,7 +83,10 @@ def open_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
 def tokenizer_of(source: Prepared) -> Tokenizer:
   """The tokenizer that a set was prepared with."""
   name = source.index['tokenizer']
-  return tokenizers.load('bytes') if name == 'bytes' else tokenizers.SentencePiece(source.folder.read(name))
+  tokenizer = tokenizers.load('bytes') if name == 'bytes' else tokenizers.SentencePiece(source.folder.read(name))
+  if tokenizer.digest != source.index['identity']['tokenizer']:
+    raise Damaged(f'{source.folder.url}/{name}: is not the tokenizer of this set; restore the file')
+  return tokenizer
 
 
 def difference(mine: dict, theirs: dict) -> list[str]:

@@ -32,6 +32,7 @@ SKIPPED = ('broken_json', 'missing_field', 'empty', 'too_long')
 CHOICE = ('invalid_utf8', 'lone_surrogate', 'nul')
 FORMATS = ('auto', 'text', 'jsonl', 'parquet')
 _JSONL = re.compile(r'\.(jsonl|ndjson|json(?=\.(gz|zst)$))(\.gz|\.zst)?$', re.IGNORECASE)
+_MODIFIED = ('mtime', 'updated', 'LastModified', 'last_modified', 'etag', 'ETag', 'created')  # as the file systems of fsspec spell it
 _COMPRESSED = {'.gz': 'gzip', '.zst': 'zstd'}
 
 
@@ -39,7 +40,8 @@ _COMPRESSED = {'.gz': 'gzip', '.zst': 'zstd'}
 class Reading:
   """How files are read; part of what fixes a prepared set.
 
-  format: 'auto' goes by the end of the name; field: of a JSON object, or the column of a Parquet file, that holds the text.
+  format: 'auto' goes by the end of the name: .jsonl, .ndjson, .json.gz, .json.zst, .parquet, all else is text; field: of a JSON object, or the
+  column of a Parquet file, that holds the text. A line of six times max_document_bytes and a MiB is too_long unread.
   """
   format: str = 'auto'
   field: str = 'text'
@@ -98,11 +100,13 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-  """What is wrong with a record. line: of the file, or of the piece while it is read, from 1; the row of a Parquet file; 0 for a text file."""
+  """What is wrong with a record. line: of the file, or of the piece while it is read, from 1; the row of a Parquet file; 0 for a text file.
+  detail: the fields that are there, of a record that lacks the one with the text."""
   kind: str
   file: str
   line: int
   kept: bool
+  detail: str = ''
 
 
 def name_hash(name: str) -> int:
@@ -113,9 +117,9 @@ def name_hash(name: str) -> int:
 def files(given: Iterable[str], where: str) -> list[File]:
   """The files of paths, directories and globs, in the order of their names' hashes.
 
-  Directories are walked all the way down, without what begins with a dot. A file is named by its path from the directory given, or from
-  the part of a glob before its first wildcard, that folder's own name first. A file reached twice is one; another file of the same name
-  gets a '~'.
+  Directories are walked all the way down, without what begins with a dot and without links to directories. A file is named by
+  its path from the directory given, or from the part of a glob before its first wildcard, that folder's own name first. A file reached
+  twice is one; another file of the same name gets a '~'.
 
   Args:
     given: () is the Python files of the running interpreter's standard library.
@@ -181,7 +185,7 @@ def _remote(url: str, where: str) -> list[tuple]:
   for path, info in sorted(entries.items()):
     inner = path[len(above):].lstrip('/')
     if info['type'] == 'file' and not any(part.startswith('.') for part in inner.split('/')[1:]):
-      found.append((inner, fs.unstrip_protocol(path), info['size'], str(info.get('mtime') or info.get('etag') or info.get('created') or '')))
+      found.append((inner, fs.unstrip_protocol(path), info['size'], str(next((info[key] for key in _MODIFIED if info.get(key)), ''))))
   return found
 
 
@@ -241,24 +245,33 @@ def _opened(file: File, where: str):
 
 
 class _Hashed:
-  """A file read from front to back, its bytes hashed on the way."""
+  """A file read from front to back, its bytes counted and hashed on the way."""
 
   def __init__(self, file):
-    self._file, self.sha256, self.closed = file, hashlib.sha256(), False
+    self._file, self.sha256, self.bytes, self.closed = file, hashlib.sha256(), 0, False
 
   def read(self, size: int = -1) -> bytes:
-    data = self._file.read(size)
-    self.sha256.update(data)
-    return data
+    return self._seen(self._file.read(size))
 
   def readline(self, size: int = -1) -> bytes:
-    data = self._file.readline(size)
+    return self._seen(self._file.readline(size))
+
+  def _seen(self, data: bytes) -> bytes:
     self.sha256.update(data)
+    self.bytes += len(data)
     return data
+
+  def up_to(self, limit: int, file=None) -> bytes:
+    """What is left, or its first `limit` bytes and some more."""
+    parts, size = [], 0
+    while size <= limit and (part := (file or self).read(2**20)):
+      parts.append(part)
+      size += len(part)
+    return b''.join(parts)
 
 
 class Reader:
-  """The documents of one piece, in order. After the last one: `sha256` of the bytes read, `lines` of them.
+  """The documents of one piece, in order. After the last one: `sha256` and number of the `bytes` read, `lines` of them.
 
   Iterating yields `Document` and `Fault`; a record that is kept in spite of its fault gives both, the fault first. Holds one record,
   or one batch of a Parquet file, at a time.
@@ -268,7 +281,7 @@ class Reader:
   """
 
   def __init__(self, piece: Piece, reading: Reading, where: str):
-    self._piece, self._reading, self._where, self.sha256, self.lines = piece, reading, where, '', 0
+    self._piece, self._reading, self._where, self.sha256, self.bytes, self.lines = piece, reading, where, '', 0, 0
 
   def __iter__(self) -> Iterator[Document | Fault]:
     file = self._piece.file
@@ -277,8 +290,8 @@ class Reader:
       with _opened(file, self._where) as opened:
         yield from read(opened)
     except (EOFError, OSError, zlib.error) as error:
-      raise BadInput(f'{self._where}: {file.url!r} is damaged or cut off after line {self.lines} ({" ".join(str(error).split())}); '
-                     'fetch it again or leave it out') from error
+      raise BadInput(f'{self._where}: {file.url!r} is damaged or cut off after line {self.lines}, or not of the format that its name or --format says '
+                     f'({" ".join(str(error).split())}); fetch it again or leave it out') from error
 
   def _plain(self, hashed: _Hashed):
     """The file without its compression."""
@@ -298,14 +311,17 @@ class Reader:
 
   def _text(self, opened) -> Iterator[Document | Fault]:
     hashed, limit = _Hashed(opened), self._reading.max_document_bytes
-    text = self._plain(hashed).read(limit + 1)
+    text = hashed.up_to(limit, self._plain(hashed))
     yield from self._judged(self._piece.file.name, 0, text, _utf8_fault(text) if len(text) <= limit else 'too_long')
-    while hashed.read(2**20):
+    self._end(hashed)
+
+  def _end(self, hashed: _Hashed) -> None:
+    while self._piece.stop < 0 and hashed.read(2**20):  # what a long text or a compressed stream left unread
       pass
-    self.sha256 = hashed.sha256.hexdigest()
+    self.sha256, self.bytes = hashed.sha256.hexdigest(), hashed.bytes
 
   def _jsonl(self, opened) -> Iterator[Document | Fault]:
-    piece, limit = self._piece, 2 * self._reading.max_document_bytes
+    piece, limit = self._piece, 6 * self._reading.max_document_bytes + 2**20
     if piece.start:  # the line that contains the byte before `start` belongs to the piece before
       opened.seek(piece.start - 1)
     place = piece.start - 1 + _skip_line(opened) if piece.start else 0
@@ -320,9 +336,7 @@ class Reader:
       place += size
       if 0 <= piece.stop <= place:
         break
-    while piece.stop < 0 and hashed.read(2**20):  # what a compressed stream left unread
-      pass
-    self.sha256 = hashed.sha256.hexdigest()
+    self._end(hashed)
 
   def _record(self, name: str, line: bytes) -> Iterator[Document | Fault]:
     fault = None
@@ -337,7 +351,8 @@ class Reader:
       return
     text = record.get(self._reading.field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-      yield Fault('missing_field', self._piece.file.name, self.lines, False)
+      fields = f'fields: {", ".join(record)[:200]}' if isinstance(record, dict) else f'a {type(record).__name__}, no object'
+      yield Fault('missing_field', self._piece.file.name, self.lines, False, fields.encode('utf-8', errors='backslashreplace').decode())
       return
     try:
       content = text.encode('utf-8')
@@ -354,7 +369,7 @@ class Reader:
     import pyarrow
     from pyarrow import parquet
     file, column = self._piece.file, self._reading.field
-    self.sha256 = hashlib.file_digest(opened, 'sha256').hexdigest()
+    self.sha256, self.bytes = hashlib.file_digest(opened, 'sha256').hexdigest(), opened.tell()
     opened.seek(0)
     try:
       table = parquet.ParquetFile(opened)
@@ -364,7 +379,7 @@ class Reader:
       text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
       if not (text or pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
         raise BadInput(f'--field={column}: that column of {file.url!r} holds {kind}, not text')
-      for batch in table.iter_batches(batch_size=1024, columns=[column]):
+      for batch in table.iter_batches(batch_size=128, columns=[column]):
         values = batch.column(0)
         for value in (values.cast(pyarrow.large_binary()) if text else values).to_pylist():
           self.lines += 1

@@ -62,8 +62,8 @@ def plot(found: dict, path: str) -> None:
 
 
 def shown(rows: Joined, tokenizer: Tokenizer, futures: int, count: int, positions: int, colour: bool) -> list[str]:
-  """`count` rows at even distances, `positions` of each, around the first place where a document begins (a row nearby is taken where it has none): at every position its document,
-  its input and the target of each future, as the objective makes them; '·' where a future has none."""
+  """`count` rows at even distances (or the next one in which a document begins, if it is near), `positions` of each, around that place: at every
+  position its document, its input and the target of each future, as the objective makes them; '·' where a future has none."""
   lines = []
   for i in np.unique(np.arange(count) * len(rows) // count).tolist():
     near = rows.batch(range(i, min(i + 64, len(rows))))

@@ -10,8 +10,10 @@ that neither the number of workers nor an interruption shows in the result:
     bad_records.jsonl    every fault: its kind, file, line, and whether the record was kept
     index.json           written last: the set is complete
 
-The split: a document is held out iff hash(name) < validation_share. It stands or falls alone: adding files moves no other one across.
+The split: a document is held out iff hash(name) < validation_share, or it is the very first of all. Save for that one it stands or falls alone:
+adding files moves no other one across.
 """
+import collections
 import concurrent.futures
 import concurrent.futures.process
 import contextlib
@@ -19,6 +21,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -31,12 +34,11 @@ import numpy as np
 
 from mtp_jax.config import BadInput
 from mtp_jax.data.inputs import Document, Fault, File, Piece, Reader, Reading, digest, files, name_hash
-from mtp_jax.data.shards import FORMAT, INDEX, Folder, Prepared, ShardWriter, open_set, write_index
+from mtp_jax.data.shards import FORMAT, INDEX, UNFINISHED, Folder, Prepared, ShardWriter, open_set, write_index
 from mtp_jax.progress import Meter
 from mtp_jax.tokenizer import Tokenizer
 
 PLAN, PARTS, BAD, MODEL = 'plan.json', 'parts', 'bad_records.jsonl', 'tokenizer.model'
-ENOUGH = 1000  # records after which too large a share of bad ones ends the work early
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +48,20 @@ class Options:
   reading: Reading = Reading()
   validation_share: float = 0.01
   shard_bytes: int = 0
-  bad_share: float = 1.0
+  bad_share: float = 0.05
 
   def __post_init__(self):
     if not 0 < self.validation_share < 1:
-      raise BadInput(f'--validation_share={self.validation_share}: must lie between 0 and 1')
+      raise BadInput(f'--validation_share={self.validation_share}: must be above 0 and below 1')
     if not 0 <= self.bad_share <= 1:
-      raise BadInput(f'--bad_share={self.bad_share}: must lie between 0 and 1')
+      raise BadInput(f'--bad_share={self.bad_share}: must be at least 0 and at most 1')
     if self.shard_bytes < 0:
       raise BadInput(f'--shard_bytes={self.shard_bytes}: must not be negative; 0 chooses by the size of the inputs')
 
 
 def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, workers: int, where: str,
             note=lambda line: print(line, file=sys.stderr, flush=True), cache: str = '') -> Prepared:
-  """Prepares a set, goes on where an interrupted one stopped, or finds it complete.
+  """Prepares a set, goes on where an interrupted one stopped, or finds it complete: of inputs of the same names and sizes and the same options.
 
   Args:
     inputs: as `files` finds them.
@@ -74,10 +76,11 @@ def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, 
   folder = Folder(output, '--output')
   size = sum(file.bytes for file in inputs)
   options = dataclasses.replace(options, shard_bytes=options.shard_bytes or min(max(size // 64, 4 * 2**20), 256 * 2**20))
-  bar = _bar(inputs, options, where)
   with _alone(folder, note):
-    work = _Work(folder, tokenizer, options, bar, _parts(inputs, options), where)
-    if not _begin(folder, work, inputs):
+    work = _Work(folder, tokenizer, options, _parts(inputs, options), where)
+    if _begin(folder, work, inputs):
+      note(f'{folder.url} is complete already, by names, sizes and options; nothing is written')
+    else:
       try:
         _run(work, size, workers, note)
         _finish(work, inputs)
@@ -89,44 +92,39 @@ def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, 
 
 
 def prepare_once(given: tuple[str, ...], tokenizer: Tokenizer, validation_share: float, cache: str, where: str) -> Prepared:
-  """A set for text files of moderate size, in a folder of `cache` named by their content; every record that holds text is kept.
+  """A set for text files of moderate size, a document each, in a folder of `cache` named by their content; every one that is not empty is kept.
 
   Raises:
     BadInput: as `prepare`.
   """
   inputs = files(given, where)
-  options = Options(Reading(keep=('invalid_utf8', 'lone_surrogate', 'nul')), validation_share)
+  options = Options(Reading('text', keep=('invalid_utf8', 'lone_surrogate', 'nul'), max_document_bytes=2**62), validation_share, bad_share=1)
   identity = [FORMAT, tokenizer.digest, validation_share, [(file.name, file.bytes, digest(file, where)) for file in inputs]]
   directory = pathlib.Path(cache).expanduser() / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
   try:
     directory.mkdir(parents=True, exist_ok=True)
+    if (directory / INDEX).exists():
+      return open_set(Folder(directory, 'config.data.cache'), cache)
     return prepare([dataclasses.replace(file, modified='') for file in inputs], tokenizer, options, directory, 0, where, cache=cache)
   except OSError as error:
     raise BadInput(f'config.data.cache={cache!r}: cannot write there ({error}); give a folder with space') from error
 
 
-def sample(inputs: list[File], reading: Reading, size: int, where: str) -> Iterator[Document]:
-  """Documents from all over the inputs, about `size` bytes in all: whole files, and of plain JSON lines stretches of 1 MiB, in the order
-  of their hashes."""
+def sample(inputs: list[File], reading: Reading, size: int, where: str) -> Iterator[Document | Fault]:
+  """Documents, and faults, from all over the inputs, `size` bytes in all, or less: the beginnings of files, and of plain JSON lines those of
+  stretches of 1 MiB, in the order of their hashes."""
   pieces = [piece for part in _parts(inputs, Options(reading, shard_bytes=2**20)) for piece in part]
+  each = max(2**16, size // len(pieces))
   for piece in sorted(pieces, key=lambda piece: name_hash(f'{piece.file.name}@{piece.start}')):
+    left = min(each, size)
     for found in Reader(piece, reading, where):
+      yield found
       if isinstance(found, Document):
-        yield found
-        size -= len(found.text)
-        if size <= 0:
-          return
-
-
-def _bar(inputs: list[File], options: Options, where: str) -> int:
-  """Documents whose name hashes below it are held out. Of text files, which are a document each, at least one is, and one is not."""
-  bar, reading = int(options.validation_share * 2**64), options.reading
-  if all(file.kind(reading.format) == 'text' for file in inputs):
-    hashes = [file.hash for file in inputs if file.bytes]
-    if len(hashes) < 2:
-      raise BadInput(f'{where}: {len(hashes)} documents, and one must be held out; give two files that are not empty, or a directory of them')
-    bar = min(max(bar, min(hashes) + 1), max(hashes))
-  return bar
+        left, size = left - len(found.text), size - len(found.text)
+      if left <= 0:
+        break
+    if size <= 0:
+      return
 
 
 def _parts(inputs: list[File], options: Options) -> list[list[Piece]]:
@@ -169,11 +167,11 @@ def _alone(folder: Folder, note):
 class _Work:
   """What a worker knows: where to write, and what to read."""
 
-  def __init__(self, folder: Folder, tokenizer: Tokenizer, options: Options, bar: int, parts: list[list[Piece]], where: str):
-    self.folder, self.tokenizer, self.options, self.bar, self.parts, self.where = folder, tokenizer, options, bar, parts, where
+  def __init__(self, folder: Folder, tokenizer: Tokenizer, options: Options, parts: list[list[Piece]], where: str):
+    self.folder, self.tokenizer, self.options, self.parts, self.where = folder, tokenizer, options, parts, where
     self.dtype = '<u2' if tokenizer.size < 2**16 else '<u4'
-    self.identity = {'format': FORMAT, 'tokenizer': tokenizer.digest, 'validation_share': options.validation_share, 'shard_bytes': options.shard_bytes,
-                     'reading': dataclasses.asdict(options.reading) | {'keep': sorted(options.reading.keep)}}
+    self.identity = {'layout': FORMAT, 'tokenizer': tokenizer.digest, 'validation_share': options.validation_share, 'shard_bytes': options.shard_bytes,
+                     **dataclasses.asdict(options.reading), 'keep': sorted(options.reading.keep)}
 
   def report(self, number: int) -> str:
     return f'{PARTS}/{number:05}.json'
@@ -192,7 +190,8 @@ class _Work:
           if isinstance(found, Fault):
             faults.append(dataclasses.asdict(found))
             continue
-          split = 'validation' if name_hash(found.name) < self.bar else 'train'
+          first = number == documents == 0
+          split = 'validation' if first or name_hash(found.name) < self.options.validation_share * 2**64 else 'train'
           if split not in writers:
             writers[split] = ShardWriter(files.enter_context(self.folder.aside(_shard(split, number))), self.dtype)
           ids = np.concatenate(([t.bos], t.encode(found.text), [t.eos])).astype(self.dtype)
@@ -201,7 +200,7 @@ class _Work:
           unread, documents = unread - read, documents + 1
           count(read, 1, len(ids))
         count(unread, 0, 0)
-        pieces.append({'file': piece.file.name, 'sha256': reader.sha256, 'lines': reader.lines})
+        pieces.append({'file': piece.file.name, 'sha256': reader.sha256, 'bytes': reader.bytes, 'lines': reader.lines})
       for split, writer in writers.items():
         entries[split] = {'file': _shard(split, number), **writer.close()}
     skipped = sum(not fault['kept'] for fault in faults)
@@ -222,15 +221,17 @@ def _begin(folder: Folder, work: _Work, inputs: list[File]) -> bool:
   """
   plan = {**work.identity, 'inputs': [[file.name, file.bytes, file.modified] for file in inputs]}
   names = folder.sizes()
+  unfinished = [name for name in names if name.startswith(UNFINISHED)]
+  folder.remove(*unfinished)
+  names = {name: size for name, size in names.items() if name not in unfinished}
   if INDEX in names:
     index = open_set(folder, '').index
     _same(plan | {'inputs': [row[:2] for row in plan['inputs']]},
           {**index['identity'], 'inputs': [[file['name'], file['bytes']] for file in index['inputs']]}, folder, 'a set')
-    folder.remove(PLAN, PARTS, *(name for name in names if name.startswith('.unfinished-')))
+    folder.remove(PLAN, PARTS)
     return True
   if PLAN in names:
     _same(plan, json.loads(folder.read(PLAN)), folder, 'unfinished work')
-    folder.remove(*(name for name in names if name.startswith('.unfinished-')))
   elif names:
     raise BadInput(f'--output={folder.url}: holds files that are no prepared set, such as {min(names)}; choose an empty folder')
   else:
@@ -239,11 +240,11 @@ def _begin(folder: Folder, work: _Work, inputs: list[File]) -> bool:
 
 
 def _same(mine: dict, theirs: dict, folder: Folder, what: str) -> None:
-  changed = [key for key in mine if mine[key] != theirs.get(key)]
-  if changed == ['inputs']:
-    there, here = ({row[0]: row[1:] for row in plan['inputs']} for plan in (theirs, mine))
+  changed = [f'--{key} ({theirs.get(key)} -> {mine[key]})' for key in mine if key != 'inputs' and mine[key] != theirs.get(key)]
+  there, here = ({row[0]: row[1:] for row in plan['inputs']} for plan in (theirs, mine))
+  if there != here:
     names = sorted(there.keys() ^ here.keys()) or [name for name in here if here[name] != there[name]]
-    changed = [f'the inputs, such as {names[0]}']
+    changed.append(f'the inputs, such as {names[0]}')
   if changed:
     raise BadInput(f'--output={folder.url}: holds {what} that differs in {", ".join(changed)}; choose another folder or delete that one')
 
@@ -265,9 +266,8 @@ def _run(work: _Work, size: int, workers: int, note) -> None:
     with contextlib.closing(_tokenized(work, todo, min(workers, len(todo)), meter)) as found:  # which stops the workers
       for part_records, part_skipped in found:
         records, skipped = records + part_records, skipped + part_skipped
-        if records >= ENOUGH:
-          _check_bad(work, records, skipped)
-    _check_bad(work, records, skipped)
+        _check_bad(work, records, skipped, records * size / max(1, ready + meter.done[0]))
+    _check_bad(work, records, skipped, records)
 
 
 def _tokenized(work: _Work, todo: list[int], workers: int, meter: Meter):
@@ -316,8 +316,9 @@ def _part(number: int) -> tuple[int, int]:
   return work.tokenize(number, count)
 
 
-def _check_bad(work: _Work, records: int, skipped: int) -> None:
-  if skipped > work.options.bad_share * records:
+def _check_bad(work: _Work, records: int, skipped: int, expected: float) -> None:
+  """Stops when more are bad than may be of all the records to be expected, even if no further one is."""
+  if skipped > work.options.bad_share * expected:
     path = _write_faults(work)
     kinds, first = _fault_counts(work)
     raise BadInput(f'{work.where}: {skipped:,} of {records:,} records are bad ({", ".join(f"{n:,} {kind}" for kind, n in kinds.items())}), more than '
@@ -325,14 +326,16 @@ def _check_bad(work: _Work, records: int, skipped: int) -> None:
 
 
 def _faults(work: _Work):
-  """Of all parts that are done, in order, with lines counted from the beginning of each file."""
+  """Of all parts that are done, in order, with lines counted from the beginning of each file; nan where parts before are not done."""
   before, known = {}, Folder(f'{work.folder.url}/{PARTS}', '--output').sizes()
-  for number in range(len(work.parts)):
+  for number, part in enumerate(work.parts):
     if f'{number:05}.json' not in known:
+      before |= {piece.file.name: math.nan for piece in part}
       continue
     report = work.done(number)
     for fault in report['faults']:
-      yield fault | {'line': fault['line'] + (before.get(fault['file'], 0) if fault['line'] else 0)}
+      line = fault['line'] + (before.get(fault['file'], 0) if fault['line'] else 0)
+      yield fault | {'line': None if math.isnan(line) else line}
     for piece in report['pieces']:
       before[piece['file']] = before.get(piece['file'], 0) + piece['lines']
 
@@ -347,12 +350,14 @@ def _fault_counts(work: _Work) -> tuple[dict[str, int], str]:
   for fault in _faults(work):
     if not fault['kept']:
       kinds[fault['kind']] = kinds.get(fault['kind'], 0) + 1
-      first = first or f'{fault["kind"]} in {fault["file"]}' + (f', line {fault["line"]}' if fault['line'] else '')
+      first = first or (f'{fault["kind"]} in {fault["file"]}' + (f', line {fault["line"]}' if fault['line'] else '')
+                        + (f' ({fault["detail"]}; --field={work.options.reading.field})' if fault['detail'] else ''))
   return kinds, first
 
 
 def _finish(work: _Work, inputs: list[File]) -> None:
-  splits, digests, bad, records = {'train': [], 'validation': []}, {file.name: [] for file in inputs}, {}, 0
+  splits, digests, sizes = {'train': [], 'validation': []}, {file.name: [] for file in inputs}, collections.Counter()
+  bad, records = {}, 0
   for number in range(len(work.parts)):
     report = work.done(number)
     records += report['records']
@@ -360,19 +365,24 @@ def _finish(work: _Work, inputs: list[File]) -> None:
       splits[split].append(entry)
     for piece in report['pieces']:
       digests[piece['file']].append(piece['sha256'])
+      sizes[piece['file']] += piece['bytes']
     for fault in report['faults']:
       counts = bad.setdefault(fault['kind'], {'skipped': 0, 'kept': 0})
       counts['kept' if fault['kept'] else 'skipped'] += 1
+  for file in inputs:
+    if sizes[file.name] != file.bytes:
+      raise BadInput(f'{work.where}: {file.url!r} had {file.bytes:,} bytes, and {sizes[file.name]:,} when it was read; '
+                     f'delete {work.folder.url} and run again when it is at rest')
   for split, entries in splits.items():
     if not entries:
-      raise BadInput(f'{work.where}: of {records:,} records none went to the {split} split; '
-                     f'give more, or another --validation_share than {work.options.validation_share}')
+      raise BadInput(f'{work.where}: of {records:,} records none is left for the {split} split; give at least two documents, '
+                     f'and mind --validation_share={work.options.validation_share}')
   _write_faults(work)
   if work.tokenizer.model:
     work.folder.write(MODEL, work.tokenizer.model)
   listed = [{'name': file.name, 'bytes': file.bytes, 'sha256': digests[file.name]} for file in inputs]
   write_index(work.folder, {
-      'format': FORMAT, 'fingerprint': hashlib.sha256(json.dumps([work.identity, listed]).encode()).hexdigest(), 'identity': work.identity,
+      'fingerprint': hashlib.sha256(json.dumps([work.identity, listed]).encode()).hexdigest(), 'identity': work.identity,
       'dtype': work.dtype, 'tokenizer': MODEL if work.tokenizer.model else 'bytes', 'records': records, 'bad': bad, 'splits': splits,
       'inputs': listed})
   work.folder.remove(PLAN, PARTS)

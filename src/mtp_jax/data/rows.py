@@ -22,6 +22,8 @@ from mtp_jax.config import BadInput
 from mtp_jax.data.packing import BestFit, Consecutive
 from mtp_jax.data.shards import Damaged, Stream
 
+NOTED = 10  # damaged places that are named one by one
+
 
 class Rows:
   """The rows of one stream.
@@ -86,9 +88,9 @@ class Rows:
         hurt.add(r)
         found.append(np.zeros(0, np.int32))
         place = str(error).partition(' (')[0]
-        if place not in self._noted:
+        if place not in self._noted and len(self._noted) < NOTED:
           self._noted.add(place)
-          self._note(f'quarantined: {place}')
+          self._note(f'quarantined: {place}' + ('; further ones are counted only' if len(self._noted) == NOTED else ''))
     self.quarantined += len(hurt)
     return [part[:0] if r in hurt else part for r, part in zip(row.tolist(), found)]
 

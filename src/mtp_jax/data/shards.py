@@ -5,8 +5,8 @@
     set         a folder of shards and `index.json`, which tells sizes and digests of all of them, and its own
 
 A block whose bytes are not those that were written does not come back as other tokens: it raises `Damaged`. (ArrayRecord keeps each
-record in a chunk of its own, with hashes of header and data.) What a folder holds beside index.json may lie wherever fsspec reaches;
-a shard that is not on this machine is fetched when first read, and checked as a whole.
+record in a chunk of its own, with hashes of header and data. That a whole shard was put in place of another is found by `verify`.)
+A folder may lie wherever fsspec reaches; a shard that is not on this machine is fetched when first read, and checked as a whole.
 """
 import collections
 import contextlib
@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 import tempfile
-import threading
+from collections.abc import Callable
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -27,6 +27,7 @@ from mtp_jax.data.inputs import filesystem
 FORMAT = 2  # fixes the layout, BLOCK included
 BLOCK = 4096
 INDEX = 'index.json'
+UNFINISHED = '.unfinished-'  # begins the names of files that are being written
 OPEN_FILES = 256  # of a stream
 CACHE_BYTES = 2**27  # of a stream's blocks, the latest read, in memory: what a row needs is often a small part of them
 _WRITER, _READER = 'group_size:1,uncompressed', 'readahead_buffer_size:0,max_parallelism:0'
@@ -68,7 +69,7 @@ class Folder:
     """The path of a new file on this machine, which becomes `name` when the block ends well."""
     if self.here:
       os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
-    descriptor, path = tempfile.mkstemp(prefix='.unfinished-', dir=self._path if self.here else None)
+    descriptor, path = tempfile.mkstemp(prefix=UNFINISHED, dir=self._path if self.here else None)
     try:
       os.close(descriptor)
       yield path
@@ -90,8 +91,8 @@ class Folder:
       if self._fs.exists(self.path(name)):
         self._fs.rm(self.path(name), recursive=True)
 
-  def fetched(self, name: str, sha256: str, cache: str) -> str:
-    """The path of a file on this machine, copied into `cache` if it lies elsewhere.
+  def fetched(self, name: str, size: int, sha256: str, cache: str) -> str:
+    """The path of a file on this machine, copied into `cache` if it lies elsewhere and no copy of that size is there.
 
     Raises:
       Damaged: the copy has another digest.
@@ -99,12 +100,12 @@ class Folder:
     if self.here:
       return self.path(name)
     copies = Folder(pathlib.Path(cache) / 'shards', self.where)
-    if f'{sha256}' not in copies.sizes():
+    if copies.sizes().get(sha256) != size:
       with copies.aside(sha256) as path:
         self._fs.get_file(self.path(name), path)
         with open(path, 'rb') as file:
           if hashlib.file_digest(file, 'sha256').hexdigest() != sha256:
-            raise Damaged(f'{self.url}/{name}: its digest is not that of the index; restore the file or prepare the set again')
+            raise Damaged(f'{self.url}/{name}: its digest is not that of the index; {_RESTORE}')
     return copies.path(sha256)
 
 
@@ -115,7 +116,7 @@ def _umask() -> int:
 
 
 class ShardWriter:
-  """Writes one shard to a path. Documents come whole; `close` returns the shard's entry in the index."""
+  """Writes one shard to a path. Documents come whole; `close` returns the shard's entry in the index. Raises OSError where it cannot write."""
 
   def __init__(self, path: str, dtype: str):
     self._path, self._dtype, self._writer = path, dtype, ArrayRecordWriter(path, _WRITER)
@@ -136,19 +137,33 @@ class ShardWriter:
   def _flush(self, size: int) -> None:
     tokens = np.concatenate(self._waiting).astype(self._dtype) if self._waiting else np.zeros(0, self._dtype)
     for start in range(0, size, BLOCK):
-      self._writer.write(tokens[start:min(start + BLOCK, size)].tobytes())
+      self._write(tokens[start:min(start + BLOCK, size)])
     self._waiting, self._size = [tokens[size:]], self._size - size
+
+  def _write(self, numbers: np.ndarray) -> None:
+    with _os_errors():
+      self._writer.write(numbers.tobytes())
 
   def close(self) -> dict:
     self._flush(self._size)
     lengths = np.array(self._lengths, '<u4')
     for start in range(0, len(lengths), BLOCK):
-      self._writer.write(lengths[start:start + BLOCK].tobytes())
-    self._writer.close()
+      self._write(lengths[start:start + BLOCK])
+    with _os_errors():
+      self._writer.close()
     with open(self._path, 'rb') as file:
       sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
     return {'bytes': os.path.getsize(self._path), 'sha256': sha256, 'tokens': self.tokens, 'documents': len(lengths),
             'document_bytes': self.document_bytes}
+
+
+@contextlib.contextmanager
+def _os_errors():
+  """ArrayRecord says RuntimeError when a disk is full."""
+  try:
+    yield
+  except RuntimeError as error:
+    raise OSError(str(error).partition(';')[0]) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +186,7 @@ class Shard:
 
 
 class Stream:
-  """The tokens of a split. Opens a shard when it is first read; at most OPEN_FILES of them at a time.
+  """The tokens of a split. Opens a shard when it is first read; at most OPEN_FILES of them at a time. For one thread.
 
   tokens, documents, bytes: how many, bytes being those of the documents themselves.
   """
@@ -183,7 +198,7 @@ class Stream:
     self._document_ends = np.cumsum([shard.documents for shard in shards], dtype=np.int64)
     self.tokens, self.documents = (int(ends[-1]) if len(ends) else 0 for ends in (self._ends, self._document_ends))
     self.bytes = sum(shard.document_bytes for shard in shards)
-    self._open, self._blocks, self._lock, self._offsets = collections.OrderedDict(), collections.OrderedDict(), threading.Lock(), (-1, None)
+    self._open, self._blocks, self._offsets = collections.OrderedDict(), collections.OrderedDict(), (-1, None)
 
   def start(self, s: int) -> int:
     """Where shard s begins in the stream."""
@@ -196,12 +211,11 @@ class Stream:
       Damaged: naming file and block.
     """
     found = []
-    with self._lock:
-      for s, start, stop in zip(np.searchsorted(self._ends, starts, side='right').tolist(), starts.tolist(), stops.tolist()):
-        parts = [self._block(t, number)[a:b] for t, number, a, b in self._spans(s, start, stop)]
-        found.append(parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, self._dtype), *parts]))
-      while len(self._blocks) * BLOCK * self._dtype.itemsize > CACHE_BYTES:
-        self._blocks.popitem(last=False)
+    for s, start, stop in zip(np.searchsorted(self._ends, starts, side='right').tolist(), starts.tolist(), stops.tolist()):
+      parts = [self._block(t, number)[a:b] for t, number, a, b in self._spans(s, start, stop)]
+      found.append(parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, self._dtype), *parts]))
+    while len(self._blocks) * BLOCK * self._dtype.itemsize > CACHE_BYTES:
+      self._blocks.popitem(last=False)
     return found
 
   def _block(self, s: int, number: int) -> np.ndarray:
@@ -227,8 +241,7 @@ class Stream:
   def lengths(self, s: int) -> np.ndarray:
     """int64: tokens of each document of shard s, bos and eos counted."""
     shard = self.shards[s]
-    with self._lock:
-      records = [self._record(s, number) for number in range(shard.blocks, shard.records)]
+    records = [self._record(s, number) for number in range(shard.blocks, shard.records)]
     return np.frombuffer(b''.join(records), '<u4').astype(np.int64)
 
   def document(self, i: int) -> np.ndarray:
@@ -260,7 +273,7 @@ class Stream:
       self._open.move_to_end(s)
       return self._open[s]
     shard = self.shards[s]
-    path = self.folder.fetched(shard.file, shard.sha256, self._cache)
+    path = self.folder.fetched(shard.file, shard.bytes, shard.sha256, self._cache)
     try:
       reader = ArrayRecordReader(path, _READER)
       records = reader.num_records()
@@ -274,7 +287,8 @@ class Stream:
     return reader
 
 
-_MEND = "restore the file or prepare the set again, or go on without such blocks: config.data.on_damage='quarantine'"
+_RESTORE = 'restore the file, or delete the folder and prepare it again'
+_MEND = f"{_RESTORE}, or go on without such blocks: config.data.on_damage='quarantine'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,7 +309,7 @@ class Prepared:
     for shard in (*self.train.shards, *self.validation.shards):
       try:
         if hashlib.sha256(self.folder.read(shard.file)).hexdigest() != shard.sha256:
-          wrong.append(f'{self.folder.url}/{shard.file}: its digest is not that of the index')
+          wrong.append(f'{self.folder.url}/{shard.file}: its digest is not that of the index; {_RESTORE}')
       except OSError as error:
         wrong.append(f'{self.folder.url}/{shard.file}: {error.strerror or error}')
     return wrong
@@ -310,8 +324,11 @@ def _serialized(index: dict) -> bytes:
   return json.dumps(index | {'sha256': hashlib.sha256(json.dumps(index).encode()).hexdigest()}, indent=1).encode() + b'\n'
 
 
-def open_set(folder: Folder, cache: str) -> Prepared:
+def open_set(folder: Folder, cache: str, note: Callable[[str], None] | None = None) -> Prepared:
   """A prepared set whose files are all there at full length.
+
+  Args:
+    note: where given, it is told of shards that are missing or cut off, and they are an error only when they are read.
 
   Raises:
     BadInput: it is none, or of another format.
@@ -319,8 +336,9 @@ def open_set(folder: Folder, cache: str) -> Prepared:
   """
   sizes = folder.sizes()
   if INDEX not in sizes:
-    begun = ' (it was begun: run the same prepare again)' if 'plan.json' in sizes else ''
-    raise BadInput(f'{folder.where}: {folder.url!r} holds no prepared set{begun}; make one with: python -m mtp_jax prepare --input=... --output={folder.url}')
+    mend = ('its preparation has not ended: run the same prepare again' if 'plan.json' in sizes else
+            f'make one with: python -m mtp_jax prepare --input=... --output={folder.url}')
+    raise BadInput(f'{folder.where}: {folder.url!r} holds no prepared set; {mend}')
   content = folder.read(INDEX)
   try:
     index = {key: value for key, value in json.loads(content).items() if key != 'sha256'}
@@ -328,15 +346,19 @@ def open_set(folder: Folder, cache: str) -> Prepared:
   except (ValueError, AttributeError):
     intact = False
   if not intact:
-    raise Damaged(f'{folder.url}/{INDEX}: is damaged; restore the file or prepare the set again')
-  if index['format'] != FORMAT:
-    raise BadInput(f'{folder.where}: {folder.url!r} has format {index["format"]}, this version reads {FORMAT}; prepare the set again')
+    raise Damaged(f'{folder.url}/{INDEX}: is damaged; {_RESTORE}')
+  if index['identity']['layout'] != FORMAT:
+    raise BadInput(f'{folder.where}: {folder.url!r} has layout {index["identity"]["layout"]}, this version reads {FORMAT}; prepare it again, in another folder')
+  if index['tokenizer'] not in ('bytes', *sizes):
+    raise Damaged(f'{folder.url}/{index["tokenizer"]}: is missing; {_RESTORE}')
   streams = {}
   for split, entries in index['splits'].items():
     shards = [Shard(**entry) for entry in entries]
     for shard in shards:
       if sizes.get(shard.file) != shard.bytes:
         there = f'has {sizes[shard.file]:,} of {shard.bytes:,} bytes' if shard.file in sizes else 'is missing'
-        raise Damaged(f'{folder.url}/{shard.file}: {there}; restore the file or prepare the set again')
+        if not note:
+          raise Damaged(f'{folder.url}/{shard.file}: {there}; {_MEND}')
+        note(f'quarantined: {folder.url}/{shard.file} {there}')
     streams[split] = Stream(folder, shards, index['dtype'], cache)
   return Prepared(folder, index, streams['train'], streams['validation'])
