@@ -151,6 +151,7 @@ BAD = {
     'train into documents prepared': ([*TRAIN[:-1], '--workdir=prepared-set'], 'prepared-set: holds a prepared set; choose another'),
     'train on documents that are no set': ([*TRAIN, "--config.data.sources=('documents',)", '--config.data.paths=()'], "documents' holds no prepared set"),
     'plan without topology': (['plan', '--config=tiny.py'], '--topology: missing'),
+    'goodput of nothing': (['goodput', '--workdir=empty'], '--workdir=empty: no events.jsonl there'),
     'certify without config': (['certify'], '--config: missing'),
     'no steps': (['benchmark', 'train', '--config=tiny.py', '--steps=0'], '--steps=0: must be at least 1'),
     'no prompts': (['benchmark', 'decode', '--workdir=run', '--prompts=0'], '--prompts=0: must be at least 1'),
@@ -318,6 +319,9 @@ def test_text_is_prepared_inspected_and_trained_on(run, place):
   assert (place / 'lengths.png').read_bytes().startswith(b'\x89PNG')
   trained = last_line(run, *TRAIN, '--config.train.steps=3', "--config.data.sources=('prepared',)", '--config.data.paths=()', '--config.data.packing=best_fit')
   assert trained['step'] == 3
+  found = last_line(run, 'goodput', '--workdir=new', '--plot=goodput.png')
+  assert (found['runs'], found['steps'], found['lost_steps']) == (1, 3, 0) and 0 < found['goodput'] < 1 and (place / 'goodput.png').exists()
+  assert sum(found['seconds'].values()) == pytest.approx(found['wall_seconds'])
   shutil.rmtree(place / 'new')
 
 

@@ -21,7 +21,7 @@ import pytest
 from test_checkpoint import experiment, random_state, same_bits
 
 import mtp_jax
-from mtp_jax import checkpoint, metrics, objective, tokenizer, train
+from mtp_jax import checkpoint, goodput, metrics, objective, tokenizer, train
 from mtp_jax.__main__ import main
 from mtp_jax.config import BadInput, Config, MeshConfig, ObjectiveConfig
 from mtp_jax.data.corpus import difference, open_corpus
@@ -279,6 +279,45 @@ def test_a_failed_save_ends_the_run_with_an_error_and_older_checkpoints_stay(fol
   monkeypatch.undo()
   assert checkpoint.steps(tmp_path)[0] == 2
   mtp_jax.load(tmp_path, 2)
+
+
+@pytest.mark.parametrize('where', ['the data', 'the device'])
+def test_a_step_that_hangs_ends_the_process_with_every_stack(tmp_path, where):
+  """The third batch, or the third step's figures, never come."""
+  config = experiment(tmp_path, train={'hang_seconds': 2.0, 'steps': 9, 'evaluate_every': 0})
+  code = f'''
+import time
+from mtp_jax import train
+from mtp_jax.config import *
+from mtp_jax.data import rows
+calls = []
+def slow(ours):
+  def then(*arguments):
+    calls.append(1)
+    time.sleep(600 * (len(calls) > 3))
+    return ours(*arguments)
+  return then
+if {where == 'the data'}:
+  rows.Batches.__next__ = slow(rows.Batches.__next__)
+else:
+  train.jax.device_get = slow(train.jax.device_get)
+train.fit({config!r}, {str(tmp_path / 'run')!r})
+'''
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+  assert done.returncode == 1 and 'Timeout (0:00:02)!' in done.stderr and 'most recent call first' in done.stderr, done.stderr
+  assert 'in then' in done.stderr and 'step 2' in done.stderr and 'step 4' not in done.stderr
+
+
+def test_a_run_and_its_resumption_tell_where_their_time_went(uninterrupted, tmp_path):
+  config, _ = uninterrupted('parallel')
+  train.fit(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4)), tmp_path, note=lambda line: None)
+  train.fit(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=6)), tmp_path, note=lambda line: None)
+  events = goodput.read(tmp_path)
+  assert [(run[0]['step'], run[-1]['step']) for run in goodput.runs(events)] == [(0, 4), (4, 6)]
+  found = goodput.account(events)
+  assert {kind for kind, seconds in found['seconds'].items() if seconds} >= {'step', 'data_wait', 'evaluation', 'save', 'compile', 'restore', 'setup'}
+  assert (found['runs'], found['steps'], found['lost_steps'], found['seconds']['lost']) == (2, 6, 0, 0) and 0 < found['goodput'] < 1
+  assert found['seconds']['other'] < 0.2 * found['wall_seconds']
 
 
 @pytest.mark.parametrize('change, said', [

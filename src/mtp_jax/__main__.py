@@ -314,6 +314,21 @@ def _inputs(f) -> tuple[str, ...]:
   return given
 
 
+def goodput(f) -> int:
+  """Where the time of a run went, over all its restarts; goodput is the share spent in steps that were not lost."""
+  _need(f, 'workdir')
+  from mtp_jax import goodput as log
+  events = log.read(f.workdir)
+  found = log.account(events)
+  if f.plot:
+    log.plot(events, f.plot)
+  rows = [(kind, f'{seconds:,.1f}', f'{seconds / max(found["wall_seconds"], 1e-9):.1%}') for kind, seconds in found['seconds'].items() if seconds]
+  _report(f, found, [*_table(('', 'seconds', 'share'), rows), '',
+                     f'goodput {found["goodput"]:.1%} of {found["wall_seconds"]:,.1f} s; {found["runs"]} runs, {found["steps"]:,} steps, '
+                     f'{found["lost_steps"]:,} steps lost'])
+  return 0
+
+
 def _reading(f):
   from mtp_jax.data.inputs import Reading
   return Reading(f.format, f.field, tuple(kind for kind in f.keep.split(',') if kind), f.max_document_bytes)
@@ -398,6 +413,10 @@ COMMANDS = {
         ('stream', False, 'print the text as it grows'), JSON),
         "generate --workdir=runs/tiny --prompt='def main():' --max_tokens=200"),
     'inspect': Command(inspect, 'parameters, FLOPs, conventions, digest', (WORKDIR, STEP, CONFIG, JSON), 'inspect --config=configs/tiny.py'),
+    'goodput': Command(goodput, 'where the time of a run went', (
+        WORKDIR,
+        ('plot', '', 'a PNG, a bar for each run'), JSON),
+        'goodput --workdir=runs/tiny'),
     'certify': Command(certify, 'prove gradients, influence and FLOPs of a config', (CONFIG, JSON), 'certify --config=configs/tiny.py'),
     'plan': Command(plan, 'memory and FLOPs of the step on a TPU slice, without one', (
         CONFIG,

@@ -202,6 +202,7 @@ class TrainConfig:
   checkpoint_every: int = _field(200, 'steps between checkpoints; one is also saved at the end')
   checkpoints_kept: int = _field(3, 'newest checkpoints kept')
   skipped_allowed: int = _field(10, 'non-finite steps in a row after which the run stops')
+  hang_seconds: float = _field(0.0, 'a step longer than this ends the process with exit code 1 and the stacks of all threads; 0: never')
   tensorboard: bool = _field(True, 'write TensorBoard event files beside the log')
 
 
@@ -349,6 +350,7 @@ def _check(c: Config) -> None:
   need(0 < d.validation_share < 1, 'data.validation_share', 'must lie between 0 and 1')
   need(0 <= d.seed < 2**32, 'data.seed', 'must be at least 0 and below 2**32')
   need(t.seed >= 0, 'train.seed', 'must not be negative')
+  need(t.hang_seconds >= 0, 'train.hang_seconds', 'must not be negative; 0 waits for ever')
   need(t.evaluate_every >= 0, 'train.evaluate_every', 'must not be negative; 0 validates only at the end')
   need(p.learning_rate > 0, 'optimizer.learning_rate', 'must be positive')
   need(0 <= p.warmup_steps < t.steps, 'optimizer.warmup_steps', f'must be at least 0 and below config.train.steps={t.steps}')

@@ -14,6 +14,7 @@ import json
 import math
 import pathlib
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,9 @@ from mtp_jax.config import BadInput, Config
 from mtp_jax.data.corpus import Corpus, difference, open_corpus
 from mtp_jax.data.rows import validation_batches
 from mtp_jax.data.shards import INDEX, Damaged
+from mtp_jax.goodput import Events
 from mtp_jax.model import Model, conventions
-from mtp_jax.progress import Display, Interrupts, Speed, numbers
+from mtp_jax.progress import Display, Interrupts, Speed, numbers, watched
 from mtp_jax.sharding import make_mesh, out, parameter_spec, spec
 
 
@@ -221,6 +223,7 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=lambda li
     Damaged: a block of the data is not what was written; a run of one process saves a checkpoint first.
     NotFinite: after config.train.skipped_allowed bad steps in a row; the batches are in workdir/nonfinite.
   """
+  began = time.time()
   workdir = pathlib.Path(workdir).expanduser().absolute()
   tokens, corpus, record = _open(config, workdir, note)
   mesh = make_mesh(config.mesh)
@@ -228,7 +231,7 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=lambda li
     workdir.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise BadInput(f'--workdir={workdir}: cannot be a folder ({error.strerror}); choose another') from None
-  with Interrupts() as interrupts, jax.set_mesh(mesh), contextlib.closing(_Run(config, workdir, tokens, corpus, record, mesh, note)) as run:
+  with Interrupts() as interrupts, jax.set_mesh(mesh), contextlib.closing(_Run(config, workdir, tokens, corpus, record, mesh, note, began)) as run:
     try:
       if record and run.evaluates(run.step):  # a run may end between a checkpoint and its validation
         run.validate()
@@ -276,7 +279,7 @@ def _open(config: Config, workdir: pathlib.Path, note):
 class _Run:
   """A run under way: the state, its place in the data, and where it is recorded."""
 
-  def __init__(self, config: Config, workdir: pathlib.Path, tokens, corpus: Corpus, record: dict | None, mesh, note):
+  def __init__(self, config: Config, workdir: pathlib.Path, tokens, corpus: Corpus, record: dict | None, mesh, note, began: float):
     t = config.train
     self.config, self.workdir, self.mesh, self.validation, self.unrecorded, self.profiling = config, workdir, mesh, {}, None, False
     self.display = None
@@ -285,19 +288,23 @@ class _Run:
     self.held_out = corpus.held_out(config.model.futures, line)
     padding = lambda batch: {'padding': float((batch['segments'][:, :config.data.length] == 0).mean())}
     self.batches = corpus.batches(rows, t.batch, jax.process_index(), jax.process_count(), place=lambda batch: (put(batch, mesh), padding(batch)))
-    if record:
-      self.state = restore(config, workdir, record['step'], mesh)
-      self.batches.set_state(record['data'])
-    else:
-      self.state = jax.jit(functools.partial(init, config))(jax.random.key(t.seed))
     self.step = self.saved = record['step'] if record else 0
+    self.events = Events(workdir)
+    self.events.write('start', began, 0.0, self.step)
+    self.events.write('setup', began, time.time() - began, self.step)
+    with self.events.span('restore' if record else 'compile', self.step):
+      if record:
+        self.state = restore(config, workdir, record['step'], mesh)
+        self.batches.set_state(record['data'])
+      else:
+        self.state = jax.jit(functools.partial(init, config))(jax.random.key(t.seed))
     self.active = ()
     self.record = {'config': config.to_dict(), 'conventions': conventions(config.model), 'tokenizer': tokens.digest,
                    'identity': corpus.identity}
     self.byte_length_V = jax.device_put(byte_lengths(config, tokens), jax.NamedSharding(mesh, jax.P()))
     self.allowed_V = emitted(config, tokens)
     self.compiled = compiled_step(config)
-    self.speed = Speed(self.step, t.batch * config.data.length, metrics.peak_flops() * mesh.size)
+    self.speed = Speed(self.step, t.batch * config.data.length, metrics.peak_flops() * mesh.size, self.events)
     self.writer = checkpoint.Writer(workdir, t.checkpoints_kept)
     self.log = metrics.Log(workdir, self.step, t.tensorboard)
     (workdir / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
@@ -305,13 +312,16 @@ class _Run:
 
   def advance(self) -> None:
     """Starts the next step; while it runs, records the one before."""
-    with self.speed.waiting():
+    limit = self.config.train.hang_seconds
+    with self.speed.waiting(), watched(limit):
       batch, data = next(self.batches)
     data['quarantined_rows'] = self.batches.quarantined
-    with self.speed.paused() if self._enters_stage() else contextlib.nullcontext():  # which compiles
+    compiles = self._enters_stage()
+    with self.speed.paused('compile', self.step) if compiles else watched(limit):
       self.state, found = self.compiled(self.state, batch, self.byte_length_V, self.step / self.config.train.steps)
     self.step += 1
-    self._record_last()
+    with watched(limit):
+      self._record_last()
     self.unrecorded = self.step, found, batch, self.flops, data
 
   def _enters_stage(self) -> bool:
@@ -364,7 +374,7 @@ class _Run:
   def validate(self) -> None:
     self._record_last()
     n = self.config.train.evaluate_rows
-    with self.speed.paused():
+    with self.speed.paused('evaluation', self.step):
       batches = validation_batches(self.held_out, n, n, jax.process_index(), jax.process_count())
       found = self.validation = evaluate(self.config, self.state.model, batches, self.byte_length_V, self.allowed_V, self.mesh)
     self.log.write(self.step, 'validation', found | {'quarantined_rows': self.held_out.quarantined})
@@ -378,7 +388,7 @@ class _Run:
     if self.step == self.saved:
       return
     self.saved = self.step
-    with self.speed.paused():
+    with self.speed.paused('save', self.step):
       s = self.state
       rest = {'step': s.step, 'skipped': s.skipped, 'skipped_in_a_row': s.skipped_in_a_row, 'optax': s.optimizer}
       self.writer.save(self.step, s.model, rest, {'step': self.step, 'data': self.batches.get_state(), **self.record})
@@ -387,8 +397,10 @@ class _Run:
     self.profile(range(0))
     self.display.close()
     try:
-      self.writer.close()
+      with self.events.span('save', self.step):
+        self.writer.close()
     finally:
+      self.events.close()
       self.log.close()
       self.batches.close()
 
