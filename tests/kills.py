@@ -21,7 +21,7 @@ import time
 ROOT = pathlib.Path(__file__).parents[1]
 TRAIN = ['--config=configs/tiny.py', *(f'--config.{field}' for field in (
     'model.width=16', 'model.heads=2', 'model.kv_heads=1', 'model.head_width=8', 'model.feed_forward=32', 'model.layers=3', 'model.futures=2', 'data.length=32',
-    'train.batch=2', 'train.steps=150', 'train.log_every=1', 'train.checkpoint_every=5', 'train.evaluate_every=0', 'train.evaluate_rows=2',
+    'train.batch=2', 'train.steps=100', 'train.log_every=1', 'train.checkpoint_every=5', 'train.evaluate_every=0', 'train.evaluate_rows=2',
     'train.tensorboard=False', 'optimizer.warmup_steps=0'))]
 
 

@@ -376,8 +376,9 @@ class _Run:
     n = self.config.train.evaluate_rows
     with self.speed.paused('evaluation', self.step):
       batches = validation_batches(self.held_out, n, n, jax.process_index(), jax.process_count())
-      found = self.validation = evaluate(self.config, self.state.model, batches, self.byte_length_V, self.allowed_V, self.mesh)
-    self.log.write(self.step, 'validation', found | {'quarantined_rows': self.held_out.quarantined})
+      found = evaluate(self.config, self.state.model, batches, self.byte_length_V, self.allowed_V, self.mesh)
+      found = self.validation = found | {'quarantined_rows': self.held_out.quarantined}
+    self.log.write(self.step, 'validation', found)
     self.display.line(f'step {self.step} validation: {found["bits_per_byte"]:.4f} bits per byte, '
                       f'nats {numbers(found["nats"])}, accuracy {numbers(found["accuracy"])}'
                       + (f', acceptance {numbers(found["acceptance_greedy"])}' if found['acceptance_greedy'] else ''))
