@@ -141,7 +141,7 @@ def test_a_block_of_another_size_is_no_block_of_this_shard(tmp_path, stream_of):
 
 def test_another_format_is_refused(prepared):
   shards.write_index(prepared.folder, prepared.index | {'identity': prepared.index['identity'] | {'layout': 99}})
-  with pytest.raises(BadInput, match='has layout 99, this version reads 2; prepare it again, in another folder'):
+  with pytest.raises(BadInput, match='has layout 99, this version reads 3; prepare it again, in another folder'):
     open_set(Folder(prepared.folder.url, '--data'), '')
 
 

@@ -24,7 +24,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from mtp_jax.config import BadInput
 from mtp_jax.data.inputs import filesystem
 
-FORMAT = 2  # fixes the layout, BLOCK included
+FORMAT = 3  # fixes the layout, BLOCK included
 BLOCK = 4096
 INDEX = 'index.json'
 UNFINISHED = '.unfinished-'  # begins the names of files that are being written
@@ -347,8 +347,8 @@ def open_set(folder: Folder, cache: str, note: Callable[[str], None] | None = No
     intact = False
   if not intact:
     raise Damaged(f'{folder.url}/{INDEX}: is damaged; {_RESTORE}')
-  if index['identity']['layout'] != FORMAT:
-    raise BadInput(f'{folder.where}: {folder.url!r} has layout {index["identity"]["layout"]}, this version reads {FORMAT}; prepare it again, in another folder')
+  if (layout := index.get('identity', {}).get('layout')) != FORMAT:
+    raise BadInput(f'{folder.where}: {folder.url!r} has layout {layout}, this version reads {FORMAT}; prepare it again, in another folder')
   if index['tokenizer'] not in ('bytes', *sizes):
     raise Damaged(f'{folder.url}/{index["tokenizer"]}: is missing; {_RESTORE}')
   streams = {}
