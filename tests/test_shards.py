@@ -139,9 +139,10 @@ def test_a_block_of_another_size_is_no_block_of_this_shard(tmp_path, stream_of):
     stream.read(0, B + 3)
 
 
-def test_another_format_is_refused(prepared):
-  shards.write_index(prepared.folder, prepared.index | {'identity': prepared.index['identity'] | {'layout': 99}})
-  with pytest.raises(BadInput, match='has layout 99, this version reads 3; prepare it again, in another folder'):
+@pytest.mark.parametrize('identity, said', [({'layout': 99}, '99'), ({}, 'None')])
+def test_another_layout_is_refused(prepared, identity, said):
+  shards.write_index(prepared.folder, prepared.index | {'identity': identity})
+  with pytest.raises(BadInput, match=f'has layout {said}, this version reads 3; prepare it again, in another folder'):
     open_set(Folder(prepared.folder.url, '--data'), '')
 
 
