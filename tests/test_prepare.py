@@ -203,16 +203,18 @@ def test_a_second_process_waits_for_the_first_and_finds_it_done(corpus, tmp_path
   class Slow(tokenizer.Bytes):
     def encode(self, text):
       entered.set()
-      go.wait(20)
+      go.wait(60)
       return super().encode(text)
   options = Options(validation_share=0.2, shard_bytes=3000)
   inputs = files((str(corpus[0]),), '')
   one = threading.Thread(target=lambda: prepare(inputs, Slow(), options, tmp_path / 'set', 0, '', note=print))
   one.start()
-  entered.wait(20)
+  entered.wait(60)
   two = threading.Thread(target=lambda: said.append(prepare(inputs, BYTES, options, tmp_path / 'set', 0, '', note=said.append)))
   two.start()
-  time.sleep(0.2)
+  until = time.monotonic() + 30
+  while not said and time.monotonic() < until:
+    time.sleep(0.01)
   assert two.is_alive() and said == [f'another process prepares {tmp_path / "set"}; waiting for it']
   go.set()
   one.join()
