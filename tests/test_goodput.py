@@ -63,3 +63,8 @@ def test_no_log_and_no_run_are_one_line(tmp_path):
 def test_a_picture_is_drawn(tmp_path):
   goodput.plot(log(tmp_path, *TWO_RUNS), str(tmp_path / 'x.png'))
   assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(tmp_path):
+  with pytest.raises(BadInput, match=r"^--plot=.*/nowhere/x.png: .*No such file or directory"):
+    goodput.plot(log(tmp_path, *TWO_RUNS), str(tmp_path / 'nowhere' / 'x.png'))

@@ -220,9 +220,7 @@ def prepare(f) -> int:
   except KeyboardInterrupt:
     print('mtp_jax: interrupted; run the same command, it goes on where it stopped', file=sys.stderr)
     return 130
-  index, values = found.index, {}
-  for split, stream in (('train', found.train), ('validation', found.validation)):
-    values[split] = {'documents': stream.documents, 'tokens': stream.tokens, 'bytes': stream.bytes, 'shards': len(stream.shards)}
+  index, values = found.index, {'train': found.train.counts, 'validation': found.validation.counts}
   bad = [f'bad records: {kind} {n["skipped"]:,} skipped, {n["kept"]:,} kept' for kind, n in index['bad'].items()]
   _report(f, {'fingerprint': found.fingerprint, 'records': index['records'], 'bad': index['bad'], **values}, [
       *(f'{split}: {n["documents"]:,} documents, {n["tokens"]:,} tokens, {n["bytes"]:,} bytes, {n["shards"]} shards' for split, n in values.items()),
@@ -286,7 +284,7 @@ def inspect_data(f) -> int:
     raise BadInput(str(error).replace('config.data.', '--')) from error
   source = open_set(Folder(f.data, '--data'), config.cache)
   wrong = source.verify() if f.verify else []
-  from mtp_jax.data import inspection
+  from mtp_jax import inspection
   from mtp_jax.data.corpus import Corpus, tokenizer_of
   tokens = tokenizer_of(source)
   found = inspection.summary(source) | ({'damaged': wrong} if f.verify else {})
@@ -307,13 +305,6 @@ def inspect_data(f) -> int:
   return 1 if wrong else 0
 
 
-def _inputs(f) -> tuple[str, ...]:
-  given = tuple(f.input.split(','))
-  if not all(given):
-    raise BadInput(f'--input={f.input}: holds an empty name; write files, directories or globs with commas between')
-  return given
-
-
 def goodput(f) -> int:
   """Where the time of a run went, over all its restarts; goodput is the share spent in steps that were not lost."""
   _need(f, 'workdir')
@@ -327,11 +318,6 @@ def goodput(f) -> int:
                      f'goodput {found["goodput"]:.1%} of {found["wall_seconds"]:,.1f} s; {found["runs"]} runs, {found["steps"]:,} steps, '
                      f'{found["lost_steps"]:,} steps lost'])
   return 0
-
-
-def _reading(f):
-  from mtp_jax.data.inputs import Reading
-  return Reading(f.format, f.field, tuple(kind for kind in f.keep.split(',') if kind), f.max_document_bytes)
 
 
 def benchmark_data(f) -> int:
@@ -585,6 +571,18 @@ def _need_at_least(f, **least) -> None:
   for flag, number in least.items():
     if f[flag].value < number:
       raise BadInput(f'--{flag}={f[flag].value}: must be at least {number}')
+
+
+def _inputs(f) -> tuple[str, ...]:
+  given = tuple(f.input.split(','))
+  if not all(given):
+    raise BadInput(f'--input={f.input}: holds an empty name; write files, directories or globs with commas between')
+  return given
+
+
+def _reading(f):
+  from mtp_jax.data.inputs import Reading
+  return Reading(f.format, f.field, tuple(kind for kind in f.keep.split(',') if kind), f.max_document_bytes)
 
 
 def _load(f):

@@ -22,6 +22,7 @@ from mtp_jax.data.inputs import Document, Reading, files
 from mtp_jax.data.prepare import Options, prepare, sample
 from mtp_jax.decode import Nothing
 from mtp_jax.lm import LanguageModel
+from mtp_jax.picture import picture
 from mtp_jax.requests import choices
 from mtp_jax.sharding import make_mesh
 
@@ -299,21 +300,13 @@ def _transformers(lm: LanguageModel) -> Callable[[list, int], _Theirs]:
 
 
 def plot(found: dict, path: str) -> None:
-  """Tokens per forward and speed-up by draft length, a line a batch size; Raises BadInput without matplotlib."""
-  try:
-    import matplotlib
-  except ImportError as error:
-    raise BadInput(f"--plot={path}: {error}; pip install -e '.[notebook]'") from None
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
-  figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
-  for batch in dict.fromkeys(row['batch'] for row in found['rows']):
-    rows = [row for row in found['rows'] if row['batch'] == batch]
-    for axes, name in ((left, 'tokens_per_forward'), (right, 'speed_up')):
-      axes.plot([row['draft'] for row in rows], [row[name] for row in rows], 'o-', label=f'batch {batch}')
-  left.set(xlabel='drafts a pass', ylabel='tokens per forward', ylim=(0, None))
-  right.set(xlabel='drafts a pass', ylabel='speed-up over plain decoding', ylim=(0, None))
-  right.axhline(1, color='grey', linewidth=0.8)
-  right.legend()
-  figure.savefig(path, dpi=150)
-  pyplot.close(figure)
+  """Tokens per forward and speed-up by draft length, a line a batch size."""
+  with picture(path, 9, 3.4, columns=2) as (left, right):
+    for batch in dict.fromkeys(row['batch'] for row in found['rows']):
+      rows = [row for row in found['rows'] if row['batch'] == batch]
+      for axes, name in ((left, 'tokens_per_forward'), (right, 'speed_up')):
+        axes.plot([row['draft'] for row in rows], [row[name] for row in rows], 'o-', label=f'batch {batch}')
+    left.set(xlabel='drafts a pass', ylabel='tokens per forward', ylim=(0, None))
+    right.set(xlabel='drafts a pass', ylabel='speed-up over plain decoding', ylim=(0, None))
+    right.axhline(1, color='grey', linewidth=0.8)
+    right.legend()

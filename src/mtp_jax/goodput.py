@@ -12,6 +12,7 @@ import pathlib
 import time
 
 from mtp_jax.config import BadInput
+from mtp_jax.picture import picture
 
 FILE = 'events.jsonl'
 KINDS = ('step', 'data_wait', 'evaluation', 'save', 'compile', 'restore', 'setup', 'lost', 'other', 'down')
@@ -96,21 +97,13 @@ def account(events: list[dict]) -> dict:
 
 
 def plot(events: list[dict], path: str) -> None:
-  """A bar a run, time to the right, coloured by kind. Raises BadInput without matplotlib."""
-  try:
-    import matplotlib
-  except ImportError as error:
-    raise BadInput(f"--plot={path}: {error}; pip install -e '.[notebook]'") from None
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
+  """A bar a run, time to the right, coloured by kind."""
   each = runs(events)
-  figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.4 * len(each)), layout='constrained')
-  for k, kind in enumerate(kind for kind in KINDS if kind not in ('lost', 'other', 'down')):
-    bars = [(i, event['time'] - events[0]['time'], event['seconds']) for i, run in enumerate(each) for event in run if event['kind'] == kind]
-    if bars:
-      axes.barh([i for i, _, _ in bars], [seconds for *_, seconds in bars], left=[began for _, began, _ in bars], color=f'C{k}', label=kind)
-  axes.set(xlabel='seconds', ylabel='run', yticks=range(len(each)))
-  axes.invert_yaxis()
-  axes.legend(loc='upper left', bbox_to_anchor=(1, 1))
-  figure.savefig(path, dpi=150)
-  pyplot.close(figure)
+  with picture(path, 9, 1.5 + 0.4 * len(each)) as axes:
+    for k, kind in enumerate(kind for kind in KINDS if kind not in ('lost', 'other', 'down')):
+      bars = [(i, event['time'] - events[0]['time'], event['seconds']) for i, run in enumerate(each) for event in run if event['kind'] == kind]
+      if bars:
+        axes.barh([i for i, _, _ in bars], [seconds for *_, seconds in bars], left=[began for _, began, _ in bars], color=f'C{k}', label=kind)
+    axes.set(xlabel='seconds', ylabel='run', yticks=range(len(each)))
+    axes.invert_yaxis()
+    axes.legend(loc='upper left', bbox_to_anchor=(1, 1))

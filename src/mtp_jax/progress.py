@@ -14,6 +14,11 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from mtp_jax.goodput import Events
 
 
+def say(line: str) -> None:
+  """Where nothing else is told to: a line of its own, apart from what a command prints."""
+  print(line, file=sys.stderr, flush=True)
+
+
 class Display:
   """A progress bar on a terminal, one plain line a record elsewhere."""
 

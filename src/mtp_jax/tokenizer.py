@@ -90,7 +90,7 @@ def train(documents: Iterable[bytes], size: int, kind: str = 'bpe') -> bytes:
   return model.getvalue()
 
 
-_STRETCH = 4096
+_STRETCH, _LONG = 4096, 2**20  # characters of a sentence to train on, and of what is segmented at once
 
 
 def _stretches(text: str, size: int) -> Iterator[str]:
@@ -196,7 +196,6 @@ class SentencePiece:
 
 # SentencePiece writes a space as U+2581 inside its pieces, so a U+2581 of the text is foreign to it, as are bytes that are not
 # UTF-8, which 'surrogateescape' shows as U+DC80..U+DCFF. The group keeps them: odd parts of a split are foreign.
-_LONG = 2**20  # characters segmented at once; longer texts are cut, at line ends
 _SPACE = '\u2581'
 _FOREIGN = re.compile('([\u2581\udc80-\udcff]+)')
 

@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import pathlib
-import sys
 import time
 
 import jax
@@ -28,7 +27,7 @@ from mtp_jax.data.rows import validation_batches
 from mtp_jax.data.shards import INDEX, Damaged
 from mtp_jax.goodput import Events
 from mtp_jax.model import Model, conventions
-from mtp_jax.progress import Display, Interrupts, Speed, numbers, watched
+from mtp_jax.progress import Display, Interrupts, Speed, numbers, say, watched
 from mtp_jax.sharding import make_mesh, out, parameter_spec, spec
 
 
@@ -213,7 +212,7 @@ class NotFinite(RuntimeError):
   """Too many steps in a row had a loss or gradient that is not finite."""
 
 
-def fit(config: Config, workdir, profile_steps: range = range(0), note=lambda line: print(line, file=sys.stderr)) -> Outcome:
+def fit(config: Config, workdir, profile_steps: range = range(0), note=say) -> Outcome:
   """Trains to config.train.steps, starting anew or from the newest checkpoint in workdir, bitwise as if never stopped.
 
   SIGTERM or Ctrl-C save a checkpoint and return. Everything is recorded in workdir/metrics.jsonl.

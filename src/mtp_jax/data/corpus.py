@@ -3,7 +3,6 @@
 `identity` tells all that fixes the batches of a run, so that a resumed run can say what changed.
 """
 import dataclasses
-import sys
 from collections.abc import Callable
 
 from mtp_jax import tokenizer as tokenizers
@@ -12,11 +11,8 @@ from mtp_jax.data.packing import Consecutive, pack
 from mtp_jax.data.prepare import prepare_once
 from mtp_jax.data.rows import Batches, Joined, Rows
 from mtp_jax.data.shards import Damaged, Folder, Prepared, Stream, open_set
+from mtp_jax.progress import say
 from mtp_jax.tokenizer import Tokenizer
-
-
-def say(line: str) -> None:
-  print(line, file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)

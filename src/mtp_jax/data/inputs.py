@@ -204,7 +204,7 @@ def filesystem(url: str, where: str):
 def _below(root: str, skipped: Callable, where: str) -> Iterator[str]:
   """Regular files, sorted, without going into the skipped folders."""
   def refuse(error):
-    raise _unreadable(error, where)
+    raise _unreadable(error.filename, error, where)
   for folder, folders, names in os.walk(root, onerror=refuse):
     folders[:] = sorted(f for f in folders if not skipped(f))
     yield from (path for path in (os.path.join(folder, name) for name in sorted(names)) if os.path.isfile(path))
@@ -220,8 +220,8 @@ def _name(path: str, root: str) -> str:
   return os.fsencode(pathlib.Path(path).relative_to(root).as_posix()).decode('utf-8', errors='backslashreplace')
 
 
-def _unreadable(error: OSError, where: str) -> BadInput:
-  return BadInput(f'{where}: cannot read {error.filename!r} ({error.strerror or error}); make it readable or leave it out')
+def _unreadable(path: str, error: OSError, where: str) -> BadInput:
+  return BadInput(f'{where}: cannot read {path!r} ({error.strerror or error}); make it readable or leave it out')
 
 
 def digest(file: File, where: str) -> str:
@@ -239,7 +239,7 @@ def _opened(file: File, where: str):
     else:
       opened = open(file.url, 'rb')
   except OSError as error:
-    raise BadInput(f'{where}: cannot read {file.url!r} ({error.strerror or error}); make it readable or leave it out') from error
+    raise _unreadable(file.url, error, where) from error
   with opened:
     yield opened
 

@@ -26,7 +26,6 @@ import multiprocessing
 import os
 import pathlib
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -34,11 +33,11 @@ import numpy as np
 
 from mtp_jax.config import BadInput
 from mtp_jax.data.inputs import Document, Fault, File, Piece, Reader, Reading, digest, files, name_hash
-from mtp_jax.data.shards import FORMAT, INDEX, UNFINISHED, Folder, Prepared, ShardWriter, open_set, write_index
-from mtp_jax.progress import Meter
+from mtp_jax.data.shards import FORMAT, INDEX, PLAN, UNFINISHED, Folder, Prepared, ShardWriter, open_set, write_index
+from mtp_jax.progress import Meter, say
 from mtp_jax.tokenizer import Tokenizer
 
-PLAN, PARTS, BAD, MODEL = 'plan.json', 'parts', 'bad_records.jsonl', 'tokenizer.model'
+PARTS, BAD, MODEL = 'parts', 'bad_records.jsonl', 'tokenizer.model'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Options:
 
 
 def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, workers: int, where: str,
-            note=lambda line: print(line, file=sys.stderr, flush=True), cache: str = '') -> Prepared:
+            note=say, cache: str = '') -> Prepared:
   """Prepares a set, goes on where an interrupted one stopped, or finds it complete: of inputs of the same names and sizes and the same options.
 
   Args:
@@ -176,6 +175,11 @@ class _Work:
   def report(self, number: int) -> str:
     return f'{PARTS}/{number:05}.json'
 
+  def ready(self) -> set[int]:
+    """The parts that have a report."""
+    names = Folder(f'{self.folder.url}/{PARTS}', '--output').sizes()
+    return {number for number in range(len(self.parts)) if self.report(number).rpartition('/')[2] in names}
+
   def done(self, number: int) -> dict:
     return json.loads(self.folder.read(self.report(number)))
 
@@ -251,11 +255,10 @@ def _same(mine: dict, theirs: dict, folder: Folder, what: str) -> None:
 
 def _run(work: _Work, size: int, workers: int, note) -> None:
   """Tokenizes every part that has no report yet."""
-  names = Folder(f'{work.folder.url}/{PARTS}', '--output').sizes()
+  complete, todo = work.ready(), []
   records = skipped = ready = 0
-  todo = []
   for number, part in enumerate(work.parts):
-    if f'{number:05}.json' in names:
+    if number in complete:
       report = work.done(number)
       records, skipped, ready = records + report['records'], skipped + report['skipped'], ready + sum(piece.bytes for piece in part)
     else:
@@ -319,17 +322,19 @@ def _part(number: int) -> tuple[int, int]:
 def _check_bad(work: _Work, records: int, skipped: int, expected: float) -> None:
   """Stops when more are bad than may be of all the records to be expected, even if no further one is."""
   if skipped > work.options.bad_share * expected:
-    path = _write_faults(work)
-    kinds, first = _fault_counts(work)
+    bad = [fault for fault in _write_faults(work) if not fault['kept']]
+    kinds, first = collections.Counter(fault['kind'] for fault in bad), bad[0]
+    place = (f', line {first["line"]}' if first['line'] else '') + (f' ({first["detail"]}; --field={work.options.reading.field})' if first['detail'] else '')
     raise BadInput(f'{work.where}: {skipped:,} of {records:,} records are bad ({", ".join(f"{n:,} {kind}" for kind, n in kinds.items())}), more than '
-                   f'--bad_share={work.options.bad_share}; the first is {first}; all are listed in {path}; mend them, or allow more and run again')
+                   f'--bad_share={work.options.bad_share}; the first is {first["kind"]} in {first["file"]}{place}; all are listed in '
+                   f'{work.folder.url}/{BAD}; mend them, or allow more and run again')
 
 
 def _faults(work: _Work):
   """Of all parts that are done, in order, with lines counted from the beginning of each file; nan where parts before are not done."""
-  before, known = {}, Folder(f'{work.folder.url}/{PARTS}', '--output').sizes()
+  before, complete = {}, work.ready()
   for number, part in enumerate(work.parts):
-    if f'{number:05}.json' not in known:
+    if number not in complete:
       before |= {piece.file.name: math.nan for piece in part}
       continue
     report = work.done(number)
@@ -340,19 +345,11 @@ def _faults(work: _Work):
       before[piece['file']] = before.get(piece['file'], 0) + piece['lines']
 
 
-def _write_faults(work: _Work) -> str:
-  work.folder.write(BAD, ''.join(json.dumps(fault) + '\n' for fault in _faults(work)).encode())
-  return f'{work.folder.url}/{BAD}'
-
-
-def _fault_counts(work: _Work) -> tuple[dict[str, int], str]:
-  kinds, first = {}, ''
-  for fault in _faults(work):
-    if not fault['kept']:
-      kinds[fault['kind']] = kinds.get(fault['kind'], 0) + 1
-      first = first or (f'{fault["kind"]} in {fault["file"]}' + (f', line {fault["line"]}' if fault['line'] else '')
-                        + (f' ({fault["detail"]}; --field={work.options.reading.field})' if fault['detail'] else ''))
-  return kinds, first
+def _write_faults(work: _Work) -> list[dict]:
+  """Lists them in a file of the set."""
+  faults = list(_faults(work))
+  work.folder.write(BAD, ''.join(json.dumps(fault) + '\n' for fault in faults).encode())
+  return faults
 
 
 def _finish(work: _Work, inputs: list[File]) -> None:
@@ -366,9 +363,6 @@ def _finish(work: _Work, inputs: list[File]) -> None:
     for piece in report['pieces']:
       digests[piece['file']].append(piece['sha256'])
       sizes[piece['file']] += piece['bytes']
-    for fault in report['faults']:
-      counts = bad.setdefault(fault['kind'], {'skipped': 0, 'kept': 0})
-      counts['kept' if fault['kept'] else 'skipped'] += 1
   for file in inputs:
     if sizes[file.name] != file.bytes:
       raise BadInput(f'{work.where}: {file.url!r} had {file.bytes:,} bytes, and {sizes[file.name]:,} when it was read; '
@@ -377,7 +371,9 @@ def _finish(work: _Work, inputs: list[File]) -> None:
     if not entries:
       raise BadInput(f'{work.where}: of {records:,} records none is left for the {split} split; give at least two documents, '
                      f'and mind --validation_share={work.options.validation_share}')
-  _write_faults(work)
+  for fault in _write_faults(work):
+    counts = bad.setdefault(fault['kind'], {'skipped': 0, 'kept': 0})
+    counts['kept' if fault['kept'] else 'skipped'] += 1
   if work.tokenizer.model:
     work.folder.write(MODEL, work.tokenizer.model)
   listed = [{'name': file.name, 'bytes': file.bytes, 'sha256': digests[file.name]} for file in inputs]

@@ -55,8 +55,8 @@ class Rows:
     if not ((-1 <= ids) & (ids < len(self))).all():
       raise IndexError(f'rows {ids.tolist()} of {len(self)}')
     there = np.flatnonzero(ids >= 0)
-    place, pieces = self.packing.pieces(ids[there])
-    row, (start, size) = there[place], pieces.T
+    which, pieces = self.packing.pieces(ids[there])
+    row, (start, size) = there[which], pieces.T
     before = np.cumsum(size) - size
     column = before - before[np.searchsorted(row, row)]  # within its row
     stop = start + size + M * (column + size == L)  # futures of a full row look beyond it

@@ -26,7 +26,7 @@ from mtp_jax.data.inputs import filesystem
 
 FORMAT = 3  # fixes the layout, BLOCK included
 BLOCK = 4096
-INDEX = 'index.json'
+INDEX, PLAN = 'index.json', 'plan.json'  # of a set that is complete, and of one that is not
 UNFINISHED = '.unfinished-'  # begins the names of files that are being written
 OPEN_FILES = 256  # of a stream
 CACHE_BYTES = 2**27  # of a stream's blocks, the latest read, in memory: what a row needs is often a small part of them
@@ -200,6 +200,10 @@ class Stream:
     self.bytes = sum(shard.document_bytes for shard in shards)
     self._open, self._blocks, self._offsets = collections.OrderedDict(), collections.OrderedDict(), (-1, None)
 
+  @property
+  def counts(self) -> dict[str, int]:
+    return {'shards': len(self.shards), 'documents': self.documents, 'tokens': self.tokens, 'bytes': self.bytes}
+
   def start(self, s: int) -> int:
     """Where shard s begins in the stream."""
     return self._begins[s]
@@ -336,7 +340,7 @@ def open_set(folder: Folder, cache: str, note: Callable[[str], None] | None = No
   """
   sizes = folder.sizes()
   if INDEX not in sizes:
-    mend = ('its preparation has not ended: run the same prepare again' if 'plan.json' in sizes else
+    mend = ('its preparation has not ended: run the same prepare again' if PLAN in sizes else
             f'make one with: python -m mtp_jax prepare --input=... --output={folder.url}')
     raise BadInput(f'{folder.where}: {folder.url!r} holds no prepared set; {mend}')
   content = folder.read(INDEX)

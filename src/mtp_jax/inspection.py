@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_jax import objective
-from mtp_jax.config import BadInput
 from mtp_jax.data.rows import Joined
 from mtp_jax.data.shards import Prepared
+from mtp_jax.picture import picture
 from mtp_jax.tokenizer import Tokenizer
 
 COLOURS = ('green', 'cyan', 'yellow', 'magenta', 'blue', 'red', 'bright_green', 'bright_cyan')
@@ -25,8 +25,7 @@ def summary(prepared: Prepared) -> dict:
     for s in range(len(stream.shards)):
       counts += np.bincount(np.frexp(stream.lengths(s))[1] - 1, minlength=40)
     text_tokens = stream.tokens - 2 * stream.documents
-    found[split] = {'shards': len(stream.shards), 'documents': stream.documents, 'tokens': stream.tokens, 'bytes': stream.bytes,
-                    'bytes_per_token': stream.bytes / max(1, text_tokens), 'lengths': {k: int(n) for k, n in enumerate(counts) if n}}
+    found[split] = {**stream.counts, 'bytes_per_token': stream.bytes / max(1, text_tokens), 'lengths': {k: int(n) for k, n in enumerate(counts) if n}}
   return found
 
 
@@ -39,26 +38,14 @@ def bars(lengths: dict[int, int], width: int = 50) -> list[str]:
 
 
 def plot(found: dict, path: str) -> None:
-  """The histograms of lengths as a PNG. Raises BadInput without matplotlib, or where it cannot be written."""
-  try:
-    import matplotlib
-  except ImportError as error:
-    raise BadInput(f"--plot={path}: {error}; pip install -e '.[notebook]'") from None
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
-  figure, axes = pyplot.subplots(figsize=(7, 3.4), layout='constrained')
-  for split in ('train', 'validation'):
-    lengths = found[split]['lengths']
-    axes.step([2.0**k for k in lengths], list(lengths.values()), where='post', label=f'{split}: {found[split]["documents"]:,} documents')
-  axes.set(xscale='log', yscale='log', xlabel='tokens of a document', ylabel='documents')
-  axes.set_xscale('log', base=2)
-  axes.legend()
-  try:
-    figure.savefig(path, dpi=150)
-  except (OSError, ValueError) as error:
-    raise BadInput(f'--plot={path}: {error}') from None
-  finally:
-    pyplot.close(figure)
+  """The histograms of lengths."""
+  with picture(path, 7, 3.4) as axes:
+    for split in ('train', 'validation'):
+      lengths = found[split]['lengths']
+      axes.step([2.0**k for k in lengths], list(lengths.values()), where='post', label=f'{split}: {found[split]["documents"]:,} documents')
+    axes.set(yscale='log', xlabel='tokens of a document', ylabel='documents')
+    axes.set_xscale('log', base=2)
+    axes.legend()
 
 
 def shown(rows: Joined, tokenizer: Tokenizer, futures: int, count: int, positions: int, colour: bool) -> list[str]:
