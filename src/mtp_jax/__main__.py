@@ -1,7 +1,7 @@
 """python -m mtp_jax COMMAND: train, evaluate, generate, inspect and measure.
 
-Exit codes: 0 done; 1 the run failed; 2 bad input, one line says what to mend; 130 and 143: interrupted by Ctrl-C or SIGTERM,
-after saving a checkpoint to resume from.
+Exit codes: 0 done; 1 the run failed, or another process of its job did; 2 bad input, one line says what to mend; 130 and 143: interrupted by
+Ctrl-C or SIGTERM, after saving a checkpoint to resume from.
 """
 import time
 
@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mtp_jax import config as schema
+from mtp_jax import processes
 from mtp_jax.config import BadInput, Config
 
 CONFIG = ('config', None, 'the experiment, such as configs/tiny.py; --config.section.field=value changes a field')
@@ -49,15 +50,23 @@ def train(f) -> int:
   first, _, last = f.profile_steps.partition(':')
   if f.profile_steps and not (first.isdigit() and last.isdigit() and 0 < int(first) < int(last)):
     raise BadInput(f'--profile_steps={f.profile_steps}: must be a:b with 0 < a < b, the steps a to b-1')
+  profiled = range(int(first), int(last)) if f.profile_steps else range(0)
+  return processes.run(lambda: _exit_code(lambda: _fit(f, config, profiled)), config.train.heartbeat_seconds)
+
+
+def _fit(f, config: Config, profile_steps: range) -> int:
+  import jax
+
   from mtp_jax.train import NotFinite, fit
   try:
-    outcome = fit(config, f.workdir, range(int(first), int(last)) if f.profile_steps else range(0))
+    outcome = fit(config, f.workdir, profile_steps)
   except NotFinite as error:
     print(f'mtp_jax: {error}', file=sys.stderr)
     return 1
   stopped = f'; stopped by signal {outcome.signal}, run the same command to resume' if outcome.signal else ''
-  _report(f, {'step': outcome.step, 'validation': outcome.validation, 'signal': outcome.signal},
-          [f'step {outcome.step} of {config.train.steps}, checkpoint in {f.workdir}{stopped}'])
+  if jax.process_index() == 0:
+    _report(f, {'step': outcome.step, 'validation': outcome.validation, 'signal': outcome.signal},
+            [f'step {outcome.step} of {config.train.steps}, checkpoint in {f.workdir}{stopped}'])
   return 128 + outcome.signal if outcome.signal else 0
 
 
@@ -460,8 +469,13 @@ COMMANDS = {
 
 
 def main(arguments: list[str]) -> int:
+  return _exit_code(lambda: _run(arguments))
+
+
+def _exit_code(work: Callable[[], int]) -> int:
+  """That of the work, or of what it raised, which is told in a line."""
   try:
-    return _run(arguments)
+    return work()
   except BadInput as error:
     print(f'mtp_jax: {error}', file=sys.stderr)
     return 2

@@ -121,7 +121,7 @@ class Writer:
     from orbax.checkpoint import v1 as ocp
     self.folder = (pathlib.Path(workdir) / FOLDER).absolute()
     complete = set(steps(workdir))
-    for path in self.folder.glob('*'):
+    for path in self.folder.glob('*') if jax.process_index() == 0 else ():
       if path.name.isdigit() and int(path.name) not in complete:
         aside = (path.with_name(f'incomplete-{path.name}' + (f'-{n}' if n else '')) for n in itertools.count())
         path.rename(next(name for name in aside if not name.exists()))

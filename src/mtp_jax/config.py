@@ -203,6 +203,7 @@ class TrainConfig:
   checkpoints_kept: int = _field(3, 'newest checkpoints kept')
   skipped_allowed: int = _field(10, 'non-finite steps in a row after which the run stops')
   hang_seconds: float = _field(0.0, 'a step longer than this ends the process with exit code 1 and the stacks of all threads; 0: never')
+  heartbeat_seconds: int = _field(10, 'a process of the job without a sign of life for so long is taken for dead, and all end')
   tensorboard: bool = _field(True, 'write TensorBoard event files beside the log')
 
 
@@ -310,7 +311,7 @@ def _check(c: Config) -> None:
         need(math.isfinite(value), f'{section}.{f.name}', 'must be finite')
   for field in ('model.vocab model.width model.layers model.heads model.kv_heads model.head_width model.feed_forward model.futures '
                 'model.head_batch objective.chunk data.length train.steps train.batch train.accumulate train.log_every '
-                'train.evaluate_rows train.checkpoint_every train.checkpoints_kept train.skipped_allowed '
+                'train.evaluate_rows train.checkpoint_every train.checkpoints_kept train.skipped_allowed train.heartbeat_seconds '
                 'mesh.data mesh.fsdp mesh.context mesh.tensor mesh.expert').split():
     section, name = field.split('.')
     need(getattr(getattr(c, section), name) >= 1, field, 'must be at least 1')

@@ -16,7 +16,7 @@ from mtp_jax.data.rows import validation_batches
 from mtp_jax.decode import Engine, Text
 from mtp_jax.model import Model, conventions
 from mtp_jax.requests import EXACT, Criterion, choices, per_row
-from mtp_jax.sharding import make_mesh
+from mtp_jax.sharding import make_mesh, share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,7 @@ class LanguageModel:
     batch = self.config.train.evaluate_rows
     with jax.set_mesh(self.mesh):
       held_out = self.corpus.held_out(self.config.model.futures)
-      batches = validation_batches(held_out, batch, rows, jax.process_index(), jax.process_count())
+      batches = validation_batches(held_out, batch, rows, *share(self.mesh))
       return train.evaluate(self.config, self.model, batches, train.byte_lengths(self.config, self.tokenizer),
                             train.emitted(self.config, self.tokenizer), self.mesh)
 

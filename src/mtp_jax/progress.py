@@ -22,9 +22,9 @@ def say(line: str) -> None:
 class Display:
   """A progress bar on a terminal, one plain line a record elsewhere."""
 
-  def __init__(self, steps: int, start: int, note):
+  def __init__(self, steps: int, start: int, note, bar: bool = True):
     self.note, self.bar = note, None
-    if sys.stderr.isatty():
+    if bar and sys.stderr.isatty():
       self.bar = Progress(TextColumn('train'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn('{task.description}'),
                           console=Console(stderr=True))
       self.task = self.bar.add_task('', total=steps, completed=start)
@@ -159,12 +159,15 @@ def watched(seconds: float):
 
 
 class Interrupts:
-  """Remembers SIGTERM and SIGINT instead of dying of them; a second Ctrl-C interrupts at once."""
+  """Remembers signals instead of dying of them; a second Ctrl-C interrupts at once. passed_on: whether others have been told."""
+
+  def __init__(self, numbers: tuple[int, ...]):
+    self.numbers = numbers
 
   def __enter__(self):
-    self.received, self.old = 0, {}
+    self.received, self.passed_on, self.old = 0, False, {}
     with contextlib.suppress(ValueError):  # outside the main thread, as in some notebooks, signals stay with their owner
-      self.old = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+      self.old = {number: signal.signal(number, self._receive) for number in self.numbers}
     return self
 
   def _receive(self, number, frame):

@@ -20,15 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mtp_jax import acceptance, checkpoint, metrics, objective, optimizer, tokenizer
+from mtp_jax import acceptance, checkpoint, metrics, objective, optimizer, processes, tokenizer
 from mtp_jax.config import BadInput, Config
 from mtp_jax.data.corpus import Corpus, difference, open_corpus
 from mtp_jax.data.rows import validation_batches
 from mtp_jax.data.shards import INDEX, Damaged
 from mtp_jax.goodput import Events
 from mtp_jax.model import Model, conventions
-from mtp_jax.progress import Display, Interrupts, Speed, numbers, say, watched
-from mtp_jax.sharding import make_mesh, out, parameter_spec, spec
+from mtp_jax.progress import Display, Speed, numbers, say, watched
+from mtp_jax.sharding import make_mesh, out, parameter_spec, share, spec
 
 
 @jax.tree_util.register_dataclass
@@ -123,6 +123,7 @@ def step(config: Config, state: State, batch, byte_length_V, weight_M, active: t
       'gradient_norm': norm,
       'update_norm': jnp.where(ok, optax.tree.norm(updates), 0.0),
       'learning_rate': jnp.asarray(optimizer.schedule(config.optimizer, config.train.steps)(state.optimizer[-1].count), jnp.float32),
+      'padding': jnp.mean(batch['segments'][:, :config.data.length] == 0, dtype=jnp.float32),
       'skipped': following.skipped,
       'skipped_in_a_row': following.skipped_in_a_row,
   }
@@ -193,7 +194,7 @@ def emitted(config: Config, tokens) -> np.ndarray:
 
 
 def put(batch, mesh):
-  """This process's rows, as arrays over the whole mesh."""
+  """The rows that this process reads (see `share`), as arrays over the whole mesh."""
   sharding = jax.NamedSharding(mesh, spec('Bt'))
   if jax.process_count() == 1:
     return jax.device_put(batch, sharding)  # the same in half the time
@@ -202,7 +203,7 @@ def put(batch, mesh):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How a run ended: its last step, the newest validation, and the signal that stopped it, 0 if none."""
+  """How a run ended: its last step, the newest validation, and the signal that stopped it (all processes of it), 0 if none."""
   step: int
   validation: dict
   signal: int
@@ -215,30 +216,34 @@ class NotFinite(RuntimeError):
 def fit(config: Config, workdir, profile_steps: range = range(0), note=say) -> Outcome:
   """Trains to config.train.steps, starting anew or from the newest checkpoint in workdir, bitwise as if never stopped.
 
-  SIGTERM or Ctrl-C save a checkpoint and return. Everything is recorded in workdir/metrics.jsonl.
+  SIGTERM or Ctrl-C save a checkpoint and return. Everything is recorded in workdir/metrics.jsonl. Of several processes the first one writes
+  there and tells `note`; each other one keeps its own log, events, and rows of bad steps in workdir/process-INDEX.
 
   Raises:
     BadInput: for what the user can mend, before anything is written.
     Damaged: a block of the data is not what was written; a run of one process saves a checkpoint first.
     NotFinite: after config.train.skipped_allowed bad steps in a row; the batches are in workdir/nonfinite.
   """
-  began = time.time()
+  began, index = time.time(), jax.process_index()
   workdir = pathlib.Path(workdir).expanduser().absolute()
+  note = note if index == 0 else lambda line: None
   tokens, corpus, record = _open(config, workdir, note)
   mesh = make_mesh(config.mesh)
+  processes.check_same(config=json.dumps(config.to_dict()), checkpoint=f'step {record["step"] if record else 0}', data=json.dumps(corpus.identity))
+  own = workdir / f'process-{index}' if index else workdir
   try:
-    workdir.mkdir(parents=True, exist_ok=True)
+    own.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise BadInput(f'--workdir={workdir}: cannot be a folder ({error.strerror}); choose another') from None
-  with Interrupts() as interrupts, jax.set_mesh(mesh), contextlib.closing(_Run(config, workdir, tokens, corpus, record, mesh, note, began)) as run:
+  with processes.interrupts() as heard, jax.set_mesh(mesh), contextlib.closing(_Run(config, workdir, own, tokens, corpus, record, mesh, note, began)) as run:
+    stopping = 0
     try:
       if record and run.evaluates(run.step):  # a run may end between a checkpoint and its validation
         run.validate()
-      stopping = False
       while run.step < config.train.steps and not stopping:
         run.profile(profile_steps)
         run.advance()
-        stopping = bool(interrupts.received)
+        stopping = processes.stops(heard, run.step)
         if stopping or run.step == config.train.steps or run.step % config.train.checkpoint_every == 0:
           run.save()
         if run.evaluates(run.step) and not stopping:
@@ -247,7 +252,7 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=say) -> O
       if jax.process_count() == 1:  # the steps until here are good; of several processes the others may be a step ahead
         run.save()
       raise
-  return Outcome(run.step, run.validation, interrupts.received)
+  return Outcome(run.step, run.validation, stopping)
 
 
 def _open(config: Config, workdir: pathlib.Path, note):
@@ -278,17 +283,17 @@ def _open(config: Config, workdir: pathlib.Path, note):
 class _Run:
   """A run under way: the state, its place in the data, and where it is recorded."""
 
-  def __init__(self, config: Config, workdir: pathlib.Path, tokens, corpus: Corpus, record: dict | None, mesh, note, began: float):
-    t = config.train
-    self.config, self.workdir, self.mesh, self.validation, self.unrecorded, self.profiling = config, workdir, mesh, {}, None, False
-    self.display = None
+  def __init__(self, config: Config, workdir: pathlib.Path, own: pathlib.Path, tokens, corpus: Corpus, record: dict | None, mesh, note, began: float):
+    t, first = config.train, own == workdir
+    self.config, self.own, self.mesh, self.validation, self.unrecorded, self.profiling = config, own, mesh, {}, None, False
+    self.display, self.share = None, share(mesh)
     line = lambda text: (self.display.line if self.display else note)(text)
-    rows = corpus.rows(config.model.futures, line)
-    self.held_out = corpus.held_out(config.model.futures, line)
-    padding = lambda batch: {'padding': float((batch['segments'][:, :config.data.length] == 0).mean())}
-    self.batches = corpus.batches(rows, t.batch, jax.process_index(), jax.process_count(), place=lambda batch: (put(batch, mesh), padding(batch)))
+    damage = line if first else lambda text: say(f'{own.name}: {text}')  # which no other process sees
+    rows = corpus.rows(config.model.futures, damage)
+    self.held_out = corpus.held_out(config.model.futures, damage)
+    self.batches = corpus.batches(rows, t.batch, *self.share, place=lambda batch: put(batch, mesh))
     self.step = self.saved = record['step'] if record else 0
-    self.events = Events(workdir)
+    self.events = Events(own)
     self.events.write('start', began, 0.0, self.step)
     self.events.write('setup', began, time.time() - began, self.step)
     with self.events.span('restore' if record else 'compile', self.step):
@@ -305,23 +310,22 @@ class _Run:
     self.compiled = compiled_step(config)
     self.speed = Speed(self.step, t.batch * config.data.length, metrics.peak_flops() * mesh.size, self.events)
     self.writer = checkpoint.Writer(workdir, t.checkpoints_kept)
-    self.log = metrics.Log(workdir, self.step, t.tensorboard)
-    (workdir / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
-    self.display = Display(t.steps, self.step, note)
+    self.log = metrics.Log(own, self.step, t.tensorboard and first)
+    (own / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
+    self.display = Display(t.steps, self.step, note, bar=first)
 
   def advance(self) -> None:
     """Starts the next step; while it runs, records the one before."""
     limit = self.config.train.hang_seconds
     with self.speed.waiting(), watched(limit):
-      batch, data = next(self.batches)
-    data['quarantined_rows'] = self.batches.quarantined
+      batch = next(self.batches)
     compiles = self._enters_stage()
     with self.speed.paused('compile', self.step) if compiles else watched(limit):
       self.state, found = self.compiled(self.state, batch, self.byte_length_V, self.step / self.config.train.steps)
     self.step += 1
     with watched(limit):
       self._record_last()
-    self.unrecorded = self.step, found, batch, self.flops, data
+    self.unrecorded = self.step, found, batch, self.flops, self.batches.quarantined
 
   def _enters_stage(self) -> bool:
     """Whether the next step computes other futures than the last one; notes its FLOPs."""
@@ -338,15 +342,15 @@ class _Run:
   def _record_last(self) -> None:
     if self.unrecorded is None:
       return
-    (step, found, batch, flops, data), self.unrecorded = self.unrecorded, None
+    (step, found, batch, flops, quarantined), self.unrecorded = self.unrecorded, None
     self.speed.flops += flops
     t, found = self.config.train, jax.tree.map(lambda x: x.tolist(), jax.device_get(found))
     bad = found['skipped_in_a_row']
     if bad:
-      evidence = _keep_evidence(self.workdir, step, batch, found)
+      evidence = _keep_evidence(self.own, step, batch, found)
       self.display.line(f'step {step} skipped: loss {found["loss"]}, gradient norm {found["gradient_norm"]}; evidence in {evidence}')
     if bad or step % t.log_every == 0 or step == t.steps:
-      found |= self.speed.since_last(step, t.steps) | data
+      found |= self.speed.since_last(step, t.steps) | {'quarantined_rows': processes.total(quarantined)}
       self.log.write(step, 'train', found)
       self.display.record(step, found)
     else:
@@ -358,13 +362,13 @@ class _Run:
   def profile(self, steps: range) -> None:
     """Starts a trace before the first of `steps`, stops it after the last."""
     if not self.profiling and self.step + 1 in steps:
-      jax.profiler.start_trace(str(self.workdir / 'profile'))
+      jax.profiler.start_trace(str(self.own / 'profile'))
       self.profiling = True
     elif self.profiling and self.step + 1 not in steps:
       jax.block_until_ready(self.state)
       jax.profiler.stop_trace()
       self.profiling = False
-      self.display.line(f'profile of the steps up to {self.step} in {self.workdir / "profile"}')
+      self.display.line(f'profile of the steps up to {self.step} in {self.own / "profile"}')
 
   def evaluates(self, step: int) -> bool:
     t = self.config.train
@@ -374,9 +378,9 @@ class _Run:
     self._record_last()
     n = self.config.train.evaluate_rows
     with self.speed.paused('evaluation', self.step):
-      batches = validation_batches(self.held_out, n, n, jax.process_index(), jax.process_count())
+      batches = validation_batches(self.held_out, n, n, *self.share)
       found = evaluate(self.config, self.state.model, batches, self.byte_length_V, self.allowed_V, self.mesh)
-      found = self.validation = found | {'quarantined_rows': self.held_out.quarantined}
+      found = self.validation = found | {'quarantined_rows': processes.total(self.held_out.quarantined)}
     self.log.write(self.step, 'validation', found)
     self.display.line(f'step {self.step} validation: {found["bits_per_byte"]:.4f} bits per byte, '
                       f'nats {numbers(found["nats"])}, accuracy {numbers(found["accuracy"])}'
@@ -424,8 +428,8 @@ def restore(config: Config, workdir, step: int, mesh) -> State:
   return State(rest['step'], rest['skipped'], rest['skipped_in_a_row'], loaded['parameters'], rest['optax'])
 
 
-def _keep_evidence(workdir: pathlib.Path, step: int, batch, found: dict) -> pathlib.Path:
-  folder = workdir / 'nonfinite'
+def _keep_evidence(own: pathlib.Path, step: int, batch, found: dict) -> pathlib.Path:
+  folder = own / 'nonfinite'
   folder.mkdir(exist_ok=True)
   local = {name: np.concatenate([shard.data for shard in x.addressable_shards if shard.replica_id == 0]) for name, x in batch.items()}
   np.savez(folder / f'step-{step}.npz', **local)
