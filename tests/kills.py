@@ -1,28 +1,36 @@
-"""Kills `prepare` and `train` at random moments, over and over, and compares what comes out with what an undisturbed run gives.
+"""Kills `prepare`, `train` and a training job of two processes at random moments, over and over, and compares what comes out with what an undisturbed run gives.
 
     python tests/kills.py --kills=50
 
 Of `prepare` the folder must be the same, byte for byte. Of `train` every line of the log must tell the same loss to the last bit, hence the same batches:
-nothing repeated, nothing lost. Prints a line a kill; exit code 1 on any difference.
+nothing repeated, nothing lost. Of a job one process is killed, and the other must end by itself. Prints a line a kill; exit code 1 on any difference.
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 
 ROOT = pathlib.Path(__file__).parents[1]
-TRAIN = ['--config=configs/tiny.py', *(f'--config.{field}' for field in (
-    'model.width=16', 'model.heads=2', 'model.kv_heads=1', 'model.head_width=8', 'model.feed_forward=32', 'model.layers=3', 'model.futures=2', 'data.length=32',
-    'train.batch=2', 'train.steps=100', 'train.log_every=1', 'train.checkpoint_every=5', 'train.evaluate_every=0', 'train.evaluate_rows=2',
-    'train.tensorboard=False', 'optimizer.warmup_steps=0'))]
+FIELDS = {
+    'model.width': 16, 'model.heads': 2, 'model.kv_heads': 1, 'model.head_width': 8, 'model.feed_forward': 32, 'model.layers': 3, 'model.futures': 2, 'data.length': 32,
+    'train.batch': 2, 'train.steps': 100, 'train.log_every': 1, 'train.checkpoint_every': 5, 'train.evaluate_every': 0, 'train.evaluate_rows': 2,
+    'train.tensorboard': False, 'optimizer.warmup_steps': 0}
+JOB = FIELDS | {'model.kv_heads': 2, 'mesh.fsdp': 4, 'mesh.tensor': 2, 'train.batch': 8, 'train.evaluate_rows': 8, 'train.steps': 12, 'train.checkpoint_every': 3,
+                'train.heartbeat_seconds': 5}
+DEVICES, PATIENCE_SECONDS = 4, 400  # of each of two processes; beyond the 300 seconds that one waits at the start for one that was killed before it came
+FAST = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'  # compilation takes most of the time of so small a job
 
 
 def corpus(folder: pathlib.Path, seed: int = 0) -> None:
@@ -42,17 +50,74 @@ def command(name: str, *arguments) -> list[str]:
   return [sys.executable, '-m', 'mtp_jax', name, *map(str, arguments)]
 
 
+def train(workdir: pathlib.Path, cache: pathlib.Path, fields: dict) -> list[str]:
+  config = ROOT / 'configs' / 'tiny.py'
+  return command('train', f'--workdir={workdir}', f'--config={config}', f'--config.data.cache={cache}', *(f'--config.{name}={value}' for name, value in fields.items()))
+
+
 def run(arguments: list[str], seconds: float | None = None, programs: pathlib.Path | str = '') -> subprocess.Popen:
   """Runs to the end, or for so long, and then kills it and waits until nothing of it is left. programs: where JAX keeps what it compiled."""
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT / 'src'), 'JAX_COMPILATION_CACHE_DIR': str(programs),
-                              'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
-  process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  process = _start(arguments, programs)
   try:
     process.output, _ = process.communicate(timeout=seconds)
   except subprocess.TimeoutExpired:
     process.send_signal(signal.SIGKILL)
     process.output, _ = process.communicate()  # ends when the last worker has closed its end
   return process
+
+
+def _start(arguments: list[str], programs: pathlib.Path | str, **variables: str) -> subprocess.Popen:
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT / 'src'), 'JAX_COMPILATION_CACHE_DIR': str(programs),
+                              'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'} | variables
+  return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@contextlib.contextmanager
+def job(programs: pathlib.Path, *commands: list[str]) -> Iterator[list[subprocess.Popen]]:
+  """The processes of one job, a command each. Whatever is left of them at the end is killed."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{free.getsockname()[1]}'
+  processes = []
+  try:
+    for index, arguments in enumerate(commands):
+      processes.append(_start(arguments, programs, XLA_FLAGS=f'--xla_force_host_platform_device_count={DEVICES} {FAST}', JAX_COORDINATOR_ADDRESS=address,
+                              JAX_NUM_PROCESSES=str(len(commands)), JAX_PROCESS_ID=str(index)))
+    yield processes
+  finally:
+    for process in processes:
+      with contextlib.suppress(ProcessLookupError):
+        for pid in workers(process):
+          os.kill(pid, signal.SIGKILL)
+      process.kill()
+    for process in processes:
+      process.communicate(timeout=60)
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+  """The children of a process that runs: the one in which it does its work."""
+  path = pathlib.Path(f'/proc/{process.pid}/task/{process.pid}/children')
+  return [int(pid) for pid in path.read_text().split()] if process.poll() is None else []
+
+
+def ended(processes: Sequence[subprocess.Popen], seconds: float) -> list[int]:
+  """The exit codes, once all have ended, their workers included; `output` is what each has said. Raises TimeoutExpired."""
+  until = time.monotonic() + seconds
+  for process in processes:
+    process.output, _ = process.communicate(timeout=max(0.01, until - time.monotonic()))
+  return [process.returncode for process in processes]
+
+
+def undisturbed_job(folder: pathlib.Path) -> float:
+  """Runs JOB in folder / 'whole', unless that has been done; the seconds that took."""
+  taken = folder / 'seconds'
+  if not taken.exists():
+    start = time.perf_counter()
+    with job(folder / 'programs', *[train(folder / 'whole', folder / 'cache', JOB)] * 2) as processes:
+      codes = ended(processes, PATIENCE_SECONDS)
+    assert codes == [0, 0], [process.output for process in processes]
+    taken.write_text(repr(time.perf_counter() - start))
+  return float(taken.read_text())
 
 
 def contents(folder: pathlib.Path) -> dict[str, str]:
@@ -91,26 +156,59 @@ def kill_prepare(folder: pathlib.Path, kills: int, rng: random.Random, say=print
 
 def kill_train(folder: pathlib.Path, kills: int, rng: random.Random, say=print) -> bool:
   """Whether every step's loss is the same whenever, and as often as, a run was killed."""
-  train = lambda name: command('train', f'--workdir={folder / name}', *TRAIN, f'--config.data.cache={folder / "cache"}')
+  train_in = lambda name: train(folder / name, folder / 'cache', FIELDS)
   programs = folder / 'programs'
-  run(train('first'), None, programs)
+  run(train_in('first'), None, programs)
   start = time.perf_counter()
-  whole = run(train('whole'), None, programs)
+  whole = run(train_in('whole'), None, programs)
   seconds = time.perf_counter() - start
   assert whole.returncode == 0, whole.output
   wanted, same, done, n = losses(folder / 'whole'), losses(folder / 'first') == losses(folder / 'whole'), 0, 0
   while done < kills:
     workdir, n = folder / f'killed-{n}', n + 1
     while done < kills:
-      killed = run(train(workdir.name), rng.uniform(0.3, 1.1) * seconds, programs)
+      killed = run(train_in(workdir.name), rng.uniform(0.3, 1.1) * seconds, programs)
       if killed.returncode != -signal.SIGKILL:
         break
       done += 1
       say(f'train killed {done} times; checkpoints {sorted(int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit())}')
-    ended = run(train(workdir.name), None, programs)
+    ended = run(train_in(workdir.name), None, programs)
     found = losses(workdir)
     same &= ended.returncode == 0 and found == wanted
     say(f'finished: {"the same losses" if found == wanted else "OTHER LOSSES"} {ended.output if ended.returncode else ""}')
+    shutil.rmtree(workdir)
+  return same
+
+
+def kill_job(folder: pathlib.Path, kills: int, rng: random.Random, say=print) -> bool:
+  """Whether every step's loss is the same, on both processes, whenever, and as often as, one of the two was killed, or the worker of one; and whether the
+  other one ended by itself, with a line at the end that says so."""
+  seconds, wanted = undisturbed_job(folder), losses(folder / 'whole')
+  same, done, n = wanted == losses(folder / 'whole' / 'process-1') and len(wanted) == JOB['train.steps'], 0, 0
+  start = lambda workdir: job(folder / 'programs', *[train(workdir, folder / 'cache', JOB)] * 2)
+  while done < kills:
+    workdir, n = folder / f'killed-{n}', n + 1
+    while done < kills:
+      with start(workdir) as processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+          codes = ended(processes, rng.uniform(0.2, 0.9) * seconds)
+          same &= codes == [0, 0]
+          break
+        began, victim, whom = time.perf_counter(), rng.choice([0, 1]), rng.choice(['process', 'worker'])
+        for pid in [processes[victim].pid] if whom == 'process' else workers(processes[victim]):
+          os.kill(pid, signal.SIGKILL)
+        codes, done = ended(processes, PATIENCE_SECONDS), done + 1
+        survivor = processes[1 - victim]
+        last = survivor.output.splitlines()[-1]
+        noticed = re.fullmatch('mtp_jax: .*another process of this job (has|may have) ended.*', last) and 'Traceback' not in survivor.output
+        same &= survivor.returncode == 0 or survivor.returncode == 1 and bool(noticed)  # 0: it had done all
+        say(f'job: {whom} {victim} killed, {done} times; exit codes {codes} after {time.perf_counter() - began:.1f} s; '
+            f'checkpoints {sorted(int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit())}; {last}')
+    with start(workdir) as processes:
+      codes = ended(processes, PATIENCE_SECONDS)
+    found = [losses(workdir), losses(workdir / 'process-1')]
+    same &= codes == [0, 0] and found == [wanted, wanted]
+    say(f'finished: {"the same losses" if found == [wanted, wanted] else "OTHER LOSSES"} {[process.output for process in processes] if any(codes) else ""}')
     shutil.rmtree(workdir)
   return same
 
@@ -121,9 +219,10 @@ if __name__ == '__main__':
   parser.add_argument('--seed', type=int, default=0)
   given = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
-    folders = [pathlib.Path(folder, name) for name in ('prepare', 'train')]
-    for each in folders:
-      each.mkdir()
-    same = [kill(each, given.kills, random.Random(given.seed)) for kill, each in zip((kill_prepare, kill_train), folders)]
-  print(f'prepare: {"the same" if same[0] else "DIFFERENT"}; train: {"the same" if same[1] else "DIFFERENT"}')
-  sys.exit(not all(same))
+    same = {}
+    for kill in (kill_prepare, kill_train, kill_job):
+      name = kill.__name__.removeprefix('kill_')
+      pathlib.Path(folder, name).mkdir()
+      same[name] = kill(pathlib.Path(folder, name), given.kills, random.Random(given.seed))
+  print('; '.join(f'{name}: {"the same" if is_same else "DIFFERENT"}' for name, is_same in same.items()))
+  sys.exit(not all(same.values()))
