@@ -108,16 +108,13 @@ def ended(processes: Sequence[subprocess.Popen], seconds: float) -> list[int]:
   return [process.returncode for process in processes]
 
 
-def undisturbed_job(folder: pathlib.Path) -> float:
-  """Runs JOB in folder / 'whole', unless that has been done; the seconds that took."""
-  taken = folder / 'seconds'
-  if not taken.exists():
-    start = time.perf_counter()
+def undisturbed_job(folder: pathlib.Path) -> dict[int, str]:
+  """Runs JOB in folder / 'whole', unless that has been done; the losses."""
+  if not (folder / 'whole').exists():
     with job(folder / 'programs', *[train(folder / 'whole', folder / 'cache', JOB)] * 2) as processes:
       codes = ended(processes, PATIENCE_SECONDS)
     assert codes == [0, 0], [process.output for process in processes]
-    taken.write_text(repr(time.perf_counter() - start))
-  return float(taken.read_text())
+  return losses(folder / 'whole')
 
 
 def contents(folder: pathlib.Path) -> dict[str, str]:
@@ -125,7 +122,8 @@ def contents(folder: pathlib.Path) -> dict[str, str]:
 
 
 def losses(workdir: pathlib.Path) -> dict[int, str]:
-  records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines() if line.endswith('}')]
+  log = workdir / 'metrics.jsonl'
+  records = [json.loads(line) for line in log.read_text().splitlines() if line.endswith('}')] if log.exists() else []
   return {record['step']: repr(record['loss']) for record in records if record['kind'] == 'train'}
 
 
@@ -182,28 +180,46 @@ def kill_train(folder: pathlib.Path, kills: int, rng: random.Random, say=print) 
 
 def kill_job(folder: pathlib.Path, kills: int, rng: random.Random, say=print) -> bool:
   """Whether every step's loss is the same, on both processes, whenever, and as often as, one of the two was killed, or the worker of one; and whether the
-  other one ended by itself, with a line at the end that says so."""
-  seconds, wanted = undisturbed_job(folder), losses(folder / 'whole')
+  other one ended by itself, with a line at the end that says so.
+
+  It is killed once both run, some steps later: before, the other one would wait five minutes for it to come.
+  """
+  wanted = undisturbed_job(folder)
   same, done, n = wanted == losses(folder / 'whole' / 'process-1') and len(wanted) == JOB['train.steps'], 0, 0
   start = lambda workdir: job(folder / 'programs', *[train(workdir, folder / 'cache', JOB)] * 2)
+  checkpoints = lambda workdir: sorted(int(path.name) for path in workdir.glob('checkpoints/*') if path.name.isdigit())
+
+  has_ended = lambda processes: any(process.poll() is not None for process in processes)
+
+  def starts(workdir: pathlib.Path) -> int:
+    logs = [own / 'events.jsonl' for own in (workdir, workdir / 'process-1')]
+    return min(log.read_text().count('"start"') if log.exists() else 0 for log in logs)
+
   while done < kills:
     workdir, n = folder / f'killed-{n}', n + 1
     while done < kills:
+      before, until = starts(workdir), time.monotonic() + PATIENCE_SECONDS
+      step = max([0, *checkpoints(workdir)]) + rng.randint(0, 6)
       with start(workdir) as processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-          codes = ended(processes, rng.uniform(0.2, 0.9) * seconds)
-          same &= codes == [0, 0]
+        while not has_ended(processes) and time.monotonic() < until and not (starts(workdir) > before and (step == 0 or step in losses(workdir))):
+          time.sleep(0.02)
+        time.sleep(rng.uniform(0, 1))
+        if has_ended(processes):
+          same &= ended(processes, PATIENCE_SECONDS) == [0, 0]
           break
         began, victim, whom = time.perf_counter(), rng.choice([0, 1]), rng.choice(['process', 'worker'])
-        for pid in [processes[victim].pid] if whom == 'process' else workers(processes[victim]):
+        for pid in workers(processes[victim]) if whom == 'worker' else ():
           os.kill(pid, signal.SIGKILL)
+        if whom == 'process':
+          processes[victim].kill()
         codes, done = ended(processes, PATIENCE_SECONDS), done + 1
         survivor = processes[1 - victim]
-        last = survivor.output.splitlines()[-1]
+        last = (survivor.output.splitlines() or [''])[-1]
         noticed = re.fullmatch('mtp_jax: .*another process of this job (has|may have) ended.*', last) and 'Traceback' not in survivor.output
-        same &= survivor.returncode == 0 or survivor.returncode == 1 and bool(noticed)  # 0: it had done all
+        fine = survivor.returncode == 0 or survivor.returncode == 1 and bool(noticed)  # 0: it had done all
+        same &= fine
         say(f'job: {whom} {victim} killed, {done} times; exit codes {codes} after {time.perf_counter() - began:.1f} s; '
-            f'checkpoints {sorted(int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit())}; {last}')
+            f'checkpoints {checkpoints(workdir)}; {last if fine else "NO CLEAR END: " + survivor.output}')
     with start(workdir) as processes:
       codes = ended(processes, PATIENCE_SECONDS)
     found = [losses(workdir), losses(workdir / 'process-1')]
