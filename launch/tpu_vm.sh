@@ -95,7 +95,7 @@ install() {
 follow="$running || {
   rm -f pid code
   nohup bash run >log 2>&1 </dev/null &
-  until test -s pid; do sleep 0.2; done
+  for _ in {1..50}; do test -s pid && break || sleep 0.2; done
 }
 tail -n +1 -f --pid=\"\$(cat pid)\" log
 for _ in 1 2 3 4 5; do test -s code || sleep 1; done"

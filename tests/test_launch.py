@@ -180,18 +180,17 @@ def dockerfile() -> list[tuple[str, str]]:
   return instructions((LAUNCH / 'Dockerfile').read_text())
 
 
-def test_the_image_holds_all_that_the_package_is_built_from(dockerfile):
-  copied = set()
+def test_the_image_holds_all_that_the_package_is_built_from_and_the_configs(dockerfile):
+  before, after = set(), set()
   for what, rest in dockerfile:
-    if what == 'COPY':
-      *sources, target = rest.split()
-      assert all((ROOT / source).exists() for source in sources), rest
-      copied |= {source.rstrip('/') for source in sources}
     if what == 'RUN' and 'pip install' in rest:
-      break
+      before, after = after, set()
+    if what == 'COPY':
+      after |= set(rest.split()[:-1])
+  assert all((ROOT / source).exists() for source in before | after), before | after
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())
   named = {'pyproject.toml', project['project']['readme'], *project['project']['license-files'], *project['tool']['setuptools']['packages']['find']['where']}
-  assert copied == named
+  assert before == named and after == {'configs'}
   offered = re.search(r'tpu \| cuda\)', next(rest for what, rest in dockerfile if what == 'RUN'))
   assert offered and {'tpu', 'cuda', 'data'} <= set(project['project']['optional-dependencies'])
 
@@ -297,7 +296,7 @@ def test_ctrl_c_saves_on_all_hosts_and_stops(tpu):
 
 
 def test_a_training_that_runs_already_is_found_again(tpu):
-  script = tpu('echo run >>runs; echo started; until test -e ../end; do sleep 0.1; done', state='ACTIVE\n')
+  script = tpu('echo run >>runs; echo started; for i in {1..300}; do test -e ../end && exit; sleep 0.1; done', state='ACTIVE\n')
   log = tpu.folder / 'host' / 'log'
   wait_for(lambda: log.exists() and 'started' in log.read_text(), 30, 'the training')
   with script:  # closes its pipes
