@@ -7,8 +7,8 @@ none; 12 x layers x width^2 non-embedding parameters are its own count), vocabul
 
 parameters   0.3b 297 M, 0.6b 631 M, 1.3b 1.36 B, 3b 3.02 B, 7b 6.74 B, 13b 13.0 B
 data         2^23 tokens a step, 91 B tokens up to 3b, 209.7 B for 7b and 13b
-command      python -m mtp_jax plan --config=configs/gloeckle.py:0.3b,4 --topology=v5p:2x2x2 --config.mesh.fsdp=8 --config.train.batch=32 \
-             --config.train.evaluate_rows=32
+slice        0.3b to 7b fit v5e:16x16, 13b too; v5p:4x4x4 with microbatches of 4 rows a chip
+command      python -m mtp_jax plan --config=configs/gloeckle.py:7b,4 --topology=v5p:4x4x4
 """
 from mtp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 

@@ -189,6 +189,7 @@ class OptimizerConfig:
   epsilon: float = _field(1e-8, "Adam's epsilon")
   weight_decay: float = _field(0.1, 'decoupled; on matrices, never on vectors')
   clip: float = _field(1.0, 'largest global norm of the gradient')
+  moments: str = _field('device', "where the moments rest between steps: device, or host, its machine's memory")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,7 +320,8 @@ def _check(c: Config) -> None:
   for field, choices in {'model.kind': ('parallel', 'linear', 'causal', 'anticausal', 'sequential'), 'model.placement': ('matched', 'appended'),
                          'model.hidden_input': ('post_norm', 'pre_norm'), 'model.dtype': ('float32', 'bfloat16'),
                          'data.packing': ('stream', 'best_fit'),
-                         'data.boundary': ('within', 'across'), 'data.on_damage': ('stop', 'quarantine'), 'optimizer.schedule': ('cosine', 'wsd')}.items():
+                         'data.boundary': ('within', 'across'), 'data.on_damage': ('stop', 'quarantine'), 'optimizer.schedule': ('cosine', 'wsd'),
+                         'optimizer.moments': ('device', 'host')}.items():
     section, name = field.split('.')
     value = getattr(getattr(c, section), name)
     need(value in choices, field, nearest(value, choices))

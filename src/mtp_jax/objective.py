@@ -29,7 +29,7 @@ import numpy as np
 from mtp_jax.config import ModelConfig, ObjectiveConfig
 from mtp_jax.layers import documents
 from mtp_jax.model import Model, Readout, capped, remat
-from mtp_jax.sharding import einsum, joined, lay, out, parted, parts, summed
+from mtp_jax.sharding import einsum, joined, lay, out, parted, parts, place, summed
 
 
 @jax.tree_util.register_dataclass
@@ -227,7 +227,7 @@ def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_GBLD, w_VD, y_GBL, k_GBL
     e_PTV = jnp.exp(logits_PTV - top_PT[..., None])
     sum_PT = jnp.sum(e_PTV, -1)
     lse_PT = top_PT + jnp.log(sum_PT)
-    ids_V = jnp.arange(logits_PTV.shape[-1])
+    ids_V = place(jnp.arange(logits_PTV.shape[-1]), 'V')
     hit_PTV = ids_V == y_PT[..., None]
     nats_PT = lse_PT - jnp.sum(logits_PTV, -1, where=hit_PTV)
     correct_PT = jnp.min(jnp.where(logits_PTV == top_PT[..., None], ids_V, len(ids_V)), -1) == y_PT  # the first of equals
