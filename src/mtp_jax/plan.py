@@ -26,7 +26,7 @@ from mtp_jax import metrics, train
 from mtp_jax.chips import CHIPS, Chip
 from mtp_jax.config import BadInput, Config, MeshConfig
 from mtp_jax.picture import picture
-from mtp_jax.sharding import AXES, make_mesh, spec
+from mtp_jax.sharding import make_mesh, spec
 from mtp_jax.traffic import axes, traffic
 
 
@@ -34,8 +34,9 @@ from mtp_jax.traffic import axes, traffic
 class Plan:
   """A compiled step. Bytes are those of one chip; seconds are lower bounds.
 
-  hbm_bytes: at the step's peak, in all, of which argument_bytes are the state and a batch. output_bytes: of results that do not take an
-  argument's place. host_bytes: in the memory of the host. temporary_bytes: XLA's sum of temporaries, which are not all alive at once.
+  hbm_bytes: at the step's peak, in all, of which argument_bytes are the state and a batch; on a CPU, where XLA does not tell a peak, the sum of
+  all. output_bytes: of results that do not take an argument's place. host_bytes: in the memory of the host. temporary_bytes: XLA's sum of
+  temporaries, which are not all alive at once.
   flops_per_token: what is really multiplied, recomputation included; model_flops_per_token: the analytic count, without.
   collective_bytes: sent in a step, by kind and by the mesh axes ('fsdp', 'data+fsdp') over which it goes.
   seconds: by what takes them, 'compute', 'memory', 'links', 'network'; bound: the longest of them, step_seconds.
@@ -90,9 +91,12 @@ def plan(config: Config, topology: str) -> Plan:
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
-      raise TooLarge(f'config.train.batch={config.train.batch}: a step does not fit into a chip of {topology} ({_first_line(error)}); raise config.train.accumulate'
-                     f"={config.train.accumulate}, set config.model.remat='full' or config.optimizer.moments='host', or take more chips") from None
+      raise TooLarge(f'config.train.batch={config.train.batch}: a step does not fit into a chip of {topology} ({_first_line(error)}); raise '
+                     f"config.train.accumulate={config.train.accumulate}, set config.model.remat='full' or config.optimizer.moments='host', "
+                     'or take more chips') from None
   compile_seconds, memory, hlo = time.perf_counter() - started, compiled.memory_analysis(), compiled.as_text()
+  output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  peak = memory.peak_memory_in_bytes if chips[0].platform == 'tpu' else memory.argument_size_in_bytes + memory.temp_size_in_bytes + output
   moved, chip = traffic(hlo, _slices(chips)), chip_of(chips)
   counted, model_flops = train.counted_flops_per_token(config), metrics.flops_per_token(state.model, config.data.length)['total']
   tokens = config.train.batch * config.data.length
@@ -108,8 +112,7 @@ def plan(config: Config, topology: str) -> Plan:
   whole = config.train.steps * seconds[bound]
   return Plan(
       topology, dict(mesh.shape), config.train.accumulate, config.model.remat, mesh.size, metrics.parameters(state.model)['total'],
-      memory.peak_memory_in_bytes, chip.hbm_bytes, memory.peak_memory_in_bytes <= chip.hbm_bytes, memory.argument_size_in_bytes,
-      memory.temp_size_in_bytes, memory.output_size_in_bytes - memory.alias_size_in_bytes, memory.host_argument_size_in_bytes,
+      peak, chip.hbm_bytes, peak <= chip.hbm_bytes, memory.argument_size_in_bytes, memory.temp_size_in_bytes, output, memory.host_argument_size_in_bytes,
       counted, model_flops, moved.memory_bytes, by_kind, seconds, bound, seconds[bound], tokens / seconds[bound],
       model_flops * tokens / mesh.size / chip.flops / seconds[bound], whole / 86400, config.train.steps * tokens, whole * mesh.size / 3600,
       compile_seconds, hlo)

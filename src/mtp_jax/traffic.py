@@ -162,17 +162,13 @@ class _Module:
     def uses(name):  # seen through bitcasts
       return [found for line in users.get(name, []) for found in (uses(line.name) if line.kind == 'bitcast' else [(line, name)])]
 
-    total = 0.0
-    for line in inner.values():
-      if line.kind == 'parameter':
-        found = uses(line.name)
-        full, number = _bytes(line.type, True), int(re.match(r'(\d+)\)', line.rest).group(1))
-        if number < len(types) and full:
-          read = 0.0
-          for use, name in found:
-            first = use.operands[0] == name
-            read += _bytes(use.type) if use.kind in ('dynamic-slice', 'slice', 'gather') and first else 0 if use.kind == 'dynamic-update-slice' and first else math.inf
-          total += min(read, full)
+    def read(use, name) -> float:  # of what a fusion takes in, by one use of it
+      first = use.operands[0] == name
+      return (_bytes(use.type) if use.kind in ('dynamic-slice', 'slice', 'gather') and first else
+              0.0 if use.kind == 'dynamic-update-slice' and first else math.inf)
+
+    parameters = {int(line.rest.partition(')')[0]): line.name for line in inner.values() if line.kind == 'parameter'}
+    total = sum(min(_bytes(type_, True), sum(read(*use) for use in uses(parameters[i]))) for i, type_ in enumerate(types))
 
     def written(line):
       if line.kind == 'bitcast':
