@@ -153,10 +153,13 @@ def test_a_sweep_ranks_what_fits_and_says_when_nothing_does(monkeypatch, tmp_pat
   assert (tmp_path / 'sweep.png').stat().st_size > 1000
 
 
-def test_weak_scaling_keeps_the_rows_of_a_chip():
+def test_weak_scaling_keeps_the_rows_of_a_chip_and_its_share_of_the_parameters():
   plans = plan.weak_scaling(small(train=TrainConfig(batch=8, evaluate_rows=8)), ['cpu:2', 'cpu:8'], lambda line: None)
-  assert [(each.chips, each.run_tokens // (1000 * 64)) for each in plans] == [(2, 8), (8, 32)]
-  assert plans[0].seconds['compute'] == pytest.approx(plans[1].seconds['compute'], rel=0.8)  # the speed of this machine is measured anew
+  assert [(each.chips, each.mesh['data'], each.mesh['fsdp'], each.run_tokens // (1000 * 64)) for each in plans] == [(2, 1, 2, 8), (8, 4, 2, 32)]
+  sent = lambda each: {axes: size for axes, size in each.collective_bytes['all-gather'].items()}
+  assert sent(plans[0]) == sent(plans[1])  # shards are as large, and gathered as often
+  with pytest.raises(BadInput, match='--topology=cpu:3: 3 chips, no multiple of the first, cpu:2'):
+    plan.weak_scaling(small(), ['cpu:2', 'cpu:3'], lambda line: None)
 
 
 @functools.cache
@@ -173,22 +176,6 @@ def test_four_futures_cost_a_chip_the_memory_of_one_and_the_flops_they_should():
   assert four.hbm_bytes <= 1.05 * one.hbm_bytes
   assert four.flops_per_token / one.flops_per_token <= 1.02 * four.model_flops_per_token / one.model_flops_per_token
   assert 0.5 < four.mfu_bound < 1 and four.bound in ('compute', 'memory')
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_gradients_go_between_chips_in_float32_and_parameters_in_bfloat16():
-  """Every byte accounted for: bfloat16 parameters once for the forward pass and once for the backward pass, float32 gradients once."""
-  four = planned(4)
-  kinds = four.collective_bytes
-  n, gathers, sums = 8, sum(kinds['all-gather'].values()), sum(kinds.get('reduce-scatter', {}).values()) + sum(kinds.get('all-reduce', {}).values()) / 2
-  blocks, tables = four.parameters - 2 * 32_000 * 1024, 32_000 * 1024
-  share = (n - 1) / n
-  assert gathers == pytest.approx(share * 2 * (2 * blocks + tables), rel=0.1)
-  assert sums == pytest.approx(share * 4 * (blocks + 4 * tables), rel=0.1)  # that of the unembedding once a future
-  for line in four.hlo.splitlines():
-    if ' reduce-scatter(' in line or ' all-reduce(' in line:
-      assert 'bf16[' not in line.partition(' = ')[2].partition('(%')[0], line[:200]
 
 
 @needs_compiler

@@ -70,6 +70,8 @@ def test_a_loop_that_fills_a_stack_writes_to_it_one_slice_at_a_time():
     ('replica_groups=[2,4]<=[4,2]T(1,0)', (0, 2, 4, 6)),
     ("replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_2'}", (0, 1)),
     ("replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_0'}", (0, 2, 4, 6)),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=2], device_ids=([2,2]T(1,0)) {'axis_0'}", (0, 1)),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([4]) {'axis_1'}", (0, 1)),
     ('source_target_pairs={{0,2},{2,4},{4,6},{6,0}}', (0, 2))])
 def test_a_group_is_read_however_a_module_writes_it(written, group):
   assert traffic._group(f'%x), channel_id=1, {written}, use_global_device_ids=true') == group
@@ -119,3 +121,8 @@ def test_a_tpus_module_has_bounds_in_conditions_scatters_in_fusions_and_sends_be
 def test_a_loop_without_a_bound_is_an_error():
   with pytest.raises(ValueError, match='while.1: how often it runs is not in the compiled module'):
     traffic.traffic(TPU.replace('constant(7)', 'parameter(1)'), slices=2)
+
+
+def test_a_group_that_is_written_in_another_way_is_an_error_rather_than_nothing():
+  with pytest.raises(ValueError, match='a collective whose devices are written in an unknown way: .*replica_groups=all'):
+    traffic.traffic(TPU.replace('replica_groups={{0,1,2,3}}', 'replica_groups=all'), slices=2)

@@ -202,7 +202,7 @@ def plan(f) -> int:
   """Compiles the train step for a TPU slice, on a machine without one: memory of a chip, FLOPs, collectives, the least time of a step and of the run.
 
   A config whose mesh is of one device is spread over all chips. Several topologies, with commas, show weak scaling: as many rows a chip on each as
-  on the first. All times are lower bounds, at the chips' published peaks.
+  on the first, the mesh growing along its data axis. All times are lower bounds, at the chips' published peaks.
   """
   config = _config(f)
   _need(f, 'topology')

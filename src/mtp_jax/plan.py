@@ -137,12 +137,19 @@ def spread(config: Config, chips: list, topology: str) -> Config:
 
 
 def weak_scaling(config: Config, topologies: list[str], note: Callable[[str], None]) -> list[Plan]:
-  """Plans of the config on each topology, with as many rows a chip as it has on the first."""
-  rows, found = config.train.batch // len(devices(topologies[0])), []
+  """Plans of the config on each topology, with as many rows a chip, in a mesh that grows along its data axis, as on the first.
+
+  Raises:
+    BadInput: a topology is no multiple of the first.
+  """
+  first, found = spread(config, devices(topologies[0]), topologies[0]), []
   for topology in topologies:
-    t = config.train
-    grown = dataclasses.replace(t, batch=rows * len(devices(topology)), evaluate_rows=len(devices(topology)))
-    found.append(plan(dataclasses.replace(config, train=grown, mesh=config.mesh if topology == topologies[0] else MeshConfig()), topology))
+    times, rest = divmod(len(devices(topology)), len(devices(topologies[0])))
+    if rest or not times:
+      raise BadInput(f'--topology={topology}: {len(devices(topology))} chips, no multiple of the first, {topologies[0]}')
+    t, mesh = first.train, dataclasses.replace(first.mesh, data=times * first.mesh.data)
+    grown = dataclasses.replace(t, batch=times * t.batch, evaluate_rows=times * t.evaluate_rows)
+    found.append(plan(dataclasses.replace(first, train=grown, mesh=mesh), topology))
     note(f'{topology}: {found[-1].step_seconds:.3f} s a step at least, by {found[-1].bound}')
   return found
 

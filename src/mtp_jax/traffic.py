@@ -224,9 +224,13 @@ def _group(rest: str) -> tuple[int, ...]:
     groups, shape, order = (tuple(map(int, part.split(','))) if part else () for part in found.groups())
     places = np.arange(math.prod(shape)).reshape(shape)
     return tuple((places.transpose(order) if order else places).reshape(groups)[0].tolist())
-  if found := re.search(r"replica_groups=mesh\[([^\]]+)\] ?\{([^}]*)\}", rest):
+  if found := re.search(r"replica_groups=mesh\[([^\]]+)\](?:, ?device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}", rest):
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
-    chosen = re.findall(r"'(\w+)'", found.group(2))
-    places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    shape, order = (tuple(map(int, found.group(i).split(','))) if found.group(i) else () for i in (2, 3))
+    chosen = re.findall(r"'(\w+)'", found.group(4))
+    places = np.arange(math.prod(sizes.values()))
+    if shape:
+      places = places.reshape(shape).transpose(order or None)
+    places = places.reshape(tuple(sizes.values()))
     return tuple(places[tuple(slice(None) if name in chosen else 0 for name in sizes)].ravel().tolist())
-  return ()
+  raise ValueError(f'a collective whose devices are written in an unknown way: {rest[:300]}')
