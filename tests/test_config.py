@@ -60,6 +60,9 @@ WRONG = {
     'rows and mesh': ({'mesh': {'data': 32}, 'train': {'evaluate_rows': 40}}, 'config.train.evaluate_rows=40', 'must be a multiple of data x fsdp = 32'),
     'width and fsdp': ({'mesh': {'fsdp': 32}, 'model': {'width': 80}}, 'config.model.width=80', 'must be a multiple of config.mesh.fsdp=32, such as 64'),
     'kv_heads and tensor': ({'mesh': {'tensor': 4}}, 'config.model.kv_heads=2', 'must be a multiple of config.mesh.tensor=4, such as 4'),
+    'remat of nothing known': ({'model': {'remat': 'attention,mpl'}}, "config.model.remat='attention,mpl'", "'mpl': did you mean 'mlp'?"),
+    'moments nowhere': ({'optimizer': {'moments': 'disk'}}, "config.optimizer.moments='disk'", 'device, host'),
+    'no heartbeat': ({'train': {'heartbeat_seconds': 0}}, 'config.train.heartbeat_seconds=0', 'must be at least 1'),
     'length and context': ({'mesh': {'context': 3}}, 'config.data.length=256', 'must be a multiple of config.mesh.context=3, such as 255'),
 }
 

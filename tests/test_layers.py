@@ -1,14 +1,17 @@
 """Every layer against its equation in float64 NumPy, loops where they make the meaning plain."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 from mtp_jax import layers
 from mtp_jax.config import MeshConfig
 from mtp_jax.layers import Cache, attend, documents, rms_norm, rotary, stack
-from mtp_jax.sharding import make_mesh, place
+from mtp_jax.sharding import AXES, lay, make_mesh, natural, place
 
 
 def attend_numpy(q_BLHK, k_BSGK, v_BSGK, mask_BLS):
@@ -168,15 +171,45 @@ def test_a_stack_holds_independent_modules_in_order():
   assert stack(Matrix, 0, key).w_DF.shape == (0, 16, 20)
 
 
-def test_the_tpu_kernel_is_attention_within_documents(assert_close):
-  """Interpreted, with grouped heads, packed documents and padding; its gradients too."""
-  rng, (B, L, H, G, K) = np.random.default_rng(0), (2, 128, 4, 2, 64)
-  q, k, v, g = (jnp.asarray(rng.standard_normal((B, L, heads, K)), jnp.float32) for heads in (H, G, G, H))
-  segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], [50, 1, 60, 17], axis=1).astype(np.int32)
-  seen = documents(jnp.asarray(segments))
-  with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2))):
-    q, k, v, g, rows = (place(x, letters) for x, letters in ((q, 'BLHK'), (k, 'BSGK'), (v, 'BSGK'), (g, 'BLHK'), (jnp.asarray(segments), 'BL')))
-    run = lambda attention: jax.jit(lambda *x: (lambda o, back: (o, back(g)))(*jax.vjp(attention, *x)))(q, k, v)
-    found = run(lambda q, k, v: layers._splash(q, k, v, rows, interpret=True))
-    wanted = run(lambda q, k, v: attend(q, k, v, seen.mask_BLS))
+KERNELS = {'tpu': functools.partial(layers._splash, interpret=True), 'gpu': functools.partial(layers._cudnn, implementation='xla')}
+
+
+@pytest.mark.parametrize('mesh', [MeshConfig(fsdp=2, tensor=2), MeshConfig(context=2, tensor=2), MeshConfig(fsdp=2, context=4)], ids=str)
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_a_kernel_is_attention_within_documents_wherever_the_positions_lie(kernel, mesh, assert_close):
+  """The TPU's interpreted, the call of the GPU's in XLA; with grouped heads, packed documents and padding; gradients too; against no mesh at all."""
+  rng, c = np.random.default_rng(0), mesh.context
+  B, L, H, G, K = 2, 128 * c, 4, 2, 64
+  q, k, v, g = (rng.standard_normal((B, L, heads, K)).astype(np.float32) for heads in (H, G, G, H))
+  segments = np.repeat([[1, 2, 3, 0], [1, 1, 2, 2]], [50 * c, c, 60 * c, 17 * c], axis=1).astype(np.int32)
+  run = lambda attention: jax.jit(lambda q, k, v, g: (lambda o, back: (o, *back(g)))(*jax.vjp(attention, q, k, v)))
+  wanted = run(lambda q, k, v: attend(q, k, v, documents(jnp.asarray(segments)).mask_BLS))(q, k, v, g)
+
+  def on_mesh(q, k, v, g, segments_BL):
+    seen = documents(lay(segments_BL))
+    attention = lambda q, k, v: KERNELS[kernel](lay(q, 'BLHK'), place(lay(k, 'BLGK'), 'BSGK'), place(lay(v, 'BLGK'), 'BSGK'), seen)
+    o, back = jax.vjp(attention, q, k, v)
+    return (natural(o), *back(lay(g, 'BLHK')))
+
+  with jax.set_mesh(make_mesh(mesh)):
+    found = jax.jit(on_mesh)(*map(jnp.asarray, (q, k, v, g, segments)))
   assert_close(found, wanted, 1e-4)
+
+
+@pytest.mark.parametrize('kind, kernel, dtype, length, says', [
+    ('NVIDIA H100 80GB HBM3', '_cudnn', 'bfloat16', 100, True), ('NVIDIA H100 80GB HBM3', '_cudnn', 'float32', 100, False),
+    ('TPU v5p', '_splash', 'float32', 256, True), ('TPU v5p', '_splash', 'bfloat16', 128, False), ('TPU v5p', '_cudnn', 'bfloat16', 256, False),
+    ('cpu', '_splash', 'bfloat16', 256, False)])
+def test_a_mesh_of_chips_runs_its_kernel_where_the_shapes_fit(kind, kernel, dtype, length, says, monkeypatch):
+  """Two devices share the length: 128 positions are no whole tile each. Nothing runs: the shapes are traced on a mesh that is only described."""
+  ran = []
+  monkeypatch.setattr(layers, kernel, lambda q, *_: ran.append(kernel) or q)
+  mesh = jax.sharding.AbstractMesh((1, 1, 2, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 5, abstract_device=jax.sharding.AbstractDevice(kind, None, {'N': 'cuda', 'T': 'tpu', 'c': 'cpu'}[kind[0]]))
+
+  def attention(segments_BL):
+    q = lay(jnp.ones((1, length, 2, 64), dtype), 'BLHK')
+    return attend(q, place(q, 'BSGK'), place(q, 'BSGK'), documents(lay(segments_BL)))
+
+  with jax.sharding.use_abstract_mesh(mesh):
+    jax.eval_shape(attention, jax.ShapeDtypeStruct((1, length), jnp.int32))
+  assert ran == [kernel] * says

@@ -1,6 +1,7 @@
 """Who may see whom, token by token; scans against loops; one future against the plain language model."""
 import dataclasses
 import functools
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def unrolled(model, batch):
   return sum(nat / (1 + m) for m, nat in enumerate(nats))
 
 
-RUNS = {'parallel': [{}, {'remat': 'none'}, {'remat': 'dots', 'head_batch': 2}, {'head_batch': 4}],
+RUNS = {'parallel': [{}, {'remat': 'none'}, {'remat': 'dots', 'head_batch': 2}, {'remat': 'attention,qkv,mlp', 'head_batch': 4}],
         'linear': [{}, {'head_batch': 2}], 'causal': [{}, {'remat': 'none'}], 'anticausal': [{}],
         'post_norm': [{}, {'remat': 'none'}, {'remat': 'dots'}], 'pre_norm': [{}], 'shared': [{}]}
 
@@ -108,17 +109,22 @@ def test_scans_equal_a_loop_however_much_is_recomputed_or_run_at_once(tiny, rand
     assert_close(jax.tree.leaves(grads), jax.tree.leaves(wanted_grads))
 
 
-def test_remat_saves_the_matmuls_or_only_a_blocks_input(tiny, random_model):
-  def saved(remat):
+def test_remat_saves_the_matmuls_or_only_a_blocks_input_or_what_is_named_besides(tiny, random_model):
+  def saved(remat, whole=False):
     model = random_model(tiny(feed_forward=20, remat=remat))
     x_BLD, positions_BL, seen = jnp.zeros((2, LENGTH, 16)), jnp.zeros((2, LENGTH), int), documents(jnp.ones((2, LENGTH), int))
     back = jax.eval_shape(lambda model, x_BLD: jax.vjp(lambda model, x_BLD: model.run_trunk(x_BLD, positions_BL, seen), model, x_BLD)[1], model, x_BLD)
-    return [x.shape for x in jax.tree.leaves(back) if x.shape[1:3] == (2, LENGTH)]
+    return [x.shape for x in jax.tree.leaves(back) if whole or x.shape[1:3] == (2, LENGTH)]
 
   none, dots, full = saved('none'), saved('dots'), saved('full')
   assert full == [(2, 2, LENGTH, 16)]
   assert (2, 2, LENGTH, 20) in dots and (2, 2, LENGTH, 20) not in full
   assert len(none) > len(dots) > len(full)
+  added = lambda remat: sorted((Counter(saved(remat, True)) - Counter(saved('full', True))).elements())
+  B, G, r, K = 2, 2, 2, 8  # two blocks of the trunk; attention stands by key head
+  assert added('attention') == sorted([(2, B, G, LENGTH * r, K), (2, B, G, LENGTH * r, 1)])  # with the log of each sum
+  assert added('qkv') == sorted([(2, B, LENGTH, G * r, K), (2, B, LENGTH, G, K), (2, B, LENGTH, G, K)])
+  assert added('attention,mlp') == sorted([*added('attention'), (2, B, LENGTH, 20), (2, B, LENGTH, 20)])  # gate and up
 
 
 def plain(model, batch):

@@ -199,15 +199,53 @@ def certify(f) -> int:
 
 
 def plan(f) -> int:
-  """Compiles the train step for a TPU slice, on a machine without one: memory of a chip, FLOPs of a token."""
+  """Compiles the train step for a TPU slice, on a machine without one: memory of a chip, FLOPs, collectives, the least time of a step and of the run.
+
+  A config whose mesh is of one device is spread over all chips. Several topologies, with commas, show weak scaling: as many rows a chip on each as
+  on the first, the mesh growing along its data axis. All times are lower bounds, at the chips' published peaks.
+  """
   config = _config(f)
   _need(f, 'topology')
+  topologies = f.topology.split(',')
+  if f.sweep and len(topologies) > 1:
+    raise BadInput(f'--topology={f.topology}: --sweep takes one')
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  local = max((int(name[4:]) for name in topologies if name.startswith('cpu:') and name[4:].isdigit()), default=0)
+  if local and 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+    os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={local} {os.environ.get("XLA_FLAGS", "")}'
   from mtp_jax import plan as planning
-  found = dataclasses.asdict(planning.plan(config, f.topology))
-  del found['hlo']
-  _report(f, found, [f'{key}: {value / 2**30:.3f} GiB' if key.endswith('_bytes') else f'{key}: {value:,.4g}' for key, value in found.items()])
-  return 0
+  from mtp_jax.progress import say
+  plans = (planning.sweep(config, f.topology, say) if f.sweep else planning.weak_scaling(config, topologies, say) if len(topologies) > 1
+           else [planning.plan(config, f.topology)])
+  if f.plot:
+    planning.plot(plans, f.plot)
+  found = [{key: value for key, value in vars(each).items() if key != 'hlo'} for each in plans]
+  lines = _plan_lines(found[0])
+  if len(plans) > 1:
+    head = ('topology', 'mesh', 'accumulate', 'remat', 'HBM GiB', 'fits', 'step s', 'bound', 'MFU at most')
+    lines = _table(head, [(d['topology'], ' '.join(f'{axis} {size}' for axis, size in d['mesh'].items() if size > 1), d['accumulate'], d['remat'],
+                           f'{d["hbm_bytes"] / 2**30:.2f}', 'yes' if d['fits'] else 'no', f'{d["step_seconds"]:.3f}', d['bound'], f'{d["mfu_bound"]:.1%}')
+                          for d in found]) + (['', 'the first of them:', *lines] if f.sweep else [])
+  _report(f, {**found[0], 'plans': found} if len(plans) > 1 else found[0], lines)
+  return 0 if any(each.fits for each in plans) else 1
+
+
+def _plan_lines(d: dict) -> list[str]:
+  gib = lambda size: f'{size / 2**30:.2f} GiB' if size >= 2**27 else f'{size / 2**20:.2f} MiB'
+  mesh = ' x '.join(f'{axis} {size}' for axis, size in d['mesh'].items() if size > 1) or 'one device'
+  seconds = lambda t: f'{t:.3f}' if t >= 0.01 else f'{t:.1e}'
+  sent = [(kind, over, gib(size)) for kind, by_axes in d['collective_bytes'].items() for over, size in by_axes.items()]
+  return [
+      f'{d["parameters"]:,} parameters on {d["chips"]} chips of {d["topology"]}: {mesh}, microbatches {d["accumulate"]}, remat {d["remat"]}; '
+      f'compiled in {d["compile_seconds"]:.0f} s', '',
+      f'memory of a chip, at the peak: {gib(d["hbm_bytes"])} of {gib(d["hbm_capacity_bytes"])}: {"fits" if d["fits"] else "DOES NOT FIT"}',
+      f'  state and batch {gib(d["argument_bytes"])}, besides them at the peak {gib(d["hbm_bytes"] - d["argument_bytes"])}, '
+      f'results that take no argument\'s place {gib(d["output_bytes"])}' + (f', in the host {gib(d["host_bytes"])}' if d['host_bytes'] else ''),
+      f'FLOPs of a token: {d["flops_per_token"]:.4g} multiplied, {d["model_flops_per_token"]:.4g} of them the model\'s, the rest recomputation', '',
+      'sent by a chip in a step:', *('  ' + row for row in _table(('collective', 'mesh axes', ''), sent)[1:]), '',
+      'least seconds of a step: ' + ', '.join(f'{kind} {seconds(t)}' for kind, t in d['seconds'].items() if t == t),
+      f'  bound by {d["bound"]}: {seconds(d["step_seconds"])} s, {d["tokens_per_second"]:,.0f} tokens/s, MFU at most {d["mfu_bound"]:.1%}',
+      f'the run of {d["run_tokens"]:,} tokens: at least {d["run_days"]:.2f} days, {d["chip_hours"]:,.0f} chip-hours']
 
 
 def prepare(f) -> int:
@@ -413,10 +451,12 @@ COMMANDS = {
         ('plot', '', 'a PNG, a bar for each run'), JSON),
         'goodput --workdir=runs/tiny'),
     'certify': Command(certify, 'prove gradients, influence and FLOPs of a config', (CONFIG, JSON), 'certify --config=configs/tiny.py'),
-    'plan': Command(plan, 'memory and FLOPs of the step on a TPU slice, without one', (
+    'plan': Command(plan, 'memory, FLOPs, collectives and least time of the step on a TPU slice, without one', (
         CONFIG,
-        ('topology', None, 'chips and how they stand, such as v5p:2x2x2'), JSON),
-        'plan --config=configs/gloeckle.py:0.3b,4 --topology=v5p:2x2x2 --config.mesh.fsdp=8 --config.train.batch=32 --config.train.evaluate_rows=8'),
+        ('topology', None, 'chips and how they stand: v5p:4x4x4, v5e:16x16, v6e:16x16, several slices: 2xv5e:16x16, this machine: cpu:8; with commas several'),
+        ('sweep', False, 'try meshes, rematerialisation and, while nothing fits, smaller microbatches; the fastest first'),
+        ('plot', '', 'a PNG of the seconds of a step over the number of chips'), JSON),
+        'plan --config=configs/gloeckle.py:7b,4 --topology=v5p:4x4x4'),
     'prepare': Command(prepare, 'text to token shards, once', (
         *INPUT,
         ('tokenizer', 'bytes', 'bytes, or the path of a SentencePiece model file'),

@@ -50,7 +50,8 @@ class ModelConfig:
   tie_embeddings: bool = _field(False, 'use the embedding as unembedding')
   logit_cap: float = _field(0.0, 'logits are cap * tanh(logits / cap); 0 leaves them as they are')
   dtype: str = _field('float32', 'compute type: float32 or bfloat16; parameters are always float32')
-  remat: str = _field('full', 'what a block recomputes in the backward pass: none, dots (all but matmuls) or full')
+  remat: str = _field('full', 'what a block recomputes in the backward pass: none, full, dots (all but matmuls), or all but what is named, with commas: '
+                              'attention, qkv, mlp')
 
   @property
   def modules(self) -> int:
@@ -188,6 +189,7 @@ class OptimizerConfig:
   epsilon: float = _field(1e-8, "Adam's epsilon")
   weight_decay: float = _field(0.1, 'decoupled; on matrices, never on vectors')
   clip: float = _field(1.0, 'largest global norm of the gradient')
+  moments: str = _field('device', "where the moments rest between steps: device, or host, its machine's memory")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,12 +319,16 @@ def _check(c: Config) -> None:
     need(getattr(getattr(c, section), name) >= 1, field, 'must be at least 1')
   for field, choices in {'model.kind': ('parallel', 'linear', 'causal', 'anticausal', 'sequential'), 'model.placement': ('matched', 'appended'),
                          'model.hidden_input': ('post_norm', 'pre_norm'), 'model.dtype': ('float32', 'bfloat16'),
-                         'model.remat': ('none', 'dots', 'full'), 'data.packing': ('stream', 'best_fit'),
-                         'data.boundary': ('within', 'across'), 'data.on_damage': ('stop', 'quarantine'), 'optimizer.schedule': ('cosine', 'wsd')}.items():
+                         'data.packing': ('stream', 'best_fit'),
+                         'data.boundary': ('within', 'across'), 'data.on_damage': ('stop', 'quarantine'), 'optimizer.schedule': ('cosine', 'wsd'),
+                         'optimizer.moments': ('device', 'host')}.items():
     section, name = field.split('.')
     value = getattr(getattr(c, section), name)
     need(value in choices, field, nearest(value, choices))
 
+  if m.remat not in ('none', 'full', 'dots'):
+    unknown = [name for name in m.remat.split(',') if name not in ('attention', 'qkv', 'mlp')]
+    need(not unknown, 'model.remat', f'{unknown and unknown[0]!r}: {nearest(unknown and unknown[0], ("none", "full", "dots", "attention", "qkv", "mlp"))}')
   need(m.head_width % 2 == 0, 'model.head_width', 'must be even for the rotary embedding')
   need(m.rope_base > 1, 'model.rope_base', 'must be above 1')
   need(m.norm_epsilon > 0, 'model.norm_epsilon', 'must be positive')

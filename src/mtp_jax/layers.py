@@ -4,7 +4,7 @@
 
 RMSNorm (arXiv:1910.07467), rotary embedding in half-split order (arXiv:2104.09864), grouped-query attention
 (arXiv:2305.13245), SwiGLU (arXiv:2002.05202). One forward serves training and decoding: keys and values come from the
-`Documents` of the batch, or, in decoding, from all that was written into a `Cache` so far. Parameters are float32 and cast to the
+`Documents` of the batch, or, in decoding, from all that was written into a `Cache` so far. Parameters are float32; `einsum` casts them to the
 compute type, that of x_BLD, at the point of use.
 """
 import dataclasses
@@ -12,10 +12,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.sharding import einsum, out, place, spec
+from mtp_jax.sharding import einsum, order, out, place, spec
 
 
 def normal(fan_in: int):
@@ -72,14 +74,15 @@ def attend(q_BLHK, k_BSGK, v_BSGK, seen):
   """softmax(q k / sqrt(K)) v over the keys that are seen; scores and softmax in float32. float[B, L, H, K].
 
   Args:
-    seen: bool[B, L, S], or the `Documents` of a packed batch, for which a TPU runs the splash kernel: no score leaves the chip's
-      own memory.
+    seen: bool[B, L, S], or the `Documents` of a packed batch, for which a TPU runs the splash kernel and a GPU, in bfloat16, cuDNN's:
+      no score leaves the chip's own memory.
 
   The r = H/G query heads that share a key head stand beside the length, so that each (B, G) is one plain matrix product.
   """
   if isinstance(seen, Documents):
-    if _runs_splash(q_BLHK):
-      return _splash(q_BLHK, k_BSGK, v_BSGK, seen.segments_BL)
+    kernel = {'tpu': _splash, 'gpu': _cudnn}.get(_platform())
+    if kernel and _fits(kernel, q_BLHK):
+      return kernel(q_BLHK, k_BSGK, v_BSGK, seen)
     seen = seen.mask_BLS
   B, L, H, K = q_BLHK.shape
   G = k_BSGK.shape[2]
@@ -110,7 +113,8 @@ def _attend_forward(q_BGLK, k_BSGK, v_BSGK, mask_BLS):
   e_BGLS = jnp.exp(scores_BGLS - top_BGL1)
   sum_BGL1 = jnp.sum(e_BGLS, -1, keepdims=True)
   o_BGLK = (einsum('BGLS,BSGK->BGLK', e_BGLS.astype(v_BSGK.dtype), v_BSGK, jnp.float32) / sum_BGL1).astype(q_BGLK.dtype)
-  return o_BGLK, (q_BGLK, k_BSGK, v_BSGK, mask_BLS, o_BGLK, top_BGL1 + jnp.log(sum_BGL1))
+  o_BGLK, lse_BGL1 = checkpoint_name((o_BGLK, top_BGL1 + jnp.log(sum_BGL1)), 'attention')
+  return o_BGLK, (q_BGLK, k_BSGK, v_BSGK, mask_BLS, o_BGLK, lse_BGL1)
 
 
 def _attend_backward(residual, do_BGLK):
@@ -127,29 +131,61 @@ def _attend_backward(residual, do_BGLK):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _runs_splash(q_BLHK) -> bool:
-  """The kernel is for a mesh of TPUs whose lengths are whole, and wants tiles of 128."""
+def _platform() -> str:
+  """'tpu', 'gpu', or '' for all else: what the mesh is of, be it here or only described."""
   mesh = jax.sharding.get_abstract_mesh()
-  device = None if mesh.empty else mesh.abstract_device
-  return (device is not None and 'TPU' in device.device_kind and mesh.shape['context'] == 1
-          and q_BLHK.shape[1] % 128 == 0 and q_BLHK.shape[3] % 64 == 0)
+  kind = getattr(None if mesh.empty else mesh.abstract_device, 'device_kind', '')
+  return 'tpu' if 'TPU' in kind else 'gpu' if 'NVIDIA' in kind else ''
 
 
-def _splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, interpret: bool = False):
-  """JAX's TPU kernel of causal attention within segments, each device on its own rows and heads; `interpret` runs it anywhere."""
+def _fits(kernel, q_BLHK) -> bool:
+  """Whether the kernel takes such shapes: tiles of 128 on a TPU; cuDNN heads of up to 128 in 16 bits."""
+  _, L, _, K = q_BLHK.shape
+  c = jax.sharding.get_abstract_mesh().shape['context']
+  if kernel is _cudnn:
+    return q_BLHK.dtype == jnp.bfloat16 and K <= 128 and K % 8 == 0
+  return L % (128 * c) == 0 and L % c**2 == 0 and K % 64 == 0
+
+
+def _splash(q_BLHK, k_BSGK, v_BSGK, seen: Documents, interpret: bool = False):
+  """JAX's TPU kernel of causal attention within segments, each device on its own rows, heads and stretches of the length; tiles that a causal
+  mask hides are skipped. `interpret` runs it anywhere."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-  def local(q_BLHK, k_BLGK, v_BLGK, segments_BL):
-    _, L, H, K = q_BLHK.shape
-    r = H // k_BLGK.shape[2]
-    kernel = kernels.make_splash_mha(mask=masks.MultiHeadMask([masks.CausalMask((L, L))] * H), head_shards=1, q_seq_shards=1, interpret=interpret)
-    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q_BLHK * K**-0.5, jnp.repeat(k_BLGK, r, 2), jnp.repeat(v_BLGK, r, 2)))
-    o_BHLK = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=kernels.SegmentIds(s, s)))(q, k, v, segments_BL)
+  mesh, (_, L, H, _), G = jax.sharding.get_abstract_mesh(), q_BLHK.shape, k_BSGK.shape[2]
+  context, heads = mesh.shape['context'], H // mesh.shape['tensor']
+  laid_L = order(L)
+  as_they_come = None if context == 1 else np.argsort(laid_L)
+  tile = next(size for size in (512, 256, 128) if L // context % size == 0)
+  mask = masks.CausalMask((L, L), shard_count=context)
+  mask.q_sequence = laid_L
+  sizes = kernels.BlockSizes(block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile)
+  kernel = kernels.make_splash_mha(mask=masks.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=context, block_sizes=sizes,
+                                   residual_checkpoint_name='attention', interpret=interpret)
+  specs = kernel.manual_sharding_spec(jax.NamedSharding(mesh, jax.P(None, 'context')))
+  kernel = jax.tree.map(jax.sharding.reshard, kernel, specs)
+
+  def local(kernel, q_BLHK, k_BSGK, v_BSGK, segments_BL, segments_BS):
+    if as_they_come is not None:
+      k_BSGK, v_BSGK, segments_BS = (x[:, as_they_come] for x in (k_BSGK, v_BSGK, segments_BS))
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q_BLHK * q_BLHK.shape[3]**-0.5, jnp.repeat(k_BSGK, H // G, 2), jnp.repeat(v_BSGK, H // G, 2)))
+    o_BHLK = jax.vmap(lambda q, k, v, own, all: kernel(q, k, v, segment_ids=kernels.SegmentIds(own, all)))(q, k, v, segments_BL, segments_BS)
     return jnp.moveaxis(o_BHLK, 1, 2)
 
-  return jax.shard_map(local, in_specs=(spec('BLHK'), spec('BSGK'), spec('BSGK'), spec('BL')), out_specs=spec('BLHK'),
-                       check_vma=False)(q_BLHK, k_BSGK, v_BSGK, segments_BL)
+  return jax.shard_map(local, in_specs=(specs, *map(spec, ('BLHK', 'BSGK', 'BSGK', 'BL', 'BS'))), out_specs=spec('BLHK'), check_vma=False)(
+      kernel, q_BLHK, k_BSGK, v_BSGK, seen.segments_BL, place(seen.segments_BL, 'BS'))
+
+
+def _cudnn(q_BLHK, k_BSGK, v_BSGK, seen: Documents, implementation: str = 'cudnn'):
+  """cuDNN's flash attention, each device on its own rows, heads and stretches of the length; 'xla' runs the same call anywhere."""
+  whole = jax.sharding.get_abstract_mesh().shape['context'] == 1  # then later keys are skipped, not only masked
+
+  def local(q_BLHK, k_BSGK, v_BSGK, mask_BLS):
+    return jax.nn.dot_product_attention(q_BLHK, k_BSGK, v_BSGK, mask=mask_BLS[:, None], is_causal=whole, implementation=implementation)
+
+  return jax.shard_map(local, in_specs=tuple(map(spec, ('BLHK', 'BSGK', 'BSGK', 'BLS'))), out_specs=spec('BLHK'), check_vma=False)(
+      q_BLHK, k_BSGK, v_BSGK, seen.mask_BLS)
 
 
 @jax.custom_vjp
@@ -165,7 +201,7 @@ def _swiglu_forward(gate_BLF, up_BLF, down_FD):
 def _swiglu_backward(residual, dy_BLD):
   gate_BLF, up_BLF, down_FD = residual
   product_BLF, back = jax.vjp(lambda gate_BLF, up_BLF: jax.nn.silu(gate_BLF) * up_BLF, gate_BLF, up_BLF)
-  return *back(einsum('BLD,FD->BLF', dy_BLD, down_FD)), einsum('BLF,BLD->FD', product_BLF, dy_BLD)
+  return *back(einsum('BLD,FD->BLF', dy_BLD, down_FD)), einsum('BLF,BLD->FD', product_BLF, dy_BLD, down_FD.dtype)
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
@@ -223,9 +259,10 @@ class Cache:
 
 
 def documents(segments_BL) -> Documents:
-  segments_BS = place(segments_BL, 'BS')
-  order = jnp.arange(segments_BL.shape[1])
-  return Documents((segments_BL[:, :, None] == segments_BS[:, None, :]) & (order[:, None] >= order), segments_BL)
+  """Of segments that `lay` has put in place."""
+  segments_BS, laid_S = place(segments_BL, 'BS'), jnp.asarray(order(segments_BL.shape[1]))
+  causal_LS = place(laid_S, 'L')[:, None] >= laid_S
+  return Documents((segments_BL[:, :, None] == segments_BS[:, None, :]) & causal_LS, segments_BL)
 
 
 class Block(nnx.Module):
@@ -244,27 +281,27 @@ class Block(nnx.Module):
 
   def keys_values(self, x_BLD, positions_BL, slots: int | None):
     """Keys and values of these tokens: (float[B, L, G, K], float[B, L, G, K]). slots: as in `rotary`."""
-    c, dtype = self.config, x_BLD.dtype
+    c = self.config
     h_BLD = rms_norm(x_BLD, self.attention_norm_D[...], c.norm_epsilon)
-    k_BLGK = einsum('BLD,DGK->BLGK', h_BLD, self.wk_DGK[...].astype(dtype))
-    v_BLGK = einsum('BLD,DGK->BLGK', h_BLD, self.wv_DGK[...].astype(dtype))
+    k_BLGK = einsum('BLD,DGK->BLGK', h_BLD, self.wk_DGK[...])
+    v_BLGK = einsum('BLD,DGK->BLGK', h_BLD, self.wv_DGK[...])
     if c.qk_norm:
       k_BLGK = rms_norm(k_BLGK, self.k_norm_K[...], c.norm_epsilon)
-    return rotary(k_BLGK, positions_BL, c.rope_base, slots), v_BLGK
+    return checkpoint_name(rotary(k_BLGK, positions_BL, c.rope_base, slots), 'qkv'), checkpoint_name(v_BLGK, 'qkv')
 
   def read(self, x_BLD, positions_BL, seen):
     """The block's output for these tokens, given what they may look at."""
-    c, dtype = self.config, x_BLD.dtype
+    c = self.config
     h_BLD = rms_norm(x_BLD, self.attention_norm_D[...], c.norm_epsilon)
-    q_BLHK = einsum('BLD,DHK->BLHK', h_BLD, self.wq_DHK[...].astype(dtype))
+    q_BLHK = einsum('BLD,DHK->BLHK', h_BLD, self.wq_DHK[...])
     if c.qk_norm:
       q_BLHK = rms_norm(q_BLHK, self.q_norm_K[...], c.norm_epsilon)
-    o_BLHK = seen.attend(rotary(q_BLHK, positions_BL, c.rope_base, seen.slots), positions_BL)
-    x_BLD += einsum('BLHK,HKD->BLD', o_BLHK, self.wo_HKD[...].astype(dtype))
+    o_BLHK = seen.attend(checkpoint_name(rotary(q_BLHK, positions_BL, c.rope_base, seen.slots), 'qkv'), positions_BL)
+    x_BLD += einsum('BLHK,HKD->BLD', o_BLHK, self.wo_HKD[...])
     h_BLD = rms_norm(x_BLD, self.mlp_norm_D[...], c.norm_epsilon)
-    gate_BLF = einsum('BLD,DF->BLF', h_BLD, self.gate_DF[...].astype(dtype))
-    up_BLF = einsum('BLD,DF->BLF', h_BLD, self.up_DF[...].astype(dtype))
-    return x_BLD + swiglu(gate_BLF, up_BLF, self.down_FD[...].astype(dtype))
+    gate_BLF = checkpoint_name(einsum('BLD,DF->BLF', h_BLD, self.gate_DF[...]), 'mlp')
+    up_BLF = checkpoint_name(einsum('BLD,DF->BLF', h_BLD, self.up_DF[...]), 'mlp')
+    return x_BLD + swiglu(gate_BLF, up_BLF, self.down_FD[...])
 
   def __call__(self, x_BLD, positions_BL, seen):
     """(x_BLD, seen): the `Documents` of a batch in training, in decoding a `Cache`; what comes back holds the new keys and values."""
@@ -279,7 +316,7 @@ class Linear(nnx.Module):
     self.map_Dd = nnx.Param(normal(c.width)(rngs.params(), (c.width, c.width)))
 
   def read(self, x_BLD, positions_BL, seen):
-    return einsum('BLD,Dd->BLd', x_BLD, self.map_Dd[...].astype(x_BLD.dtype))
+    return einsum('BLD,Dd->BLd', x_BLD, self.map_Dd[...])
 
   def __call__(self, x_BLD, positions_BL, seen):
     return self.read(x_BLD, positions_BL, seen), seen

@@ -1,4 +1,4 @@
-"""What a model holds and what it costs: parameters and FLOPs by part, peaks of chips, and where the figures are written.
+"""What a model holds and what it costs: parameters and FLOPs by part, and where the figures are written.
 
 Counts come from the tree of shapes, so they follow the model as it is. A multiply-add is two FLOPs; the backward pass costs
 twice the forward pass, and rematerialisation is not counted; attention counts all L keys of a row (PaLM, arXiv:2204.02311,
@@ -14,14 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtp_jax.chips import CHIPS
 from mtp_jax.sharding import letters, name
 
 PARTS = ('embedding', 'trunk', 'futures', 'unembedding')
-
-# Dense bfloat16 peak of one chip, as JAX names it, in FLOP/s. Sources: Google Cloud TPU system architecture pages;
-# NVIDIA A100, H100 and H200 data sheets (SXM, without sparsity).
-PEAK_FLOPS = {'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5p': 459e12, 'TPU v5': 459e12, 'TPU v6 lite': 918e12, 'TPU7x': 2307e12,
-              'NVIDIA A100-SXM4-40GB': 312e12, 'NVIDIA A100-SXM4-80GB': 312e12, 'NVIDIA H100 80GB HBM3': 989e12, 'NVIDIA H200': 989e12}
 
 
 def _part(path) -> str:
@@ -102,7 +98,7 @@ def peak_flops(seconds: float = 0.5) -> float:
   """FLOP/s of one local device: declared for known chips, measured by a float32 matmul on a CPU, nan for others."""
   device = jax.local_devices()[0]
   if device.platform != 'cpu':
-    return PEAK_FLOPS.get(device.device_kind, math.nan)
+    return CHIPS[device.device_kind].flops if device.device_kind in CHIPS else math.nan
   n = 2048
   x = jnp.ones((n, n), jnp.float32)  # on every device of the mesh at once, so that fake ones measure their share of the machine
   matmul = jax.jit(lambda x: x @ x)

@@ -24,11 +24,17 @@ from flax import nnx
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.layers import Block, Linear, normal, rms_norm, stack
-from mtp_jax.sharding import einsum, lookup, place
+from mtp_jax.sharding import einsum, lay, lookup, place
 
-REMAT = {'none': lambda f: f,
-         'dots': functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-         'full': jax.checkpoint}
+
+def remat(c: ModelConfig, f):
+  """f, whose backward pass makes again what config.model.remat says."""
+  if c.remat == 'none':
+    return f
+  if c.remat == 'full':
+    return jax.checkpoint(f)
+  policies = jax.checkpoint_policies
+  return jax.checkpoint(f, policy=policies.dots_with_no_batch_dims_saveable if c.remat == 'dots' else policies.save_only_these_names(*c.remat.split(',')))
 
 
 class Module(nnx.Module):
@@ -44,7 +50,7 @@ class Module(nnx.Module):
     """(state before its norm, state after it, seen)."""
     epsilon = self.block.config.norm_epsilon
     x_BLC = jnp.concatenate([rms_norm(e_BLD, self.embedding_norm_D[...], epsilon), rms_norm(h_BLD, self.hidden_norm_D[...], epsilon)], -1)
-    x_BLD, seen = self.block(einsum('BLC,CD->BLD', x_BLC, self.join_CD[...].astype(x_BLC.dtype)), positions_BL, seen)
+    x_BLD, seen = self.block(einsum('BLC,CD->BLD', x_BLC, self.join_CD[...]), positions_BL, seen)
     return x_BLD, rms_norm(x_BLD, self.out_norm_D[...], epsilon), seen
 
 
@@ -77,7 +83,7 @@ class Readout:
     """One future: (the state that the next head reads, the normed state that the unembedding reads). m may be traced."""
     c = self.config
     if c.kind == 'sequential':
-      between_BL = place(jax.lax.dynamic_slice_in_dim(tokens_BT, m, state_BLD.shape[1], 1), 'BL')
+      between_BL = lay(jax.lax.dynamic_slice_in_dim(tokens_BT, m, state_BLD.shape[1], 1))
       e_BLD = lookup(self.embed_VD, between_BL, c.dtype)
       raw_BLD, h_BLD, _ = head(e_BLD, state_BLD, positions_BL, seen)
       return h_BLD if c.hidden_input == 'post_norm' else raw_BLD, h_BLD
@@ -153,7 +159,7 @@ class Model(nnx.Module):
       return block(x_BLD, positions_BL, seen)[0], None
 
     with jax.named_scope('trunk'):
-      return jax.lax.scan(REMAT[self.config.remat](layer), x_BLD, self.trunk)[0]
+      return jax.lax.scan(remat(self.config, layer), x_BLD, self.trunk)[0]
 
   def readout(self) -> Readout:
     table_VD = self.embed_VD if self.config.tie_embeddings else self.unembed_VD

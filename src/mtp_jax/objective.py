@@ -28,8 +28,8 @@ import numpy as np
 
 from mtp_jax.config import ModelConfig, ObjectiveConfig
 from mtp_jax.layers import documents
-from mtp_jax.model import REMAT, Model, Readout, capped
-from mtp_jax.sharding import einsum, joined, out, parted, parts, place, summed
+from mtp_jax.model import Model, Readout, capped, remat
+from mtp_jax.sharding import einsum, joined, lay, out, parted, parts, place, summed
 
 
 @jax.tree_util.register_dataclass
@@ -45,10 +45,10 @@ class Sums:
 
 
 def targets(batch, m, futures: int):
-  """What future m predicts and where it counts: int32[B, L] tokens, bool[B, L]. m may be traced."""
+  """What future m predicts and where it counts: int32[B, L] tokens, bool[B, L]. m may be traced. Each device cuts its own from the whole row."""
   L = batch['tokens'].shape[1] - futures
-  ahead = lambda x_BT: place(jax.lax.dynamic_slice_in_dim(x_BT, m + 1, L, 1), 'BL')
-  segments_BL = place(batch['segments'][:, :L], 'BL')
+  ahead = lambda x_BT: lay(jax.lax.dynamic_slice_in_dim(x_BT, m + 1, L, 1))
+  segments_BL = lay(batch['segments'][:, :L])
   return ahead(batch['tokens']), (ahead(batch['segments']) == segments_BL) & (segments_BL > 0)
 
 
@@ -66,8 +66,8 @@ def states(model: Model, batch):
   """What the futures read: (z_BLD of the trunk, tokens_BT, positions_BL, documents)."""
   c = model.config
   L = batch['tokens'].shape[1] - c.futures
-  positions_BL, seen = place(batch['positions'][:, :L], 'BL'), documents(place(batch['segments'][:, :L], 'BL'))
-  x_BLD = model.embed(place(batch['tokens'][:, :L], 'BL'))
+  positions_BL, seen = lay(batch['positions'][:, :L]), documents(lay(batch['segments'][:, :L]))
+  x_BLD = model.embed(lay(batch['tokens'][:, :L]))
   return model.run_trunk(x_BLD, positions_BL, seen), batch['tokens'], positions_BL, seen
 
 
@@ -161,7 +161,7 @@ def _futures_forward(run: _Run, readout: Readout, z_BLD, coefficient_M, rows):
   def back(carry, inputs):
     total, dcommon, dstate_BLD = carry
     own, m_G, state_BLD = inputs
-    (_, h_GBLD), pull = jax.vjp(REMAT[c.remat](functools.partial(heads, m_G=m_G)), own, common, start_BLD if state_BLD is None else state_BLD)
+    (_, h_GBLD), pull = jax.vjp(remat(c, functools.partial(heads, m_G=m_G)), own, common, start_BLD if state_BLD is None else state_BLD)
     total, sums, dh_GBLD = read(total, h_GBLD, jnp.reshape(m_G, G))
     down, dcommon_, dstate_BLD = pull((dstate_BLD, dh_GBLD))
     return (total, jax.tree.map(jnp.add, dcommon, dcommon_), dstate_BLD), (sums, down)
@@ -227,7 +227,7 @@ def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_GBLD, w_VD, y_GBL, k_GBL
     e_PTV = jnp.exp(logits_PTV - top_PT[..., None])
     sum_PT = jnp.sum(e_PTV, -1)
     lse_PT = top_PT + jnp.log(sum_PT)
-    ids_V = jnp.arange(logits_PTV.shape[-1])
+    ids_V = place(jnp.arange(logits_PTV.shape[-1]), 'V')
     hit_PTV = ids_V == y_PT[..., None]
     nats_PT = lse_PT - jnp.sum(logits_PTV, -1, where=hit_PTV)
     correct_PT = jnp.min(jnp.where(logits_PTV == top_PT[..., None], ids_V, len(ids_V)), -1) == y_PT  # the first of equals

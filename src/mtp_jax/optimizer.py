@@ -16,6 +16,20 @@ def groups(model):
   return jax.tree_util.tree_map_with_path(lambda path, _: 'decayed' if len(letters(path)) > 1 else 'plain', model)
 
 
+def to_device(c: OptimizerConfig, state):
+  """The optimizer's state where a step computes."""
+  return _moved(c, state, jax.memory.Space.Device)
+
+
+def to_rest(c: OptimizerConfig, state):
+  """The optimizer's state where it stays between steps: on the device, or, with config.optimizer.moments='host', in its host's memory."""
+  return _moved(c, state, jax.memory.Space.Host)
+
+
+def _moved(c: OptimizerConfig, state, space):
+  return state if c.moments == 'device' else jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
+
+
 def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
   """Learning rate at each step: linear warm-up from 0, then a cosine, or a plateau and a linear decay, to final_ratio * peak."""
   peak, final = c.learning_rate, c.learning_rate * c.final_ratio

@@ -1,65 +1,221 @@
 """What a train step will take on a TPU slice, found by compiling it on a machine without one.
 
 XLA's TPU compiler is a library (`pip install -e '.[tpu]'`). Given the description of a topology it compiles the very step that
-`train` would run, and says what every chip must hold; a step that does not fit is refused by the compiler itself. FLOPs are
-counted in the traced step, loops multiplied by their length: XLA's own count takes a loop's body once.
+`train` would run, and says what every chip must hold; a step that does not fit is refused by the compiler itself. How long a step
+takes at least is a roofline: what it multiplies, what it moves through memory, over the links of the slice and over the network
+between slices, each at the chip's published peak and all at the same time; the longest of the four is the bound.
+
+    step_seconds = max(FLOPs / peak, memory bytes / bandwidth, sum of (sent bytes / links), sum of (crossing bytes / network))
+
+FLOPs are counted in the traced step, loops multiplied by their length, and memory and collectives in the compiled one (`traffic`).
 """
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
+import re
 import time
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mtp_jax import metrics, train
-from mtp_jax.config import BadInput, Config
+from mtp_jax.chips import CHIPS, Chip
+from mtp_jax.config import BadInput, Config, MeshConfig
+from mtp_jax.picture import picture
 from mtp_jax.sharding import make_mesh, spec
+from mtp_jax.traffic import axes, traffic
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A compiled step: bytes a chip holds at its peak, and of its arguments; XLA's sum of temporaries, which are not all alive at once;
-  matmul FLOPs of a token.
+  """A compiled step. Bytes are those of one chip; seconds are lower bounds.
 
-  model_flops_per_token is the analytic count, forward and backward; counted_flops_per_token is what the step really multiplies,
-  recomputation included. hlo is the compiled module as text.
+  hbm_bytes: at the step's peak, in all, of which argument_bytes are the state and a batch; on a CPU, where XLA does not tell a peak, the sum of
+  all. output_bytes: of results that do not take an argument's place. host_bytes: in the memory of the host. temporary_bytes: XLA's sum of
+  temporaries, which are not all alive at once.
+  flops_per_token: what is really multiplied, recomputation included; model_flops_per_token: the analytic count, without.
+  collective_bytes: sent in a step, by kind and by the mesh axes ('fsdp', 'data+fsdp') over which it goes.
+  seconds: by what takes them, 'compute', 'memory', 'links', 'network'; bound: the longest of them, step_seconds.
+  mfu_bound: model FLOPs in that time, over the peak. hlo: the compiled module as text.
   """
+  topology: str
+  mesh: dict[str, int]
+  accumulate: int
+  remat: str
+  chips: int
+  parameters: int
   hbm_bytes: int
+  hbm_capacity_bytes: float
+  fits: bool
   argument_bytes: int
   temporary_bytes: int
+  output_bytes: int
+  host_bytes: int
+  flops_per_token: float
   model_flops_per_token: int
-  counted_flops_per_token: float
+  memory_traffic_bytes: float
+  collective_bytes: dict[str, dict[str, float]]
+  seconds: dict[str, float]
+  bound: str
+  step_seconds: float
+  tokens_per_second: float
+  mfu_bound: float
+  run_days: float
+  run_tokens: int
+  chip_hours: float
   compile_seconds: float
-  hlo: str
+  hlo: str = dataclasses.field(repr=False)
 
 
 def plan(config: Config, topology: str) -> Plan:
-  """Compiles `train.step` for a slice such as 'v5p:4x4x4', whose chips the config's mesh must use to the last.
+  """Compiles `train.step` for a slice such as 'v5p:4x4x4', several of them, '2xv5p:4x4x4', or 'cpu:8', devices of this machine.
+
+  A config whose mesh is of one device is spread over all chips: data over slices, fsdp within.
 
   Raises:
-    BadInput: when libtpu is missing, the topology unknown or of another size, or the step does not fit into a chip's memory.
+    BadInput: when libtpu is missing, the topology unknown or of another size, or the compiler finds that the step does not fit.
   """
   chips = devices(topology)
+  config = spread(config, chips, topology)
   mesh = make_mesh(config.mesh, chips)
-  if mesh.size < len(chips):
-    raise BadInput(f'config.mesh: {mesh.size} devices, but {topology} has {len(chips)}; such as --config.mesh.fsdp={len(chips)}')
   started = time.perf_counter()
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     state, *others = arguments(config, mesh)
     traced = jax.jit(functools.partial(train.step, config, active=(True,) * config.model.futures), donate_argnums=0).trace(state, *others)
     try:
-      compiled = traced.lower(lowering_platforms=('tpu',)).compile()
+      compiled = traced.lower(lowering_platforms=(chips[0].platform,)).compile()
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
-      raise BadInput(f'config.train.batch={config.train.batch}: a step does not fit into a chip ({_first_line(error)}); raise '
-                     "config.train.accumulate, set config.model.remat='full', or take more chips") from None
-  memory = compiled.memory_analysis()
-  return Plan(memory.peak_memory_in_bytes, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
-              metrics.flops_per_token(state.model, config.data.length)['total'], train.counted_flops_per_token(config),
-              time.perf_counter() - started, compiled.as_text())
+      raise TooLarge(f'config.train.batch={config.train.batch}: a step does not fit into a chip of {topology} ({_first_line(error)}); raise '
+                     f"config.train.accumulate={config.train.accumulate}, set config.model.remat='full' or config.optimizer.moments='host', "
+                     'or take more chips') from None
+  compile_seconds, memory, hlo = time.perf_counter() - started, compiled.memory_analysis(), compiled.as_text()
+  output = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  peak = memory.peak_memory_in_bytes if chips[0].platform == 'tpu' else memory.argument_size_in_bytes + memory.temp_size_in_bytes + output
+  moved, chip = traffic(hlo, _slices(chips)), chip_of(chips)
+  counted, model_flops = train.counted_flops_per_token(config), metrics.flops_per_token(state.model, config.data.length)['total']
+  tokens = config.train.batch * config.data.length
+  by_kind, links, network = {}, 0.0, 0.0
+  for each in moved.collectives:
+    by_axes = by_kind.setdefault(each.kind, {})
+    over = '+'.join(axes(each.group, dict(mesh.shape)))
+    by_axes[over] = by_axes.get(over, 0.0) + each.sent_bytes
+    on_links, on_network = _seconds(each, mesh, chip)
+    links, network = links + on_links, network + on_network
+  seconds = {'compute': counted * tokens / mesh.size / chip.flops, 'memory': moved.memory_bytes / chip.hbm_bandwidth, 'links': links, 'network': network}
+  bound = max(seconds, key=lambda kind: -1 if math.isnan(seconds[kind]) else seconds[kind])
+  whole = config.train.steps * seconds[bound]
+  return Plan(
+      topology, dict(mesh.shape), config.train.accumulate, config.model.remat, mesh.size, metrics.parameters(state.model)['total'],
+      peak, chip.hbm_bytes, peak <= chip.hbm_bytes, memory.argument_size_in_bytes, memory.temp_size_in_bytes, output, memory.host_argument_size_in_bytes,
+      counted, model_flops, moved.memory_bytes, by_kind, seconds, bound, seconds[bound], tokens / seconds[bound],
+      model_flops * tokens / mesh.size / chip.flops / seconds[bound], whole / 86400, config.train.steps * tokens, whole * mesh.size / 3600,
+      compile_seconds, hlo)
+
+
+class TooLarge(BadInput):
+  """The compiler refuses a step because it does not fit into a chip's memory."""
+
+
+def spread(config: Config, chips: list, topology: str) -> Config:
+  """The config on a mesh of all chips; its own, or, where that is of one device, data over slices and fsdp within.
+
+  Raises:
+    BadInput: the config's mesh is of another size, or its batch is too small.
+  """
+  size, slices = math.prod(dataclasses.astuple(config.mesh)), _slices(chips)
+  if size == 1:
+    return dataclasses.replace(config, mesh=MeshConfig(data=slices, fsdp=len(chips) // slices))
+  if size != len(chips):
+    raise BadInput(f'config.mesh: {size} devices, but {topology} has {len(chips)}; such as --config.mesh.fsdp={len(chips)}')
+  return config
+
+
+def weak_scaling(config: Config, topologies: list[str], note: Callable[[str], None]) -> list[Plan]:
+  """Plans of the config on each topology, with as many rows a chip, in a mesh that grows along its data axis, as on the first.
+
+  Raises:
+    BadInput: a topology is no multiple of the first.
+  """
+  first, found = spread(config, devices(topologies[0]), topologies[0]), []
+  for topology in topologies:
+    times, rest = divmod(len(devices(topology)), len(devices(topologies[0])))
+    if rest or not times:
+      raise BadInput(f'--topology={topology}: {len(devices(topology))} chips, no multiple of the first, {topologies[0]}')
+    t, mesh = first.train, dataclasses.replace(first.mesh, data=times * first.mesh.data)
+    grown = dataclasses.replace(t, batch=times * t.batch, evaluate_rows=times * t.evaluate_rows)
+    found.append(plan(dataclasses.replace(first, train=grown, mesh=mesh), topology))
+    note(f'{topology}: {found[-1].step_seconds:.3f} s a step at least, by {found[-1].bound}')
+  return found
+
+
+def plot(plans: list[Plan], path: str) -> None:
+  """Seconds of a step by what takes them, over the number of chips."""
+  with picture(path, 7, 3.5) as axes_:
+    chips = [each.chips for each in plans]
+    for kind in plans[0].seconds:
+      seconds = [each.seconds[kind] for each in plans]
+      if any(seconds):
+        axes_.plot(chips, seconds, marker='o', label=kind)
+    axes_.set(xscale='log', xlabel='chips', ylabel='seconds a step, at least', xticks=chips, xticklabels=[f'{n:,}' for n in chips], ylim=(0, None))
+    axes_.legend()
+
+
+def sweep(config: Config, topology: str, note: Callable[[str], None]) -> list[Plan]:
+  """Plans of other meshes, then of other rematerialisation on the best of them, then, while nothing fits, of smaller microbatches; the
+  fastest that fits first. `note` hears of each."""
+  found = []
+
+  def tried(changed: Config) -> None:
+    what = f'mesh {_shape(dataclasses.asdict(changed.mesh))}, accumulate {changed.train.accumulate}, remat {changed.model.remat}'
+    try:
+      each = plan(changed, topology)
+    except TooLarge:
+      note(f'{what}: does not fit')
+      return
+    found.append(each)
+    note(f'{what}: {each.hbm_bytes / 2**30:.2f} GiB, {each.step_seconds:.3f} s a step at least, by {each.bound}' + ('' if each.fits else '; does not fit'))
+
+  best = lambda: min(found, key=_rank)
+  for mesh in _meshes(config, len(devices(topology)), topology):
+    tried(dataclasses.replace(config, mesh=mesh))
+  while not any(each.fits for each in found):
+    k = 2 * config.train.accumulate
+    try:
+      config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=k))
+      tried(dataclasses.replace(config, mesh=MeshConfig(**best().mesh)) if found else spread(config, devices(topology), topology))
+    except BadInput as error:
+      raise TooLarge(f'--topology={topology}: no mesh, microbatch or rematerialisation fits ({error}); take more chips') from None
+  config = dataclasses.replace(config, mesh=MeshConfig(**best().mesh))
+  for remat in ('full', 'attention', 'attention,qkv', 'dots', 'none'):
+    if remat != config.model.remat:
+      tried(dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat)))
+  return sorted(found, key=_rank)
+
+
+def _rank(each: Plan) -> tuple:
+  return not each.fits, each.step_seconds, each.hbm_bytes
+
+
+def _meshes(config: Config, chips: int, topology: str) -> Iterator[MeshConfig]:
+  """Those that the config allows: fsdp over all, or some of it given to data, tensor or context."""
+  slices = _slices(devices(topology))
+  for data, tensor, context in ((1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4)):
+    if chips % (slices * data * tensor * context) == 0:
+      mesh = MeshConfig(data=data * slices, fsdp=chips // (data * slices * tensor * context), tensor=tensor, context=context)
+      try:
+        yield dataclasses.replace(config, mesh=mesh).mesh
+      except BadInput:
+        continue
+
+
+def _shape(mesh: dict[str, int]) -> str:
+  return ' x '.join(f'{axis} {size}' for axis, size in mesh.items() if size > 1) or 'one device'
 
 
 def arguments(config: Config, mesh) -> tuple:
@@ -69,8 +225,15 @@ def arguments(config: Config, mesh) -> tuple:
   return train.abstract(config, mesh), batch, on_mesh((config.model.vocab,), jnp.int32, 'v'), on_mesh((config.model.futures,), jnp.float32, 'm')
 
 
+@functools.cache
 def devices(topology: str) -> list:
-  """The chips of a slice, described."""
+  """The chips of a slice, or of several, described; or devices of this machine."""
+  found = re.fullmatch(r'(?:(\d+)x)?(\w+:.+)', topology)
+  count, name = found.groups() if found else (None, topology)
+  if name.startswith('cpu:'):
+    if not name[4:].isdigit() or int(name[4:]) > len(jax.devices('cpu')):
+      raise BadInput(f'--topology={topology}: there are {len(jax.devices("cpu"))} CPU devices; XLA_FLAGS=--xla_force_host_platform_device_count=N makes N')
+    return jax.devices('cpu')[:int(name[4:])]
   if importlib.util.find_spec('libtpu') is None:
     raise BadInput("--topology: needs the TPU compiler; install it with: pip install -e '.[tpu]'")
   # Left to itself, libtpu asks a server on the network who it is, and refuses a second process.
@@ -78,9 +241,35 @@ def devices(topology: str) -> list:
                     TPU_STDERR_LOG_LEVEL='3')
   from jax.experimental import topologies
   try:
-    return topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+    return topologies.get_topology_desc(platform='tpu', topology_name=name, **({'num_slices': int(count)} if count else {})).devices
   except Exception as error:
-    raise BadInput(f'--topology={topology}: {_first_line(error)}; write such as v5p:2x2x2 or v5e:4x4') from None
+    raise BadInput(f'--topology={topology}: {_first_line(error)}; write such as v5p:2x2x2, v5e:4x4, 2xv5e:16x16 or cpu:8') from None
+
+
+def chip_of(chips: list) -> Chip:
+  """What the chips can do; of a CPU its measured speed, its share of the machine's memory, and nothing else."""
+  kind = chips[0].device_kind
+  if kind not in CHIPS:
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / len(chips)
+    return Chip(metrics.peak_flops(), memory, math.nan, math.nan, math.nan)
+  return CHIPS[kind]
+
+
+def _slices(chips: list) -> int:
+  return len({getattr(chip, 'slice_index', 0) for chip in chips})
+
+
+def _seconds(collective, mesh, chip: Chip) -> tuple[float, float]:
+  """(on the links of a slice, on the network between slices) for what each chip sends. A group that covers several dimensions of the torus
+  uses the links of all; a dimension that does not close to a ring has half of them."""
+  members = [mesh.devices.flat[place] for place in collective.group]
+  if _slices(members) > 1:
+    return 0.0, collective.sent_bytes / chip.network_bandwidth
+  if not hasattr(members[0], 'coords'):
+    return collective.sent_bytes / chip.link_bandwidth, 0.0
+  sizes = np.array([member.coords for member in mesh.devices.flat]).max(0) + 1
+  covered = [size for size, places in zip(sizes, np.array([member.coords for member in members]).T) if len(set(places.tolist())) > 1]
+  return collective.sent_bytes / sum(chip.link_bandwidth * (1 if size % chip.ring == 0 else 0.5) for size in covered), 0.0
 
 
 def _first_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -107,23 +108,25 @@ def out(letters: str) -> dict:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def einsum(subscripts: str, a, b, dtype=None):
-  """jnp.einsum of two arrays, sharded as the result's letters say; `dtype` is that of the result.
+  """jnp.einsum of two arrays in the type of the first, sharded as the result's letters say; `dtype` is that of the result.
 
-  Its gradients are einsums of the same letters, sharded like the operands. Left to itself, XLA's transpose of a contraction
-  copies activations on a CPU, which costs 1.7 x the time of a SwiGLU's backward pass.
+  Its gradients are einsums of the same letters, sharded like the operands, each in its operand's own type: a float32 parameter is cast
+  here, at the point of use, and its gradient is a float32 sum, over the tokens of a device and over devices alike. Left to itself, XLA's
+  transpose of a contraction copies activations on a CPU, which costs 1.7 x the time of a SwiGLU's backward pass.
   """
   return _einsum_forward(subscripts, a, b, dtype)[0]
 
 
 def _einsum_forward(subscripts, a, b, dtype):
-  return jnp.einsum(subscripts, a, b, preferred_element_type=dtype, **out(subscripts.split('->')[1])), (a, b)
+  return jnp.einsum(subscripts, a, b.astype(a.dtype), preferred_element_type=dtype, **out(subscripts.split('->')[1])), (a, b)
 
 
 def _einsum_backward(subscripts, dtype, operands, gradient):
   (a, b), (left, right, result) = operands, subscripts.replace('->', ',').split(',')
   gradient = gradient.astype(a.dtype)
-  like = lambda x: {'out_sharding': jax.typeof(x).sharding} if out('') else {}
-  return (jnp.einsum(f'{result},{right}->{left}', gradient, b, **like(a)), jnp.einsum(f'{left},{result}->{right}', a, gradient, **like(b)))
+  like = lambda x: {'preferred_element_type': x.dtype, **({'out_sharding': jax.typeof(x).sharding} if out('') else {})}
+  return (jnp.einsum(f'{result},{right}->{left}', gradient, b.astype(a.dtype), **like(a)),
+          jnp.einsum(f'{left},{result}->{right}', a, gradient, **like(b)))
 
 
 einsum.defvjp(_einsum_forward, _einsum_backward)
@@ -146,6 +149,37 @@ def lookup(table_VD, ids_BL, dtype):
 def place(x, letters: str):
   """Moves an array to where its letters say."""
   return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec(letters))
+
+
+def order(L: int) -> np.ndarray:
+  """int32[L]: which position lies at each place along the context axis.
+
+  Causal attention asks more of later positions, so of 2c equal stretches each of c devices gets one from the front and its mirror image
+  from the back, and all work alike; where 2c does not divide L, positions lie as they come.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  c = 1 if mesh.empty else mesh.shape['context']
+  places = np.arange(L, dtype=np.int32)
+  if c == 1 or L % (2 * c):
+    return places
+  stretches = places.reshape(2 * c, -1)
+  return np.stack([stretches[:c], stretches[c:][::-1]], 1).ravel()
+
+
+def lay(x_BL, letters: str = 'BL'):
+  """Positions as they come -> where `order` has them lie, and there on the mesh. The second axis is the length."""
+  return place(_moved(x_BL, order(x_BL.shape[1])), letters)
+
+
+def natural(x_BL):
+  """The inverse of `lay`, the length whole on every device."""
+  return _moved(place(x_BL, 'Bl' + 'r' * (x_BL.ndim - 2)), np.argsort(order(x_BL.shape[1])))
+
+
+def _moved(x_BL, order_L):
+  if (np.diff(order_L) == 1).all():
+    return x_BL
+  return x_BL.at[:, order_L].get(**out('Bl' + 'r' * (x_BL.ndim - 2)))
 
 
 def summed(x_PDV, letters: str):

@@ -48,14 +48,18 @@ def init(config: Config, key) -> State:
   if not jax.sharding.get_abstract_mesh().empty:
     model = jax.tree_util.tree_map_with_path(lambda path, x: jax.sharding.reshard(x, parameter_spec(path, x)), model)
   zero = jnp.zeros((), jnp.int32)
-  return State(zero, zero, zero, model, optimizer.make(config.optimizer, config.train.steps).init(model))
+  return State(zero, zero, zero, model, optimizer.to_rest(config.optimizer, optimizer.make(config.optimizer, config.train.steps).init(model)))
 
 
 def abstract(config: Config, mesh) -> State:
   """The shapes, types and shardings of a state; computes nothing. Call it under `jax.set_mesh(mesh)`."""
   shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
   on_mesh = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec if x.shape else jax.P()))
-  return jax.tree.map(on_mesh, shapes)
+  state = jax.tree.map(on_mesh, shapes)
+  if config.optimizer.moments == 'device':
+    return state
+  in_host = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind('pinned_host')) if x.shape else x
+  return dataclasses.replace(state, optimizer=jax.tree.map(in_host, state.optimizer))
 
 
 def gradients(config: Config, model: Model, batch, weight_M, active: tuple[bool, ...], loss=objective.loss):
@@ -104,13 +108,14 @@ def step(config: Config, state: State, batch, byte_length_V, weight_M, active: t
   loss, sums, grads = gradients(config, state.model, batch, weight_M, active, loss)
   with jax.named_scope('update'):
     transform = optimizer.make(config.optimizer, config.train.steps)
-    updates, moments = transform.update(grads, state.optimizer, state.model)
+    held = optimizer.to_device(config.optimizer, state.optimizer)
+    updates, moments = transform.update(grads, held, state.model)
     norm = optax.tree.norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(norm)
     keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
     bad = (~ok).astype(jnp.int32)
     following = State(state.step + 1, state.skipped + bad, (state.skipped_in_a_row + 1) * bad,
-                      keep(optax.apply_updates(state.model, updates), state.model), keep(moments, state.optimizer))
+                      keep(optax.apply_updates(state.model, updates), state.model), optimizer.to_rest(config.optimizer, keep(moments, held)))
   return following, {
       'loss': loss,
       'nats': sums.nats_M / sums.count_M,
@@ -421,11 +426,11 @@ def byte_lengths(config: Config, tokens) -> np.ndarray:
 
 def restore(config: Config, workdir, step: int, mesh) -> State:
   """The state of a checkpoint, on the mesh at hand."""
-  like = abstract(config, mesh)
+  like = abstract(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, moments='device')), mesh)
   rest = {'step': like.step, 'skipped': like.skipped, 'skipped_in_a_row': like.skipped_in_a_row, 'optax': like.optimizer}
   loaded = checkpoint.restore(workdir, step, parameters=like.model, optimizer=rest)
   rest = loaded['optimizer']
-  return State(rest['step'], rest['skipped'], rest['skipped_in_a_row'], loaded['parameters'], rest['optax'])
+  return State(rest['step'], rest['skipped'], rest['skipped_in_a_row'], loaded['parameters'], optimizer.to_rest(config.optimizer, rest['optax']))
 
 
 def _keep_evidence(own: pathlib.Path, step: int, batch, found: dict) -> pathlib.Path:

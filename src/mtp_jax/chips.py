@@ -1,0 +1,33 @@
+"""What chips can do, as their makers publish it.
+
+Sources: Google Cloud TPU system architecture pages (v4, v5e, v5p, v6e, TPU7x; a chip's share of its pod's data-centre network); NVIDIA A100,
+H100 and H200 data sheets (SXM, without sparsity; NVLink).
+"""
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """Peaks of one chip: bfloat16 FLOP/s, bytes of memory and bytes/s to it; bytes/s that it sends along one dimension of its torus (two links)
+  or, without a torus, in all; bytes/s to the data-centre network. A dimension of a multiple of `ring` chips closes to a ring."""
+  flops: float
+  hbm_bytes: float
+  hbm_bandwidth: float
+  link_bandwidth: float
+  network_bandwidth: float
+  ring: int = 1
+
+
+CHIPS = {  # as JAX names them
+    'TPU v4': Chip(275e12, 32 * 2**30, 1228e9, 100e9, math.nan, 4),
+    'TPU v5': Chip(459e12, 95 * 2**30, 2765e9, 200e9, 6.25e9, 4),
+    'TPU v5p': Chip(459e12, 95 * 2**30, 2765e9, 200e9, 6.25e9, 4),
+    'TPU v5 lite': Chip(197e12, 16 * 2**30, 819e9, 100e9, 3.125e9, 16),
+    'TPU v6 lite': Chip(918e12, 32 * 2**30, 1600e9, 200e9, 12.5e9, 16),
+    'TPU7x': Chip(2307e12, 192 * 2**30, 7380e9, 200e9, math.nan, 4),
+    'NVIDIA A100-SXM4-40GB': Chip(312e12, 40e9, 1555e9, 300e9, math.nan),
+    'NVIDIA A100-SXM4-80GB': Chip(312e12, 80e9, 2039e9, 300e9, math.nan),
+    'NVIDIA H100 80GB HBM3': Chip(989e12, 80e9, 3350e9, 450e9, math.nan),
+    'NVIDIA H200': Chip(989e12, 141e9, 4800e9, 450e9, math.nan),
+}
