@@ -156,8 +156,8 @@ def test_a_sweep_ranks_what_fits_and_says_when_nothing_does(monkeypatch, tmp_pat
 def test_weak_scaling_keeps_the_rows_of_a_chip_and_its_share_of_the_parameters():
   plans = plan.weak_scaling(small(train=TrainConfig(batch=8, evaluate_rows=8)), ['cpu:2', 'cpu:8'], lambda line: None)
   assert [(each.chips, each.mesh['data'], each.mesh['fsdp'], each.run_tokens // (1000 * 64)) for each in plans] == [(2, 1, 2, 8), (8, 4, 2, 32)]
-  sent = lambda each: {axes: size for axes, size in each.collective_bytes['all-gather'].items()}
-  assert sent(plans[0]) == sent(plans[1])  # shards are as large, and gathered as often
+  gathered = [each.collective_bytes['all-gather']['fsdp'] for each in plans]
+  assert gathered[1] == pytest.approx(gathered[0], rel=0.01)  # shards are as large, and gathered as often
   with pytest.raises(BadInput, match='--topology=cpu:3: 3 chips, no multiple of the first, cpu:2'):
     plan.weak_scaling(small(), ['cpu:2', 'cpu:3'], lambda line: None)
 

@@ -54,7 +54,10 @@ def make_mesh(sizes: MeshConfig, devices=None) -> jax.sharding.Mesh:
     raise BadInput(f'config.mesh: {text} = {wanted} devices, but there are {len(devices)}; change the sizes so that their product fits')
   types, slices = (AxisType.Explicit,) * len(AXES), len({getattr(device, 'slice_index', 0) for device in devices})
   if slices == 1:
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:wanted])
+    try:
+      return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:wanted])
+    except NotImplementedError:  # an axis is a part of a dimension of the torus
+      return jax.sharding.Mesh(mesh_utils.create_device_mesh(shape, devices[:wanted], allow_split_physical_axes=True), AXES, axis_types=types)
   if sizes.data % slices or wanted != len(devices):
     raise BadInput(f'config.mesh: {text}; the {len(devices)} devices stand in {slices} slices, each of which holds a stretch of the data axis: set '
                    f'config.mesh.data to a multiple of {slices}, and the product to {len(devices)}')
