@@ -195,7 +195,8 @@ def test_slices_exchange_gradients_over_the_network_and_nothing_else():
   assert found.mesh['data'] == 2 and found.mesh['fsdp'] == 16 and found.seconds['network'] > 0
   across = {kind: by_axes['data'] for kind, by_axes in found.collective_bytes.items() if 'data' in by_axes}
   assert across.keys() == {'all-reduce'} and all(axes in ('data', 'fsdp') for by_axes in found.collective_bytes.values() for axes in by_axes)
-  assert across['all-reduce'] == pytest.approx(4 * found.parameters / 16, rel=0.5)  # each chip its share; small ones whole
+  share = 4 * found.parameters / 16
+  assert share <= across['all-reduce'] < 4 * share  # each chip its share of the gradients, in float32; those of so small a model are partly whole
 
 
 @needs_compiler
