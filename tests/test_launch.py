@@ -464,7 +464,7 @@ def stands_in(folder: pathlib.Path, text: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_slurm_does_not_repeat_what_has_bad_input_or_was_cancelled(slurm, tmp_path):
-  bad = slurm.submit('bad', PATH=stands_in(tmp_path / 'bad', '((SLURM_PROCID)) && exit 2; sleep 2; exit 1'))  # the others notice, and fail
+  bad = slurm.submit('bad', PATH=stands_in(tmp_path / 'bad', '((SLURM_PROCID)) && exit 2; sleep 5; exit 1'))  # the others notice, and fail
   found = slurm.finish(bad, 60)
   assert (found['JobState'], found['ExitCode'], found['Restarts']) == ('FAILED', '2:0', '0')
 
