@@ -85,6 +85,8 @@ def _watch(child: int) -> int:
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, _: os.kill(child, number))
   code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+  if code == -signal.SIGTERM:  # before JAX listened to it: nothing was done yet that could be lost
+    return 128 + signal.SIGTERM
   if code == -signal.SIGABRT:
     say('mtp_jax: another process of this job has ended or hangs, so this one ended too; run the same command on all of them to resume')
   elif code < 0:
