@@ -19,7 +19,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from mtp_jax import config as schema
-from mtp_jax import processes
 from mtp_jax.config import BadInput, Config
 
 CONFIG = ('config', None, 'the experiment, such as configs/tiny.py; --config.section.field=value changes a field')
@@ -50,6 +49,7 @@ def train(f) -> int:
   first, _, last = f.profile_steps.partition(':')
   if f.profile_steps and not (first.isdigit() and last.isdigit() and 0 < int(first) < int(last)):
     raise BadInput(f'--profile_steps={f.profile_steps}: must be a:b with 0 < a < b, the steps a to b-1')
+  from mtp_jax import processes
   profiled = range(int(first), int(last)) if f.profile_steps else range(0)
   return processes.run(lambda: _exit_code(lambda: _fit(f, config, profiled)), config.train.heartbeat_seconds)
 
@@ -183,8 +183,7 @@ def certify(f) -> int:
   """On a small twin of the config: gradients equal in every way of running, no token leaks, FLOPs as counted. Exit code 1 on any breach."""
   config = _config(f)
   os.environ['JAX_PLATFORMS'] = 'cpu'
-  if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-    os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {os.environ.get("XLA_FLAGS", "")}'
+  _fake_devices(8)
   from mtp_jax import certify as certificate
   findings, verdict = [], {True: 'holds', False: 'BREACH'}
   for finding in certificate.certify(config):
@@ -210,9 +209,7 @@ def plan(f) -> int:
   if f.sweep and len(topologies) > 1:
     raise BadInput(f'--topology={f.topology}: --sweep takes one')
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-  local = max((int(name[4:]) for name in topologies if name.startswith('cpu:') and name[4:].isdigit()), default=0)
-  if local and 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-    os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={local} {os.environ.get("XLA_FLAGS", "")}'
+  _fake_devices(max((int(name[4:]) for name in topologies if name.startswith('cpu:') and name[4:].isdigit()), default=1))
   from mtp_jax import plan as planning
   from mtp_jax.progress import say
   plans = (planning.sweep(config, f.topology, say) if f.sweep else planning.weak_scaling(config, topologies, say) if len(topologies) > 1
@@ -220,19 +217,18 @@ def plan(f) -> int:
   if f.plot:
     planning.plot(plans, f.plot)
   found = [{key: value for key, value in vars(each).items() if key != 'hlo'} for each in plans]
-  lines = _plan_lines(found[0])
+  lines = _plan_lines(found[0], planning.shape(found[0]['mesh']))
   if len(plans) > 1:
     head = ('topology', 'mesh', 'accumulate', 'remat', 'HBM GiB', 'fits', 'step s', 'bound', 'MFU at most')
-    lines = _table(head, [(d['topology'], ' '.join(f'{axis} {size}' for axis, size in d['mesh'].items() if size > 1), d['accumulate'], d['remat'],
+    lines = _table(head, [(d['topology'], planning.shape(d['mesh']), d['accumulate'], d['remat'],
                            f'{d["hbm_bytes"] / 2**30:.2f}', 'yes' if d['fits'] else 'no', f'{d["step_seconds"]:.3f}', d['bound'], f'{d["mfu_bound"]:.1%}')
                           for d in found]) + (['', 'the first of them:', *lines] if f.sweep else [])
   _report(f, {**found[0], 'plans': found} if len(plans) > 1 else found[0], lines)
   return 0 if any(each.fits for each in plans) else 1
 
 
-def _plan_lines(d: dict) -> list[str]:
+def _plan_lines(d: dict, mesh: str) -> list[str]:
   gib = lambda size: f'{size / 2**30:.2f} GiB' if size >= 2**27 else f'{size / 2**20:.2f} MiB'
-  mesh = ' x '.join(f'{axis} {size}' for axis, size in d['mesh'].items() if size > 1) or 'one device'
   seconds = lambda t: f'{t:.3f}' if t >= 0.01 else f'{t:.1e}'
   sent = [(kind, over, gib(size)) for kind, by_axes in d['collective_bytes'].items() for over, size in by_axes.items()]
   return [
@@ -614,6 +610,12 @@ def _load_config(path: str) -> Config:
 
 def _path(f) -> str:
   return config_flags.get_config_filename(f['config'])
+
+
+def _fake_devices(count: int) -> None:
+  """Has JAX, which has not started yet, see so many CPU devices, unless the user has said how many."""
+  if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+    os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={count} {os.environ.get("XLA_FLAGS", "")}'
 
 
 def _need(f, flag: str) -> None:

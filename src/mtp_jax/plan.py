@@ -167,12 +167,12 @@ def plot(plans: list[Plan], path: str) -> None:
 
 
 def sweep(config: Config, topology: str, note: Callable[[str], None]) -> list[Plan]:
-  """Plans of other meshes, then of other rematerialisation on the best of them, then, while nothing fits, of smaller microbatches; the
-  fastest that fits first. `note` hears of each."""
-  found = []
+  """Plans of other meshes, while nothing fits of smaller microbatches, and then of other rematerialisation on the best of them; the fastest that
+  fits first. `note` hears of each."""
+  found, chips = [], devices(topology)
 
   def tried(changed: Config) -> None:
-    what = f'mesh {_shape(dataclasses.asdict(changed.mesh))}, accumulate {changed.train.accumulate}, remat {changed.model.remat}'
+    what = f'mesh {shape(dataclasses.asdict(changed.mesh))}, accumulate {changed.train.accumulate}, remat {changed.model.remat}'
     try:
       each = plan(changed, topology)
     except TooLarge:
@@ -182,13 +182,13 @@ def sweep(config: Config, topology: str, note: Callable[[str], None]) -> list[Pl
     note(f'{what}: {each.hbm_bytes / 2**30:.2f} GiB, {each.step_seconds:.3f} s a step at least, by {each.bound}' + ('' if each.fits else '; does not fit'))
 
   best = lambda: min(found, key=_rank)
-  for mesh in _meshes(config, len(devices(topology)), topology):
+  for mesh in _meshes(config, chips):
     tried(dataclasses.replace(config, mesh=mesh))
   while not any(each.fits for each in found):
     k = 2 * config.train.accumulate
     try:
       config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=k))
-      tried(dataclasses.replace(config, mesh=MeshConfig(**best().mesh)) if found else spread(config, devices(topology), topology))
+      tried(dataclasses.replace(config, mesh=MeshConfig(**best().mesh)) if found else spread(config, chips, topology))
     except BadInput as error:
       raise TooLarge(f'--topology={topology}: no mesh, microbatch or rematerialisation fits ({error}); take more chips') from None
   config = dataclasses.replace(config, mesh=MeshConfig(**best().mesh))
@@ -202,19 +202,21 @@ def _rank(each: Plan) -> tuple:
   return not each.fits, each.step_seconds, each.hbm_bytes
 
 
-def _meshes(config: Config, chips: int, topology: str) -> Iterator[MeshConfig]:
+def _meshes(config: Config, chips: list) -> Iterator[MeshConfig]:
   """Those that the config allows: fsdp over all, or some of it given to data, tensor or context."""
-  slices = _slices(devices(topology))
+  slices = _slices(chips)
   for data, tensor, context in ((1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4)):
-    if chips % (slices * data * tensor * context) == 0:
-      mesh = MeshConfig(data=data * slices, fsdp=chips // (data * slices * tensor * context), tensor=tensor, context=context)
+    fsdp, rest = divmod(len(chips), slices * data * tensor * context)
+    if not rest:
+      mesh = MeshConfig(data=data * slices, fsdp=fsdp, tensor=tensor, context=context)
       try:
         yield dataclasses.replace(config, mesh=mesh).mesh
       except BadInput:
         continue
 
 
-def _shape(mesh: dict[str, int]) -> str:
+def shape(mesh: dict[str, int]) -> str:
+  """'data 2 x fsdp 8': the axes that have more than one device."""
   return ' x '.join(f'{axis} {size}' for axis, size in mesh.items() if size > 1) or 'one device'
 
 
@@ -222,7 +224,11 @@ def arguments(config: Config, mesh) -> tuple:
   """Shapes of what `train.step` takes, on the mesh: state, batch, bytes of each id, weights."""
   on_mesh = lambda shape, dtype, letters: jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec(letters)))
   batch = {name: on_mesh((config.train.batch, config.data.length + config.model.futures), jnp.int32, 'Bt') for name in ('tokens', 'segments', 'positions')}
-  return train.abstract(config, mesh), batch, on_mesh((config.model.vocab,), jnp.int32, 'v'), on_mesh((config.model.futures,), jnp.float32, 'm')
+  state = train.abstract(config, mesh)
+  if config.optimizer.moments == 'host':
+    in_host = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind('pinned_host')) if x.shape else x
+    state = dataclasses.replace(state, optimizer=jax.tree.map(in_host, state.optimizer))
+  return state, batch, on_mesh((config.model.vocab,), jnp.int32, 'v'), on_mesh((config.model.futures,), jnp.float32, 'm')
 
 
 @functools.cache

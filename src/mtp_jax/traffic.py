@@ -149,7 +149,7 @@ class _Module:
       return 2 * _bytes(types[1], True)
     result = each.type
     if each.kind.endswith('-start'):  # (operands, results, contexts), or (to, from, context) of a copy
-      parts = re.findall(r'\w+\[[\d,]*\](?:\{[^}]*\})?', result)
+      parts = _split(result)
       result = parts[0] if each.kind == 'copy-start' else parts[len(types)] if len(parts) > len(types) else result
     return _bytes(result, True) + sum(_bytes(type_, True) for type_ in types)
 
@@ -203,6 +203,7 @@ def _closing(text: str) -> int:
 
 
 def _split(type_: str) -> list[str]:
+  """The arrays of a type."""
   return re.findall(r'\w+\[[\d,]*\](?:\{[^}]*\})?', type_)
 
 

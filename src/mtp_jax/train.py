@@ -52,14 +52,10 @@ def init(config: Config, key) -> State:
 
 
 def abstract(config: Config, mesh) -> State:
-  """The shapes, types and shardings of a state; computes nothing. Call it under `jax.set_mesh(mesh)`."""
+  """The shapes, types and shardings of a state, on the devices; computes nothing. Call it under `jax.set_mesh(mesh)`."""
   shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
   on_mesh = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec if x.shape else jax.P()))
-  state = jax.tree.map(on_mesh, shapes)
-  if config.optimizer.moments == 'device':
-    return state
-  in_host = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind('pinned_host')) if x.shape else x
-  return dataclasses.replace(state, optimizer=jax.tree.map(in_host, state.optimizer))
+  return jax.tree.map(on_mesh, shapes)
 
 
 def gradients(config: Config, model: Model, batch, weight_M, active: tuple[bool, ...], loss=objective.loss):
@@ -426,7 +422,7 @@ def byte_lengths(config: Config, tokens) -> np.ndarray:
 
 def restore(config: Config, workdir, step: int, mesh) -> State:
   """The state of a checkpoint, on the mesh at hand."""
-  like = abstract(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, moments='device')), mesh)
+  like = abstract(config, mesh)
   rest = {'step': like.step, 'skipped': like.skipped, 'skipped_in_a_row': like.skipped_in_a_row, 'optax': like.optimizer}
   loaded = checkpoint.restore(workdir, step, parameters=like.model, optimizer=rest)
   rest = loaded['optimizer']
