@@ -30,6 +30,7 @@ FIELDS = {
 JOB = FIELDS | {'model.kv_heads': 2, 'mesh.fsdp': 4, 'mesh.tensor': 2, 'train.batch': 8, 'train.evaluate_rows': 8, 'train.steps': 12, 'train.checkpoint_every': 3,
                 'train.heartbeat_seconds': 5}
 DEVICES, PATIENCE_SECONDS = 4, 400  # of each of two processes; beyond the 300 seconds that one waits at the start for one that was killed before it came
+ANOTHER_ENDED = 'mtp_jax: .*another process of this job (has|may have) ended.*[:;] run the same command on all of them to resume'
 FAST = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'  # compilation takes most of the time of so small a job
 
 
@@ -59,17 +60,22 @@ def run(arguments: list[str], seconds: float | None = None, programs: pathlib.Pa
   """Runs to the end, or for so long, and then kills it and waits until nothing of it is left. programs: where JAX keeps what it compiled."""
   process = _start(arguments, programs)
   try:
-    process.output, _ = process.communicate(timeout=seconds)
+    _hear(process, seconds)
   except subprocess.TimeoutExpired:
     process.send_signal(signal.SIGKILL)
-    process.output, _ = process.communicate()  # ends when the last worker has closed its end
+    _hear(process)  # ends when the last worker has closed its end
   return process
+
+
+def _hear(process: subprocess.Popen, seconds: float | None = None) -> None:
+  """`output`: what it said until its end, on stdout, where Gloo also writes, from threads of its own and at any time, and then on stderr."""
+  process.output = ''.join(process.communicate(timeout=seconds))
 
 
 def _start(arguments: list[str], programs: pathlib.Path | str, **variables: str) -> subprocess.Popen:
   environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT / 'src'), 'JAX_COMPILATION_CACHE_DIR': str(programs),
                               'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'} | variables
-  return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @contextlib.contextmanager
@@ -104,7 +110,7 @@ def ended(processes: Sequence[subprocess.Popen], seconds: float) -> list[int]:
   """The exit codes, once all have ended, their workers included; `output` is what each has said. Raises TimeoutExpired."""
   until = time.monotonic() + seconds
   for process in processes:
-    process.output, _ = process.communicate(timeout=max(0.01, until - time.monotonic()))
+    _hear(process, max(0.01, until - time.monotonic()))
   return [process.returncode for process in processes]
 
 
@@ -215,7 +221,7 @@ def kill_job(folder: pathlib.Path, kills: int, rng: random.Random, say=print) ->
         codes, done = ended(processes, PATIENCE_SECONDS), done + 1
         survivor = processes[1 - victim]
         last = (survivor.output.splitlines() or [''])[-1]
-        noticed = re.fullmatch('mtp_jax: .*another process of this job (has|may have) ended.*', last) and 'Traceback' not in survivor.output
+        noticed = re.fullmatch(ANOTHER_ENDED, last)  # above it Orbax may have told of its threads
         fine = survivor.returncode == 0 or survivor.returncode == 1 and bool(noticed)  # 0: it had done all
         same &= fine
         say(f'job: {whom} {victim} killed, {done} times; exit codes {codes} after {time.perf_counter() - began:.1f} s; '

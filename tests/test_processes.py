@@ -17,7 +17,7 @@ import jax
 import kills
 import numpy as np
 import pytest
-from kills import JOB, ended, losses
+from kills import ANOTHER_ENDED, JOB, ended, losses
 
 import mtp_jax
 from mtp_jax import checkpoint, metrics, plan, processes, train
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.filterwarnings(r'ignore:the load_module\(\) method is d
 
 HERE = {'JAX_COORDINATOR_ADDRESS': '10.0.0.1:1234', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '1'}
 STEP = {'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'n[1-2]', 'SLURM_NTASKS': '2'}
-ANOTHER_ENDED = 'mtp_jax: .*another process of this job (has|may have) ended.*[:;] run the same command on all of them to resume'
 SECONDS = 60  # within which a job stops: 2 seconds on a machine of one's own, and heartbeat_seconds where a process is dead
 
 

@@ -89,6 +89,8 @@ def _watch(child: int) -> int:
     return 128 + signal.SIGTERM
   if code == -signal.SIGABRT:
     say('mtp_jax: another process of this job has ended or hangs, so this one ended too; run the same command on all of them to resume')
+  elif code == 1:  # what a dead process makes fail in this one is told in many words, by JAX, Gloo and Orbax
+    say('mtp_jax: failed as told above; another process of this job may have ended and be the reason: run the same command on all of them to resume')
   elif code < 0:
     say(f'mtp_jax: ended by signal {-code}' + ('; the kernel sends it when memory runs out' if code == -signal.SIGKILL else ''))
   return 1 if code < 0 else code
@@ -113,7 +115,7 @@ def _work(work: Callable[[], int], where: str, heartbeat_seconds: int) -> int:
     if code in SAVED:
       jax.distributed.shutdown()
   except jax.errors.JaxRuntimeError as error:
-    say(f'mtp_jax: {str(error).splitlines()[0][:300]}; another process of this job may have ended: run the same command on all of them to resume')
+    say(f'mtp_jax: {str(error).splitlines()[0][:300]}')
   except BaseException:
     traceback.print_exc()
   with contextlib.suppress(OSError):
