@@ -111,10 +111,10 @@ while :; do
   wait_until_active
   code=''
   if install; then
+    trap stop INT TERM
     set -m # so that Ctrl-C reaches this script alone
     on all "$follow" &
     set +m
-    trap stop INT TERM
     while kill -0 $! 2>/dev/null; do wait $! || true; done
     trap - INT TERM
     code=$(on all 'echo "exit code $(cat code)"' | sed -n 's/.*exit code \([0-9][0-9]*\).*/\1/p' | sort -n | tail -n 1) || true # the highest

@@ -212,6 +212,7 @@ def plan(f) -> int:
   _fake_devices(max((int(name[4:]) for name in topologies if name.startswith('cpu:') and name[4:].isdigit()), default=1))
   from mtp_jax import plan as planning
   from mtp_jax.progress import say
+  say(f'compiling for {f.topology}; a step of a large model takes a minute or two')
   plans = (planning.sweep(config, f.topology, say) if f.sweep else planning.weak_scaling(config, topologies, say) if len(topologies) > 1
            else [planning.plan(config, f.topology)])
   if f.plot:
