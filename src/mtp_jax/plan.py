@@ -163,6 +163,7 @@ def plot(plans: list[Plan], path: str) -> None:
       if any(seconds):
         axes_.plot(chips, seconds, marker='o', label=kind)
     axes_.set(xscale='log', xlabel='chips', ylabel='seconds a step, at least', xticks=chips, xticklabels=[f'{n:,}' for n in chips], ylim=(0, None))
+    axes_.minorticks_off()
     axes_.legend()
 
 
