@@ -98,6 +98,7 @@ TPU = '''HloModule step, num_partitions=4
 %condition (state.1: (s32[], f32[8,16])) -> pred[] {
   %state.1 = (s32[], f32[8,16]{1,0}) parameter(0)
   %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %first = s32[] constant(0)
   %bound = s32[]{:T(128)} constant(7), metadata={op_name="cond/lt"}
   ROOT %lt = pred[] compare(%i.1, %bound), direction=LT
 }
