@@ -23,10 +23,9 @@ needs_compiler = pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, 
 @pytest.fixture(scope='module', autouse=True)
 def quick_compiler():
   """Optimises less: a sixth of the time, within 3 % of the memory."""
-  before = jax.config.jax_exec_time_optimization_effort
-  jax.config.update('jax_exec_time_optimization_effort', -1.0)
+  jax.config.update('jax_optimization_level', 'O1')
   yield
-  jax.config.update('jax_exec_time_optimization_effort', before)
+  jax.config.update('jax_optimization_level', 'UNKNOWN')
 
 
 def gloeckle(futures: int, kind: str = 'parallel', layers: int = 18, **changes) -> Config:

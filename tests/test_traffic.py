@@ -121,7 +121,7 @@ def test_a_tpus_module_has_bounds_in_conditions_scatters_in_fusions_and_sends_be
 
 def test_a_loop_without_a_bound_is_an_error():
   with pytest.raises(ValueError, match='while.1: how often it runs is not in the compiled module'):
-    traffic.traffic(TPU.replace('constant(7)', 'parameter(1)'), slices=2)
+    traffic.traffic(TPU.replace('s32[] constant(0)\n  %bound', 's32[] parameter(1)\n  %bound').replace('constant(7)', 'parameter(2)'), slices=2)
 
 
 def test_a_group_that_is_written_in_another_way_is_an_error_rather_than_nothing():
