@@ -67,7 +67,7 @@ def test_a_config_of_one_device_is_spread_over_the_chips_slices_on_the_data_axis
 
 
 def test_links_of_all_dimensions_that_a_group_covers_carry_it_and_a_line_has_half_of_a_rings():
-  """64 chips on a torus of 4 x 4 x 4, each link 1 byte/s a dimension; then on 2 x 2 x 16, where 16 alone closes to a ring."""
+  """64 chips on a torus of 4 x 4 x 4, each link 1 byte/s a dimension; on 2 x 4 x 8, no ring closes; in two dimensions each does by itself."""
   chip = Chip(1, 1, 1, 1.0, 0.5, 4)
 
   @dataclasses.dataclass(frozen=True)
@@ -79,11 +79,13 @@ def test_links_of_all_dimensions_that_a_group_covers_carry_it_and_a_line_has_hal
     def __init__(self, *sizes, slices=1):
       self.devices = np.array([At((x, y, z), s) for s in range(slices) for x in range(sizes[0]) for y in range(sizes[1]) for z in range(sizes[2])])
 
-  seconds = lambda torus, group: plan._seconds(Collective('all-gather', group, 12.0), torus, chip)
+  seconds = lambda torus, group, kind='all-gather': plan._seconds(Collective(kind, group, 12.0), torus, chip)
   assert seconds(Torus(4, 4, 4), tuple(range(64))) == (12 / 3, 0)
   assert seconds(Torus(4, 4, 4), (0, 1, 2, 3)) == (12, 0)
   assert seconds(Torus(4, 4, 4), (0, 1, 4, 5)) == (12 / 2, 0)
-  assert seconds(Torus(2, 2, 16), tuple(range(64))) == (12 / (0.5 + 0.5 + 1), 0)
+  assert seconds(Torus(4, 4, 4), (0, 63), 'collective-permute') == (12, 0)
+  assert seconds(Torus(2, 4, 8), tuple(range(64))) == (12 / 1.5, 0)
+  assert seconds(Torus(2, 8, 1), tuple(range(16))) == (12 / (0.5 + 1), 0)
   assert seconds(Torus(2, 2, 2, slices=2), (0, 8)) == (0, 12 / 0.5)
 
 
@@ -194,6 +196,7 @@ def test_moments_that_rest_in_the_host_leave_the_chip():
   moments = 2 * 4 * held.parameters / 4
   assert moments <= resting.host_bytes < 1.25 * moments  # tiles of 128 are filled up
   assert moments <= held.argument_bytes - resting.argument_bytes < 1.25 * moments
+  assert resting.hbm_bytes < held.hbm_bytes - 0.7 * moments  # while they are updated, too: a parameter's at a time
 
 
 @needs_compiler

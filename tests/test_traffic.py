@@ -127,3 +127,54 @@ def test_a_loop_without_a_bound_is_an_error():
 def test_a_group_that_is_written_in_another_way_is_an_error_rather_than_nothing():
   with pytest.raises(ValueError, match='a collective whose devices are written in an unknown way: .*replica_groups=all'):
     traffic.traffic(TPU.replace('replica_groups={{0,1,2,3}}', 'replica_groups=all'), slices=2)
+
+
+CHAIN = """HloModule step, num_partitions=4
+
+%start (shard: bf16[2,8]) -> (bf16[2,8], bf16[8,8], u32[]) {
+  %shard = bf16[2,8]{1,0} parameter(0)
+  %all-gather.1 = bf16[8,8]{1,0} all-gather(%shard), channel_id=5, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %begun = (bf16[2,8]{1,0}, bf16[8,8]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (shard.1: bf16[2,8], whole.1: bf16[8,8], x: f32[4]) -> (f32[4], bf16[2,8], bf16[8,8], bf16[8,8]) {
+  %shard.1 = bf16[2,8]{1,0} parameter(0)
+  %whole.1 = bf16[8,8]{1,0} parameter(1)
+  %x = f32[4]{0} parameter(2)
+  %y = f32[4]{0} negate(%x)
+  %all-gather.2 = bf16[8,8]{1,0} all-gather(%shard.1), channel_id=5, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %both = (f32[4]{0}, bf16[2,8]{1,0}, bf16[8,8]{1,0}, bf16[8,8]{1,0}) tuple(%y, %shard.1, %whole.1, %all-gather.2)
+}
+
+%done (shard.2: bf16[2,8], whole.2: bf16[8,8]) -> bf16[8,8] {
+  %shard.2 = bf16[2,8]{1,0} parameter(0)
+  %whole.2 = bf16[8,8]{1,0} parameter(1)
+  %all-gather.3 = bf16[8,8]{1,0} all-gather(%shard.2), channel_id=5, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %ended = bf16[8,8]{1,0} custom-call(%shard.2, %whole.2, %all-gather.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (mine: bf16[2,8], v: f32[4]) -> bf16[8,8] {
+  %mine = bf16[2,8]{1,0} parameter(0)
+  %v = f32[4]{0} parameter(1)
+  %a = (bf16[2,8]{1,0}, bf16[8,8]{1,0}, u32[]{:S(2)}) fusion(%mine), kind=kCustom, calls=%start
+  %a0 = bf16[2,8]{1,0} get-tuple-element(%a), index=0
+  %a1 = bf16[8,8]{1,0} get-tuple-element(%a), index=1
+  %b = (f32[4]{0}, bf16[2,8]{1,0}, bf16[8,8]{1,0}, bf16[8,8]{1,0}) fusion(%a0, %a1, %v), kind=kOutput, calls=%beside
+  %b1 = bf16[2,8]{1,0} get-tuple-element(%b), index=1
+  %b3 = bf16[8,8]{1,0} get-tuple-element(%b), index=3
+  ROOT %all = bf16[8,8]{1,0} fusion(%b1, %b3), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_a_gather_that_runs_beside_computations_counts_once_where_it_starts():
+  """A shard of 32 bytes to three others; of memory the shard and the whole, and what the computation beside it reads and writes."""
+  found = traffic.traffic(CHAIN)
+  assert found.collectives == (traffic.Collective('all-gather', (0, 1, 2, 3), 96.0),)
+  assert found.memory_bytes == 32 + 128 + 16 + 16
+  assert traffic.traffic(CHAIN.replace('{{0,1,2,3}}', '{}')) == found  # no groups: all
+
+
+def test_a_collective_that_is_not_known_is_an_error():
+  with pytest.raises(ValueError, match='all-gather.9: what a ragged-all-to-all sends is not known'):
+    traffic.traffic(TPU.replace('%i = s32[] get', '%all-gather.9 = f32[8]{0} ragged-all-to-all(%state), x=1\n  %i = s32[] get'), slices=2)

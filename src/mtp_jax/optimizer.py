@@ -5,6 +5,7 @@
 A parameter's name chooses its group: two letters or more (a matrix, however many axes are stacked before it) decay, vectors do not.
 """
 import jax
+import jax.numpy as jnp
 import optax
 
 from mtp_jax.config import OptimizerConfig
@@ -16,18 +17,9 @@ def groups(model):
   return jax.tree_util.tree_map_with_path(lambda path, _: 'decayed' if len(letters(path)) > 1 else 'plain', model)
 
 
-def to_device(c: OptimizerConfig, state):
-  """The optimizer's state where a step computes."""
-  return _moved(c, state, jax.memory.Space.Device)
-
-
 def to_rest(c: OptimizerConfig, state):
   """The optimizer's state where it stays between steps: on the device, or, with config.optimizer.moments='host', in its host's memory."""
-  return _moved(c, state, jax.memory.Space.Host)
-
-
-def _moved(c: OptimizerConfig, state, space):
-  return state if c.moments == 'device' else jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
+  return state if c.moments == 'device' else jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x, state)
 
 
 def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -44,8 +36,37 @@ def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make(c: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  return optax.chain(
-      optax.clip_by_global_norm(c.clip),
-      optax.scale_by_adam(c.b1, c.b2, c.epsilon),
-      optax.add_decayed_weights(c.weight_decay, mask=lambda model: jax.tree.map(lambda group: group == 'decayed', groups(model))),
-      optax.scale_by_learning_rate(schedule(c, steps)))
+  return optax.chain(*_transforms(c, steps))
+
+
+def _transforms(c: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, ...]:
+  return (optax.clip_by_global_norm(c.clip),
+          optax.scale_by_adam(c.b1, c.b2, c.epsilon),
+          optax.add_decayed_weights(c.weight_decay, mask=lambda model: jax.tree.map(lambda group: group == 'decayed', groups(model))),
+          optax.scale_by_learning_rate(schedule(c, steps)))
+
+
+def update(c: OptimizerConfig, steps: int, grads, state, model, ok):
+  """(updates, next state) of `make`; where not `ok` the state stays what it was.
+
+  Moments that rest in the host come to the device a parameter at a time: a barrier lets none in before those ahead of it have left.
+  """
+  keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
+  if c.moments == 'device':
+    updates, following = make(c, steps).update(grads, state, model)
+    return updates, keep(following, state)
+  (clip, *rest), (first, adam, *others) = _transforms(c, steps), state
+  rest, (clipped, first) = optax.chain(*rest), clip.update(grads, first)
+  structure, found, left = jax.tree.structure(model), [], ()
+  for i in range(structure.num_leaves):
+    g, m, v, p = (structure.unflatten([x if j == i else None for j, x in enumerate(jax.tree.leaves(tree))]) for tree in (clipped, adam.mu, adam.nu, model))
+    (m, v), left = jax.lax.optimization_barrier(((m, v), left))
+    if i:
+      found[-1][1:3] = left
+    held = adam._replace(**jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if x.ndim else x, {'mu': m, 'nu': v}))
+    updates, following = rest.update(g, (held, *others), p)
+    following = keep(following, (held, *others))
+    left = to_rest(c, [jax.tree.leaves(following[0].mu), jax.tree.leaves(following[0].nu)])
+    found.append([jax.tree.leaves(updates), *left])
+  updates, mu, nu = (structure.unflatten([leaf for leaf, in column]) for column in zip(*found))
+  return updates, (first, following[0]._replace(mu=mu, nu=nu), *following[1:])

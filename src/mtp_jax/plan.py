@@ -96,7 +96,8 @@ def plan(config: Config, topology: str) -> Plan:
                      'or take more chips') from None
   compile_seconds, memory, hlo = time.perf_counter() - started, compiled.memory_analysis(), compiled.as_text()
   output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  peak = memory.peak_memory_in_bytes if chips[0].platform == 'tpu' else memory.argument_size_in_bytes + memory.temp_size_in_bytes + output
+  host = memory.host_argument_size_in_bytes + memory.host_output_size_in_bytes - memory.host_alias_size_in_bytes  # XLA's peak has it as well
+  peak = memory.peak_memory_in_bytes - host if chips[0].platform == 'tpu' else memory.argument_size_in_bytes + memory.temp_size_in_bytes + output
   moved, chip = traffic(hlo, _slices(chips)), chip_of(chips)
   counted, model_flops = train.counted_flops_per_token(config), metrics.flops_per_token(state.model, config.data.length)['total']
   tokens = config.train.batch * config.data.length
@@ -112,7 +113,7 @@ def plan(config: Config, topology: str) -> Plan:
   whole = config.train.steps * seconds[bound]
   return Plan(
       topology, dict(mesh.shape), config.train.accumulate, config.model.remat, mesh.size, metrics.parameters(state.model)['total'],
-      peak, chip.hbm_bytes, peak <= chip.hbm_bytes, memory.argument_size_in_bytes, memory.temp_size_in_bytes, output, memory.host_argument_size_in_bytes,
+      peak, chip.hbm_bytes, peak <= chip.hbm_bytes, memory.argument_size_in_bytes, memory.temp_size_in_bytes, output, host,
       counted, model_flops, moved.memory_bytes, by_kind, seconds, bound, seconds[bound], tokens / seconds[bound],
       model_flops * tokens / mesh.size / chip.flops / seconds[bound], whole / 86400, config.train.steps * tokens, whole * mesh.size / 3600,
       compile_seconds, hlo)
@@ -268,15 +269,19 @@ def _slices(chips: list) -> int:
 
 def _seconds(collective, mesh, chip: Chip) -> tuple[float, float]:
   """(on the links of a slice, on the network between slices) for what each chip sends. A group that covers several dimensions of the torus
-  uses the links of all; a dimension that does not close to a ring has half of them."""
+  uses the links of all, a permutation those of one; a dimension that does not close to a ring has half of them, and three close together or not at all."""
   members = [mesh.devices.flat[place] for place in collective.group]
   if _slices(members) > 1:
     return 0.0, collective.sent_bytes / chip.network_bandwidth
   if not hasattr(members[0], 'coords'):
     return collective.sent_bytes / chip.link_bandwidth, 0.0
   sizes = np.array([member.coords for member in mesh.devices.flat]).max(0) + 1
-  covered = [size for size, places in zip(sizes, np.array([member.coords for member in members]).T) if len(set(places.tolist())) > 1]
-  return collective.sent_bytes / sum(chip.link_bandwidth * (1 if size % chip.ring == 0 else 0.5) for size in covered), 0.0
+  closed = sizes % chip.ring == 0
+  if sizes[2] > 1 and not closed.all():
+    closed[:] = False
+  covered = [len(set(places.tolist())) > 1 for places in np.array([member.coords for member in members]).T]
+  shares = np.where(closed, 1, 0.5)[covered]
+  return collective.sent_bytes / chip.link_bandwidth / (shares.max() if collective.kind == 'collective-permute' else shares.sum()), 0.0
 
 
 def _first_line(error: Exception) -> str:

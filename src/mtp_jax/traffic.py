@@ -6,11 +6,12 @@ own memory (VMEM, S(1) in a layout) does not count.
 
 A collective counts what a chip sends, in a ring of n: all-gather (n-1) x its shard, reduce-scatter and all-to-all (n-1)/n x its input,
 all-reduce twice that, collective-permute its input. Between slices a TPU sends by way of its host, in a `send` that tells what it is part of.
+A collective that runs beside computations stands in several fusions, a chain, and counts where that starts.
 """
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -19,6 +20,8 @@ SIZES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 
 SENT = {'all-gather': lambda size, n: size * (n - 1), 'reduce-scatter': lambda size, n: size * (n - 1) / n,
         'all-to-all': lambda size, n: size * (n - 1) / n, 'all-reduce': lambda size, n: 2 * size * (n - 1) / n,
         'collective-permute': lambda size, n: size}
+REFUSED = {'ragged-all-to-all', 'collective-broadcast'}
+CHAIN = 'chain_id='
 FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'replica-id', 'while', 'conditional', 'call'}
 
 
@@ -67,7 +70,8 @@ class _Module:
   def __init__(self, hlo: str, slices: int):
     self.computations, self.entry, lines = {}, '', None
     partitions = re.search(r'num_partitions=(\d+)', hlo)
-    self.across = tuple(s * int(partitions.group(1)) for s in range(slices)) if slices > 1 else ()
+    self.partitions = int(partitions.group(1)) if partitions else 1
+    self.across = tuple(s * self.partitions for s in range(slices)) if slices > 1 else ()
     for line in hlo.splitlines():
       header = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{$', line)
       if header:
@@ -103,11 +107,14 @@ class _Module:
         add(self.run(each.called('to_apply' if 'to_apply=' in each.rest else 'calls')))
       elif kind in SENT:
         add(self._collective(kind, each, lines))
+      elif kind in REFUSED:
+        raise ValueError(f'{each.name}: what a {kind} sends is not known')
       elif kind == 'send' and (found := re.search('_xla_megascale_transfer_type="([A-Z_]+)"', each.rest)):
         kind = found.group(1).lower().replace('_', '-')
         add((0.0, {(kind, self.across): SENT.get(kind, SENT['collective-permute'])(_bytes(lines[each.operands[0]].type), len(self.across))}))
-      elif kind == 'fusion' and (inner := self._reduce_scatter(each)):
-        add(inner)
+      elif kind == 'fusion':
+        for inner in self._fused(self.computations[each.called('calls')]):
+          add(inner)
       if kind not in FREE and kind != 'async' and not kind.endswith('-done'):
         add((self._moved(each, lines), {}))
     self.done[name] = memory, sent
@@ -125,18 +132,18 @@ class _Module:
     return max(bounds)
 
   def _collective(self, kind: str, each: _Instruction, lines) -> tuple[float, dict]:
-    group = _group(each.rest)
+    group = tuple(range(self.partitions)) if 'replica_groups={}' in each.rest else _group(each.rest)
     size = sum(_bytes(lines[name].type) for name in each.operands if name in lines)
     return 0.0, {(kind, group): SENT[kind](size, len(group))} if len(group) > 1 else {}
 
-  def _reduce_scatter(self, each: _Instruction):
-    """A TPU's reduce-scatter is a fusion of an all-reduce and the slice that a chip keeps of it."""
-    inner = self.computations[each.called('calls')]
-    reduce = [line for line in inner.values() if line.kind == 'all-reduce']
-    if not reduce:
-      return None
-    kind = 'reduce-scatter' if any(line.kind == 'dynamic-slice' for line in inner.values()) else 'all-reduce'
-    return self._collective(kind, reduce[0], inner)
+  def _fused(self, inner) -> Iterator[tuple[float, dict]]:
+    """The collectives of a fusion. A TPU's reduce-scatter is an all-reduce and the slice that a chip keeps of it."""
+    starts = any('"AsyncCollectiveStart"' in line.rest for line in inner.values())
+    for line in inner.values():
+      kind = line.kind.removesuffix('-start')
+      if kind in SENT and (starts or CHAIN not in line.rest):
+        sliced = kind == 'all-reduce' and any(user.kind == 'dynamic-slice' and user.operands[0] == line.name for user in inner.values())
+        yield self._collective('reduce-scatter' if sliced else kind, line, inner)
 
   def _moved(self, each: _Instruction, lines) -> float:
     """Bytes that one instruction reads from memory and writes to it."""
@@ -154,7 +161,7 @@ class _Module:
     return _bytes(result, True) + sum(_bytes(type_, True) for type_ in types)
 
   def _fusion(self, inner, types: list[str], result: str) -> float:
-    users = {}
+    users, chained = {}, any(CHAIN in line.rest for line in inner.values())  # its buffers are passed on, and written once, where it starts
     for line in inner.values():
       for name in line.operands:
         users.setdefault(name, []).append(line)
@@ -164,6 +171,8 @@ class _Module:
 
     def read(use, name) -> float:  # of what a fusion takes in, by one use of it
       first = use.operands[0] == name
+      if chained and (use.kind in SENT or use.kind in ('tuple', 'custom-call')):
+        return 0.0
       return (_bytes(use.type) if use.kind in ('dynamic-slice', 'slice', 'gather') and first else
               0.0 if use.kind == 'dynamic-update-slice' and first else math.inf)
 
@@ -173,11 +182,14 @@ class _Module:
     def written(line):
       if line.kind == 'bitcast':
         return written(inner[line.operands[0]])
+      if chained and (line.kind in SENT or line.kind == 'parameter' or '"AsyncCollectiveDone"' in line.rest):
+        return 0.0
       return _bytes(inner[line.operands[1]].type) if line.kind == 'dynamic-update-slice' else None
 
     root = next(line for line in inner.values() if line.root)
-    results = [inner[name] for name in root.operands] if root.kind == 'tuple' else [root]
-    for line, type_ in zip(results, _split(result)):
+    parts = _split(result)
+    results = [inner[name] for name in root.operands] if root.kind == 'tuple' else [root] * len(parts)
+    for line, type_ in zip(results, parts):
       part = written(line)
       total += min(part, _bytes(type_, True)) if part is not None else _bytes(type_, True)
     return total

@@ -103,15 +103,12 @@ def step(config: Config, state: State, batch, byte_length_V, weight_M, active: t
   """
   loss, sums, grads = gradients(config, state.model, batch, weight_M, active, loss)
   with jax.named_scope('update'):
-    transform = optimizer.make(config.optimizer, config.train.steps)
-    held = optimizer.to_device(config.optimizer, state.optimizer)
-    updates, moments = transform.update(grads, held, state.model)
     norm = optax.tree.norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(norm)
-    keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
+    updates, moments = optimizer.update(config.optimizer, config.train.steps, grads, state.optimizer, state.model, ok)
+    model = jax.tree.map(lambda new, old: jnp.where(ok, new, old), optax.apply_updates(state.model, updates), state.model)
     bad = (~ok).astype(jnp.int32)
-    following = State(state.step + 1, state.skipped + bad, (state.skipped_in_a_row + 1) * bad,
-                      keep(optax.apply_updates(state.model, updates), state.model), optimizer.to_rest(config.optimizer, keep(moments, held)))
+    following = State(state.step + 1, state.skipped + bad, (state.skipped_in_a_row + 1) * bad, model, moments)
   return following, {
       'loss': loss,
       'nats': sums.nats_M / sums.count_M,
