@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from mtp_jax import metrics, objective
+from mtp_jax import layers, metrics, objective
 from mtp_jax.config import MeshConfig, ModelConfig, ObjectiveConfig
 from mtp_jax.model import Model
-from mtp_jax.sharding import make_mesh, shardings
+from mtp_jax.sharding import make_mesh, place, shardings, spec
 
 LENGTH = 16
 
@@ -51,6 +51,24 @@ def test_matrix_products_are_counted_as_often_as_they_run():
   arguments = shape(2, 3), shape(7, 3, 3), shape(4, 2, 5), shape(4, 5, 3)
   wanted = 2 * (7 * (2 * 3 * 3 + 2 * 3 * 2) + 4 * 2 * 5 * 3)
   assert metrics.matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr) == unrolled_flops(function, *arguments) == wanted
+
+
+@pytest.mark.parametrize('sizes, length', [({'fsdp': 2, 'tensor': 2}, 1024), ({'context': 2, 'fsdp': 2}, 4096)], ids=str)
+def test_of_a_tpus_attention_the_tiles_that_causality_leaves_are_counted(sizes, length):
+  """Of each two in the forward pass, seven in the backward pass, which makes scores and their gradients once for queries and once for keys."""
+  tile, (B, H, K) = 512, (4, 4, 64)
+
+  def attention(q, g, segments_BL):
+    k, o_of = place(q, 'BSGK'), layers.Documents(None, segments_BL)
+    return jax.vjp(lambda q, k: layers._splash(q, k, k, o_of, interpret=True), q, k)[1](g)
+
+  shape = lambda letters, *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype, sharding=jax.NamedSharding(mesh, spec(letters)))
+  mesh = make_mesh(MeshConfig(**sizes))
+  with jax.set_mesh(mesh):
+    x = shape('BLHK', B, length, H, K)
+    found = metrics.matmul_flops(jax.make_jaxpr(attention)(x, x, shape('BL', B, length, dtype=jnp.int32)).jaxpr)
+  tiles = sum(keys <= queries for queries in range(length // tile) for keys in range(length // tile))
+  assert found == B * H * tiles * (2 + 3 + 4) * 2 * tile * tile * K
 
 
 def loss_of(c: ModelConfig):

@@ -72,17 +72,25 @@ def _forward_flops(model, length: int, part: str, times: int) -> int:
 
 
 def matmul_flops(jaxpr) -> int:
-  """2 x the multiply-adds of every matrix product in a jaxpr, those in a loop times its length. Sees into every inner jaxpr."""
+  """2 x the multiply-adds of every matrix product in a jaxpr, those in a loop times its length, those of a device times the devices of its mesh.
+  Sees into every inner jaxpr, and into the TPU's kernels of attention."""
   total = 0
   for equation in jaxpr.eqns:
     if equation.primitive.name == 'dot_general':
       ((contracted, _), _), left = equation.params['dimension_numbers'], equation.invars[0].aval
       total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left.shape[i] for i in contracted)
-    times = equation.params['length'] if equation.primitive.name == 'scan' else 1
+    times = {'scan': lambda p: p['length'], 'shard_map': lambda p: p['mesh'].size, 'pallas_call': _tiles}.get(equation.primitive.name, lambda p: 1)(equation.params)
     for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')):
       inner = getattr(value, 'jaxpr', value)
       total += times * matmul_flops(inner) if hasattr(inner, 'eqns') else 0
   return total
+
+
+def _tiles(kernel: dict) -> int:
+  """How many tiles a kernel of causal attention multiplies: its grid goes over rows, heads, tiles of queries and tiles of keys, of which half are hidden."""
+  grid = kernel['grid_mapping'].grid
+  keys = grid[1] if '_dkv_' in kernel['name'] else grid[-1]
+  return math.prod(grid) * (keys + 1) // (2 * keys)
 
 
 def parameters_sha256(model) -> str:

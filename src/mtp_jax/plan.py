@@ -37,7 +37,8 @@ class Plan:
   hbm_bytes: at the step's peak, in all, of which argument_bytes are the state and a batch; on a CPU, where XLA does not tell a peak, the sum of
   all. output_bytes: of results that do not take an argument's place. host_bytes: in the memory of the host. temporary_bytes: XLA's sum of
   temporaries, which are not all alive at once.
-  flops_per_token: what is really multiplied, recomputation included; model_flops_per_token: the analytic count, without.
+  flops_per_token: what is really multiplied, recomputation included and, on a TPU, without the tiles of attention that causality hides;
+  model_flops_per_token: the analytic count, in which nothing runs twice and attention counts the whole length.
   collective_bytes: sent in a step, by kind and by the mesh axes ('fsdp', 'data+fsdp') over which it goes.
   seconds: by what takes them, 'compute', 'memory', 'links', 'network'; bound: the longest of them, step_seconds.
   mfu_bound: model FLOPs in that time, over the peak. hlo: the compiled module as text.
@@ -99,8 +100,8 @@ def plan(config: Config, topology: str) -> Plan:
   host = memory.host_argument_size_in_bytes + memory.host_output_size_in_bytes - memory.host_alias_size_in_bytes  # XLA's peak has it as well
   peak = memory.peak_memory_in_bytes - host if chips[0].platform == 'tpu' else memory.argument_size_in_bytes + memory.temp_size_in_bytes + output
   moved, chip = traffic(hlo, _slices(chips)), chip_of(chips)
-  counted, model_flops = train.counted_flops_per_token(config), metrics.flops_per_token(state.model, config.data.length)['total']
   tokens = config.train.batch * config.data.length
+  counted, model_flops = metrics.matmul_flops(traced.jaxpr) / tokens, metrics.flops_per_token(state.model, config.data.length)['total']
   by_kind, links, network = {}, 0.0, 0.0
   for each in moved.collectives:
     by_axes = by_kind.setdefault(each.kind, {})
