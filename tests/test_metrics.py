@@ -55,7 +55,8 @@ def test_matrix_products_are_counted_as_often_as_they_run():
 
 @pytest.mark.parametrize('sizes, length', [({'fsdp': 2, 'tensor': 2}, 1024), ({'context': 2, 'fsdp': 2}, 4096)], ids=str)
 def test_of_a_tpus_attention_the_tiles_that_causality_leaves_are_counted(sizes, length):
-  """Of each two in the forward pass, seven in the backward pass, which makes scores and their gradients once for queries and once for keys."""
+  """Of each two in the forward pass, seven in the backward pass, which makes scores and their gradients once for queries and once for keys;
+  and once sum(o * do)."""
   tile, (B, H, K) = 512, (4, 4, 64)
 
   def attention(q, g, segments_BL):
@@ -68,7 +69,7 @@ def test_of_a_tpus_attention_the_tiles_that_causality_leaves_are_counted(sizes, 
     x = shape('BLHK', B, length, H, K)
     found = metrics.matmul_flops(jax.make_jaxpr(attention)(x, x, shape('BL', B, length, dtype=jnp.int32)).jaxpr)
   tiles = sum(keys <= queries for queries in range(length // tile) for keys in range(length // tile))
-  assert found == B * H * tiles * (2 + 3 + 4) * 2 * tile * tile * K
+  assert found == B * H * 2 * K * (tiles * (2 + 3 + 4) * tile * tile + length)
 
 
 def loss_of(c: ModelConfig):

@@ -153,6 +153,12 @@ def test_a_sweep_ranks_what_fits_and_says_when_nothing_does(monkeypatch, tmp_pat
   assert [each.fits for each in ranked] == sorted((each.fits for each in ranked), reverse=True)
   fitting = [each.step_seconds for each in ranked if each.fits]
   assert fitting == sorted(fitting)
+  none = small(model=dataclasses.replace(small().model, remat='none'))
+  ranked = plan.sweep(none, 'cpu:8', lines.append)  # recomputation goes before smaller microbatches
+  assert ranked[0].remat == 'attention' and {each.accumulate for each in ranked} == {1}
+  with pytest.raises(BadInput, match='^config.train.batch=1: .*microbatch') as error:
+    plan.sweep(small(train=TrainConfig(batch=1, evaluate_rows=1)), 'cpu:8', lines.append)
+  assert not isinstance(error.value, plan.TooLarge)
   capacity, lines[:] = 40, []
   ranked = plan.sweep(small(), 'cpu:8', lines.append)  # 64 in one go, 32 in two
   assert ranked[0].accumulate == 2 and ranked[0].fits and any('does not fit' in line for line in lines)

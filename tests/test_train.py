@@ -281,10 +281,10 @@ def test_a_failed_save_ends_the_run_with_an_error_and_older_checkpoints_stay(fol
   mtp_jax.load(tmp_path, 2)
 
 
-@pytest.mark.parametrize('where', ['the data', 'the device'])
-def test_a_step_that_hangs_ends_the_process_with_every_stack(tmp_path, where):
-  """The third batch, or the third step's figures, never come."""
-  config = experiment(tmp_path, train={'hang_seconds': 5.0, 'steps': 9, 'evaluate_every': 0})
+@pytest.mark.parametrize('where, checkpoint_every', [('the data', 100), ('the device', 100), ('the device', 1)])
+def test_a_step_that_hangs_ends_the_process_with_every_stack(tmp_path, where, checkpoint_every):
+  """The third batch, or the third step's figures, never come, whatever waits for them."""
+  config = experiment(tmp_path, train={'hang_seconds': 5.0, 'steps': 9, 'evaluate_every': 0, 'checkpoint_every': checkpoint_every})
   code = f'''
 import time
 from mtp_jax import train

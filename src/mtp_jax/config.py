@@ -204,7 +204,7 @@ class TrainConfig:
   checkpoint_every: int = _field(200, 'steps between checkpoints; one is also saved at the end')
   checkpoints_kept: int = _field(3, 'newest checkpoints kept')
   skipped_allowed: int = _field(10, 'non-finite steps in a row after which the run stops')
-  hang_seconds: float = _field(0.0, 'a step longer than this ends the process with exit code 1 and the stacks of all threads; 0: never')
+  hang_seconds: float = _field(1800.0, 'a step longer than this ends the process with exit code 1 and the stacks of all threads; 0: never')
   heartbeat_seconds: int = _field(10, 'a process of the job without a sign of life for so long is taken for dead, and all end')
   tensorboard: bool = _field(True, 'write TensorBoard event files beside the log')
 

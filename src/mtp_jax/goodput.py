@@ -3,8 +3,8 @@
     workdir/events.jsonl   one line an event: {'time': seconds since 1970, when it began, 'kind', 'seconds', 'step'}
 
 A run begins with the event `start`; `step` and `data_wait` events stand for all steps since the last record. A run that was killed and began again
-lost the steps after its checkpoint: their time is moved to `lost`. `down` is the time between runs; `other` what no event covers.
-Goodput is the share of `step`. Nothing here needs JAX, or a cloud.
+lost the steps after its checkpoint: their time is moved to `lost`. `down` is the time between runs, and that of the steps since the last record
+of a run that was killed, of which nothing is known; `other` what no event covers. Goodput is the share of `step`. Nothing here needs JAX, or a cloud.
 """
 import contextlib
 import json

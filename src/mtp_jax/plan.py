@@ -170,8 +170,13 @@ def plot(plans: list[Plan], path: str) -> None:
 
 
 def sweep(config: Config, topology: str, note: Callable[[str], None]) -> list[Plan]:
-  """Plans of other meshes, while nothing fits of smaller microbatches, and then of other rematerialisation on the best of them; the fastest that
-  fits first. `note` hears of each."""
+  """Plans of other meshes, while nothing fits with every block recomputed and then of smaller microbatches, and at last of other rematerialisation
+  on the best of them; the fastest that fits first. `note` hears of each.
+
+  Raises:
+    BadInput: the batch is too small for the chips.
+    TooLarge: nothing fits.
+  """
   found, chips = [], devices(topology)
 
   def tried(changed: Config) -> None:
@@ -184,10 +189,13 @@ def sweep(config: Config, topology: str, note: Callable[[str], None]) -> list[Pl
     found.append(each)
     note(f'{what}: {each.hbm_bytes / 2**30:.2f} GiB, {each.step_seconds:.3f} s a step at least, by {each.bound}' + ('' if each.fits else '; does not fit'))
 
-  best = lambda: min(found, key=_rank)
-  for mesh in _meshes(config, chips):
-    tried(dataclasses.replace(config, mesh=mesh))
-  while not any(each.fits for each in found):
+  best, fits = lambda: min(found, key=_rank), lambda: any(each.fits for each in found)
+  recomputed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat='full'))
+  meshes = list(_meshes(config, chips)) or [spread(config, chips, topology).mesh]
+  for config in dict.fromkeys((config, recomputed)):
+    for mesh in meshes if not fits() else ():
+      tried(dataclasses.replace(config, mesh=mesh))
+  while not fits():
     k = 2 * config.train.accumulate
     try:
       config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=k))
@@ -196,7 +204,7 @@ def sweep(config: Config, topology: str, note: Callable[[str], None]) -> list[Pl
       raise TooLarge(f'--topology={topology}: no mesh, microbatch or rematerialisation fits ({error}); take more chips') from None
   config = dataclasses.replace(config, mesh=MeshConfig(**best().mesh))
   for remat in ('full', 'attention', 'attention,qkv', 'dots', 'none'):
-    if remat != config.model.remat:
+    if remat not in {each.remat for each in found}:
       tried(dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat)))
   return sorted(found, key=_rank)
 

@@ -82,8 +82,12 @@ def run(work: Callable[[], int], heartbeat_seconds: int) -> int:
 
 
 def _watch(child: int) -> int:
+  def pass_on(number, _):
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+      os.kill(child, number)
+
   for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda number, _: os.kill(child, number))
+    signal.signal(number, pass_on)
   code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
   if code == -signal.SIGTERM:  # before JAX listened to it: nothing was done yet that could be lost
     return 128 + signal.SIGTERM

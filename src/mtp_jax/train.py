@@ -241,7 +241,8 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=say) -> O
       while run.step < config.train.steps and not stopping:
         run.profile(profile_steps)
         run.advance()
-        stopping = processes.stops(heard, run.step)
+        with watched(config.train.hang_seconds):
+          stopping = processes.stops(heard, run.step)
         if stopping or run.step == config.train.steps or run.step % config.train.checkpoint_every == 0:
           run.save()
         if run.evaluates(run.step) and not stopping:
@@ -321,8 +322,7 @@ class _Run:
     with self.speed.paused('compile', self.step) if compiles else watched(limit):
       self.state, found = self.compiled(self.state, batch, self.byte_length_V, self.step / self.config.train.steps)
     self.step += 1
-    with watched(limit):
-      self._record_last()
+    self._record_last()
     self.unrecorded = self.step, found, batch, self.flops, self.batches.quarantined
 
   def _enters_stage(self) -> bool:
@@ -338,9 +338,12 @@ class _Run:
     return changed
 
   def _record_last(self) -> None:
-    if self.unrecorded is None:
-      return
-    (step, found, batch, flops, quarantined), self.unrecorded = self.unrecorded, None
+    last, self.unrecorded = self.unrecorded, None
+    if last is not None:
+      with watched(self.config.train.hang_seconds):
+        self._record(*last)
+
+  def _record(self, step: int, found, batch, flops: float, quarantined: int) -> None:
     self.speed.flops += flops
     t, found = self.config.train, jax.tree.map(lambda x: x.tolist(), jax.device_get(found))
     bad = found['skipped_in_a_row']
