@@ -238,7 +238,8 @@ def _plan_lines(d: dict, mesh: str) -> list[str]:
       f'memory of a chip, at the peak: {gib(d["hbm_bytes"])} of {gib(d["hbm_capacity_bytes"])}: {"fits" if d["fits"] else "DOES NOT FIT"}',
       f'  state and batch {gib(d["argument_bytes"])}, besides them at the peak {gib(d["hbm_bytes"] - d["argument_bytes"])}, '
       f'results that take no argument\'s place {gib(d["output_bytes"])}' + (f', in the host {gib(d["host_bytes"])}' if d['host_bytes'] else ''),
-      f'FLOPs of a token: {d["flops_per_token"]:.4g} multiplied; {d["model_flops_per_token"]:.4g} for MFU, which counts nothing twice, and attention over the whole length', '',
+      f'FLOPs of a token: {d["flops_per_token"]:.4g} multiplied; {d["model_flops_per_token"]:.4g} by the count of MFU, which has nothing twice and '
+      'attention over the whole length', '',
       'sent by a chip in a step:', *('  ' + row for row in _table(('collective', 'mesh axes', ''), sent)[1:]), '',
       'least seconds of a step: ' + ', '.join(f'{kind} {seconds(t)}' for kind, t in d['seconds'].items() if t == t),
       f'  bound by {d["bound"]}: {seconds(d["step_seconds"])} s, {d["tokens_per_second"]:,.0f} tokens/s, MFU at most {d["mfu_bound"]:.1%}',

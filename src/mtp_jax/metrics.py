@@ -79,7 +79,7 @@ def matmul_flops(jaxpr) -> int:
     if equation.primitive.name == 'dot_general':
       ((contracted, _), _), left = equation.params['dimension_numbers'], equation.invars[0].aval
       total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left.shape[i] for i in contracted)
-    times = {'scan': lambda p: p['length'], 'shard_map': lambda p: p['mesh'].size, 'pallas_call': _tiles}.get(equation.primitive.name, lambda p: 1)(equation.params)
+    times = TIMES.get(equation.primitive.name, lambda parameters: 1)(equation.params)
     for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')):
       inner = getattr(value, 'jaxpr', value)
       total += times * matmul_flops(inner) if hasattr(inner, 'eqns') else 0
@@ -91,6 +91,9 @@ def _tiles(kernel: dict) -> int:
   grid = kernel['grid_mapping'].grid
   keys = grid[1] if '_dkv_' in kernel['name'] else grid[-1]
   return math.prod(grid) * (keys + 1) // (2 * keys)
+
+
+TIMES = {'scan': lambda loop: loop['length'], 'shard_map': lambda local: local['mesh'].size, 'pallas_call': _tiles}
 
 
 def parameters_sha256(model) -> str:

@@ -190,11 +190,13 @@ def sweep(config: Config, topology: str, note: Callable[[str], None]) -> list[Pl
     note(f'{what}: {each.hbm_bytes / 2**30:.2f} GiB, {each.step_seconds:.3f} s a step at least, by {each.bound}' + ('' if each.fits else '; does not fit'))
 
   best, fits = lambda: min(found, key=_rank), lambda: any(each.fits for each in found)
-  recomputed = dataclasses.replace(config, model=dataclasses.replace(config.model, remat='full'))
   meshes = list(_meshes(config, chips)) or [spread(config, chips, topology).mesh]
-  for config in dict.fromkeys((config, recomputed)):
-    for mesh in meshes if not fits() else ():
+  for remat in dict.fromkeys((config.model.remat, 'full')):
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+    for mesh in meshes:
       tried(dataclasses.replace(config, mesh=mesh))
+    if fits():
+      break
   while not fits():
     k = 2 * config.train.accumulate
     try:
