@@ -19,7 +19,11 @@ def groups(model):
 
 def to_rest(c: OptimizerConfig, state):
   """The optimizer's state where it stays between steps: on the device, or, with config.optimizer.moments='host', in its host's memory."""
-  return state if c.moments == 'device' else jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host) if x.ndim else x, state)
+  return state if c.moments == 'device' else _moved(state, jax.memory.Space.Host)
+
+
+def _moved(state, space):
+  return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
 
 
 def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -47,26 +51,28 @@ def _transforms(c: OptimizerConfig, steps: int) -> tuple[optax.GradientTransform
 
 
 def update(c: OptimizerConfig, steps: int, grads, state, model, ok):
-  """(updates, next state) of `make`; where not `ok` the state stays what it was.
-
-  Moments that rest in the host come to the device a parameter at a time: a barrier lets none in before those ahead of it have left.
-  """
+  """(updates, next state) of `make`; where not `ok` the state stays what it was. The states are `to_rest`."""
   keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
-  if c.moments == 'device':
-    updates, following = make(c, steps).update(grads, state, model)
-    return updates, keep(following, state)
-  (clip, *rest), (first, adam, *others) = _transforms(c, steps), state
-  rest, (clipped, first) = optax.chain(*rest), clip.update(grads, first)
-  structure, found, left = jax.tree.structure(model), [], ()
+  if c.moments == 'host':
+    return _one_by_one(_transforms(c, steps), grads, state, model, keep)
+  updates, following = make(c, steps).update(grads, state, model)
+  return updates, keep(following, state)
+
+
+def _one_by_one(transforms, grads, state, model, keep):
+  """The same with moments in the host, of which those of one parameter are on the device at a time: a barrier lets none in before the ones ahead
+  have left."""
+  (clip, *others), (clip_state, adam, *rest), structure = transforms, state, jax.tree.structure(model)
+  grads, clip_state = clip.update(grads, clip_state)
+  alone = lambda tree, i: structure.unflatten([x if j == i else None for j, x in enumerate(jax.tree.leaves(tree))])
+  updates, mu, nu = [], [], []
   for i in range(structure.num_leaves):
-    g, m, v, p = (structure.unflatten([x if j == i else None for j, x in enumerate(jax.tree.leaves(tree))]) for tree in (clipped, adam.mu, adam.nu, model))
-    (m, v), left = jax.lax.optimization_barrier(((m, v), left))
-    if i:
-      found[-1][1:3] = left
-    held = adam._replace(**jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Device) if x.ndim else x, {'mu': m, 'nu': v}))
-    updates, following = rest.update(g, (held, *others), p)
-    following = keep(following, (held, *others))
-    left = to_rest(c, [jax.tree.leaves(following[0].mu), jax.tree.leaves(following[0].nu)])
-    found.append([jax.tree.leaves(updates), *left])
-  updates, mu, nu = (structure.unflatten([leaf for leaf, in column]) for column in zip(*found))
-  return updates, (first, following[0]._replace(mu=mu, nu=nu), *following[1:])
+    coming, (mu[-1:], nu[-1:]) = jax.lax.optimization_barrier(((alone(adam.mu, i), alone(adam.nu, i)), (mu[-1:], nu[-1:])))
+    m, v = _moved(coming, jax.memory.Space.Device)
+    held = adam._replace(mu=m, nu=v), *rest
+    found, following = optax.chain(*others).update(alone(grads, i), held, alone(model, i))
+    following = keep(following, held)
+    for leaves, tree in ((updates, found), *zip((mu, nu), _moved((following[0].mu, following[0].nu), jax.memory.Space.Host))):
+      leaves += jax.tree.leaves(tree)
+  updates, mu, nu = map(structure.unflatten, (updates, mu, nu))
+  return updates, (clip_state, following[0]._replace(mu=mu, nu=nu), *following[1:])
