@@ -9,7 +9,7 @@ none; 12 x layers x width^2 non-embedding parameters are its own count), vocabul
 parameters   0.3b 296,784,896, 0.6b 630,526,720, 1.3b 1,364,297,728, 3b 3,018,775,040, 7b 6,738,415,616, 13b 13,015,864,320, 7b_bytes 6,478,434,304
 FLOPs        0.3b,1 2.49 G a token, forward and backward, 0.3b,4 3.08 G; 7b,1 46.1 G, 7b,4 48.4 G; 7b_bytes,8 51.8 G
 data         2^23 tokens a step, 91 B tokens up to 3b, 209.7 B for 7b and 13b; 12 x 2^20 a step, 314.6 B bytes for 7b_bytes
-slice        v5p:4x4x4 holds 7b, 7b_bytes,8 and 13b, v5e:16x16 holds 7b, and 13b in two microbatches (--config.train.accumulate=2)
+slice        v5p:4x4x4 holds every one, v5e:16x16 holds 7b, and 13b in two microbatches (--config.train.accumulate=2)
 command      python -m mtp_jax plan --config=configs/gloeckle.py:7b,4 --topology=v5p:4x4x4
 """
 from mtp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
