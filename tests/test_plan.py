@@ -48,12 +48,17 @@ def test_without_a_compiler_the_command_says_how_to_get_one(monkeypatch):
     plan.plan(gloeckle(1), 'v5p:2x2x2')
 
 
+@pytest.mark.parametrize('topology', ['v9', 'v9z:4x4', 'v5p:4x4', 'v5e:4', 'cpu', 'cpu:0', 'cpu:x', 'cpu:2x2', '2xcpu:4', '0xv5e:4x4', 'v5e:0x4', 'v5e:4x', ''])
+def test_a_topology_that_cannot_be_is_refused_without_a_compiler(topology, monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(BadInput, match=f'^--topology={topology}: must be a chip of v4, .* and the sizes of its slice; write such as v5p:2x2x2'):
+    plan.devices(topology)
+
+
 @needs_compiler
 def test_a_mesh_must_use_every_chip():
   with pytest.raises(BadInput, match='config.mesh: 4 devices, but v5p:2x2x2 has 8; such as --config.mesh.fsdp=8'):
     plan.plan(dataclasses.replace(gloeckle(1), mesh=MeshConfig(fsdp=4)), 'v5p:2x2x2')
-  with pytest.raises(BadInput, match='--topology=v9: .*write such as v5p:2x2x2'):
-    plan.plan(gloeckle(1), 'v9')
   with pytest.raises(BadInput, match='--topology=cpu:9: there are 8 CPU devices; XLA_FLAGS=--xla_force_host_platform_device_count=N makes N'):
     plan.plan(small(), 'cpu:9')
 

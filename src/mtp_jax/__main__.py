@@ -212,6 +212,8 @@ def plan(f) -> int:
   _fake_devices(max((int(name[4:]) for name in topologies if name.startswith('cpu:') and name[4:].isdigit()), default=1))
   from mtp_jax import plan as planning
   from mtp_jax.progress import say
+  for name in topologies:
+    planning.devices(name)  # refuses it
   say(f'compiling for {f.topology}; a step of a large model takes a minute or two')
   plans = (planning.sweep(config, f.topology, say) if f.sweep else planning.weak_scaling(config, topologies, say) if len(topologies) > 1
            else [planning.plan(config, f.topology)])
@@ -241,7 +243,7 @@ def _plan_lines(d: dict, mesh: str) -> list[str]:
       f'FLOPs of a token: {d["flops_per_token"]:.4g} multiplied; {d["model_flops_per_token"]:.4g} by the count of MFU, which has nothing twice and '
       'attention over the whole length', '',
       'sent by a chip in a step:', *('  ' + row for row in _table(('collective', 'mesh axes', ''), sent)[1:]), '',
-      'least seconds of a step: ' + ', '.join(f'{kind} {seconds(t)}' for kind, t in d['seconds'].items() if t == t),
+      'least seconds of a step: ' + ', '.join(f'{kind} {seconds(t)}' for kind, t in d['seconds'].items() if t > 0),
       f'  bound by {d["bound"]}: {seconds(d["step_seconds"])} s, {d["tokens_per_second"]:,.0f} tokens/s, MFU at most {d["mfu_bound"]:.1%}',
       f'the run of {d["run_tokens"]:,} tokens: at least {d["run_days"]:.2f} days, {d["chip_hours"]:,.0f} chip-hours']
 

@@ -25,7 +25,7 @@ CHIPS = {  # as JAX names them
     'TPU v5p': Chip(459e12, 95 * 2**30, 2765e9, 200e9, 6.25e9, 4),
     'TPU v5 lite': Chip(197e12, 16 * 2**30, 819e9, 100e9, 3.125e9, 16),
     'TPU v6 lite': Chip(918e12, 32 * 2**30, 1600e9, 200e9, 12.5e9, 16),
-    'TPU7x': Chip(2307e12, 192 * 2**30, 7380e9, 200e9, math.nan, 4),
+    'TPU7x': Chip(2307e12 / 2, 96 * 2**30, 7380e9 / 2, 200e9, math.nan, 4),  # a chip is two devices
     'NVIDIA A100-SXM4-40GB': Chip(312e12, 40e9, 1555e9, 300e9, math.nan),
     'NVIDIA A100-SXM4-80GB': Chip(312e12, 80e9, 2039e9, 300e9, math.nan),
     'NVIDIA H100 80GB HBM3': Chip(989e12, 80e9, 3350e9, 450e9, math.nan),

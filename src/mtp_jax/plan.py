@@ -29,6 +29,9 @@ from mtp_jax.picture import picture
 from mtp_jax.sharding import make_mesh, spec
 from mtp_jax.traffic import axes, traffic
 
+DIMENSIONS = {'v4': 3, 'v5e': 2, 'v5p': 3, 'v6e': 2, 'cpu': 1}
+SUCH_AS = 'write such as v5p:2x2x2, v5e:4x4, 2xv5e:16x16 or cpu:8'
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -247,12 +250,14 @@ def arguments(config: Config, mesh) -> tuple:
 @functools.cache
 def devices(topology: str) -> list:
   """The chips of a slice, or of several, described; or devices of this machine."""
-  found = re.fullmatch(r'(?:(\d+)x)?(\w+:.+)', topology)
-  count, name = found.groups() if found else (None, topology)
-  if name.startswith('cpu:'):
-    if not name[4:].isdigit() or int(name[4:]) > len(jax.devices('cpu')):
+  found = re.fullmatch(r'(?:([1-9]\d*)x)?(\w+):([1-9]\d*(?:x[1-9]\d*)*)', topology)
+  slices, generation, sizes = found.groups() if found else ('', '', '')
+  if DIMENSIONS.get(generation) != sizes.count('x') + 1 or (slices and generation == 'cpu'):
+    raise BadInput(f'--topology={topology}: must be a chip of {", ".join(DIMENSIONS)} and the sizes of its slice; {SUCH_AS}')
+  if generation == 'cpu':
+    if int(sizes) > len(jax.devices('cpu')):
       raise BadInput(f'--topology={topology}: there are {len(jax.devices("cpu"))} CPU devices; XLA_FLAGS=--xla_force_host_platform_device_count=N makes N')
-    return jax.devices('cpu')[:int(name[4:])]
+    return jax.devices('cpu')[:int(sizes)]
   if importlib.util.find_spec('libtpu') is None:
     raise BadInput("--topology: needs the TPU compiler; install it with: pip install -e '.[tpu]'")
   # Left to itself, libtpu asks a server on the network who it is, and refuses a second process.
@@ -260,17 +265,17 @@ def devices(topology: str) -> list:
                     TPU_STDERR_LOG_LEVEL='3')
   from jax.experimental import topologies
   try:
-    return topologies.get_topology_desc(platform='tpu', topology_name=name, **({'num_slices': int(count)} if count else {})).devices
+    return topologies.get_topology_desc(platform='tpu', topology_name=f'{generation}:{sizes}', **({'num_slices': int(slices)} if slices else {})).devices
   except Exception as error:
-    raise BadInput(f'--topology={topology}: {_first_line(error)}; write such as v5p:2x2x2, v5e:4x4, 2xv5e:16x16 or cpu:8') from None
+    raise BadInput(f'--topology={topology}: {_first_line(error)}; {SUCH_AS}') from None
 
 
 def chip_of(chips: list) -> Chip:
-  """What the chips can do; of a CPU its measured speed, its share of the machine's memory, and nothing else."""
+  """What the chips can do; of a CPU its share of the machine's measured speed and of its memory, and nothing else."""
   kind = chips[0].device_kind
   if kind not in CHIPS:
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / len(chips)
-    return Chip(metrics.peak_flops(), memory, math.nan, math.nan, math.nan)
+    return Chip(metrics.peak_flops() / len(chips), memory, math.nan, math.nan, math.nan)
   return CHIPS[kind]
 
 

@@ -402,7 +402,7 @@ class _Run:
     self.profile(range(0))
     self.display.close()
     try:
-      with self.events.span('save', self.step):
+      with self.events.span('save', self.step) if self.writer.pending else contextlib.nullcontext():
         self.writer.close()
     finally:
       self.events.close()
