@@ -10,6 +10,7 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from mtp_jax.goodput import Events
 
@@ -25,8 +26,8 @@ class Display:
   def __init__(self, steps: int, start: int, note, bar: bool = True):
     self.note, self.bar = note, None
     if bar and sys.stderr.isatty():
-      self.bar = Progress(TextColumn('train'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn('{task.description}'),
-                          console=Console(stderr=True))
+      last = TextColumn('{task.description}', table_column=Column(ratio=1, no_wrap=True, overflow='ellipsis'))  # a narrow terminal cuts it alone
+      self.bar = Progress(TextColumn('train'), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), last, console=Console(stderr=True), expand=True)
       self.task = self.bar.add_task('', total=steps, completed=start)
       self.bar.start()
 
