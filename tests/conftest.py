@@ -9,6 +9,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 import functools
 import gc
 import pathlib
+import signal
 import sysconfig
 
 import fsspec
@@ -20,6 +21,8 @@ from mtp_jax import tokenizer
 from mtp_jax.config import ModelConfig
 from mtp_jax.data.shards import Folder, Shard, ShardWriter, Stream
 from mtp_jax.model import Model
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in the background, and by all that starts
 
 
 @pytest.fixture(scope='module', autouse=True)
