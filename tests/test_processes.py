@@ -291,7 +291,7 @@ def test_one_sequence_over_two_processes_is_that_of_one_and_ctrl_c_to_one_stops_
   assert codes == [130, 143] and seconds < SECONDS, [process.output for process in two]
   found = losses(tmp_path / 'run')
   assert [max(found)] == [max(losses(tmp_path / 'run/process-1'))] == checkpoint.steps(tmp_path / 'run')[-1:] and found == losses(tmp_path / 'run/process-1')
-  assert 'stopped by signal 2, run the same command to resume' in two[0].output
+  assert 'stopped by signal 2, run the same command to resume' in two[0].out.splitlines()[-1]
   assert len(found) >= 3 and close(found, alone(tmp_path / 'alone', **over_both))
 
 

@@ -209,7 +209,7 @@ def sweep(config: Config, topology: str, note: Callable[[str], None]) -> list[Pl
       raise TooLarge(f'--topology={topology}: no mesh, microbatch or rematerialisation fits ({error}); take more chips') from None
   config = dataclasses.replace(config, mesh=MeshConfig(**best().mesh))
   for remat in ('full', 'attention', 'attention,qkv', 'dots', 'none'):
-    if remat not in {each.remat for each in found}:
+    if remat not in {each.remat for each in found if each.accumulate == config.train.accumulate}:
       tried(dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat)))
   return sorted(found, key=_rank)
 
