@@ -481,9 +481,9 @@ def test_moments_that_rest_in_the_host_change_nothing_but_how_xla_rounds(uninter
   train.fit(config, tmp_path, note=lambda line: None)
   state = state_of(config, tmp_path)
   assert {x.sharding.memory_kind for x in jax.tree.leaves(state.optimizer) if x.ndim} == {'pinned_host'}
-  assert_close(jax.device_get(state), jax.device_get(state_of(uninterrupted('parallel')[0], workdir)), 1e-4)
+  assert_close(jax.device_get(state), jax.device_get(state_of(uninterrupted('parallel')[0], workdir)), 1e-6)
   found, wanted = log_of(tmp_path), log_of(workdir)
-  assert len(found) == len(wanted) and all(one['nats'] == pytest.approx(other['nats'], rel=1e-5) for one, other in zip(found, wanted))
+  assert len(found) == len(wanted) and all(one['nats'] == pytest.approx(other['nats'], rel=1e-6) for one, other in zip(found, wanted))
 
 
 def test_a_future_that_no_document_is_long_enough_for_is_nan_and_the_run_goes_on(folder, tmp_path):
