@@ -6,9 +6,9 @@ import re
 import jax
 import pytest
 
-from mtp_jax import metrics
 from mtp_jax.config import Config
-from mtp_jax.model import Model
+from mtp_jax.model import costs
+from mtp_jax.model.model import Model
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'configs'
 GLOECKLE = ('0.3b', '0.6b', '1.3b', '3b', '7b', '13b')
@@ -33,7 +33,7 @@ def stated(doc: str, line: str, label: str) -> tuple[float, float]:
 
 def cost(c: Config) -> tuple[int, int]:
   shapes = jax.eval_shape(lambda: Model(c.model, jax.random.key(0)))
-  return metrics.parameters(shapes)['total'], metrics.flops_per_token(shapes, c.data.length)['total']
+  return costs.parameters(shapes)['total'], costs.flops_per_token(shapes, c.data.length)['total']
 
 
 @pytest.mark.parametrize('name', sorted(path.stem for path in FOLDER.glob('*.py') if path.stem != 'gloeckle'))

@@ -17,7 +17,7 @@ import jsonschema
 import pytest
 import yaml
 
-from mtp_jax.__main__ import main
+from mtp_jax.cli.main import main
 from mtp_jax.config import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[1]

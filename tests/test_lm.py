@@ -4,12 +4,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from test_checkpoint import experiment, random_state, write
+from experiments import experiment, random_state, write
 
 import mtp_jax
 from mtp_jax.config import BadInput
-from mtp_jax.decode import Text
-from mtp_jax.requests import Criterion
+from mtp_jax.decode.engine import Text
+from mtp_jax.decode.requests import Criterion
 
 PROMPTS = ['a', 'the 12 é', '.']
 
@@ -222,7 +222,7 @@ def test_lossy_criteria_say_that_they_are(lm, plain):
 
 
 def test_prompts_of_one_bucket_share_their_programs(lm):
-  from mtp_jax.decode import advance, prefill
+  from mtp_jax.decode.loop import advance, prefill
   options = {'max_tokens': 7, 'draft': 1}
   lm.generate(['abc', 'de'], **options)
   counts = prefill._cache_size(), advance._cache_size()

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  from mtp_jax.train import fit
+  from mtp_jax.train.fit import fit
   folder = tmp_path_factory.mktemp('run')
   for i in range(6):
     shutil.copy(ROOT / 'src' / 'mtp_jax' / ('config.py', 'data/rows.py', 'train.py', 'model.py', 'lm.py', 'metrics.py')[i], folder / f'{i}.py')

@@ -10,10 +10,11 @@ import pytest
 from jax import P
 
 import mtp_jax
-from mtp_jax import sharding, train
 from mtp_jax.config import BadInput, Config, MeshConfig
-from mtp_jax.model import Model
-from mtp_jax.sharding import einsum, make_mesh, spec
+from mtp_jax.mesh import joined, lay, make_mesh, natural, order, parted, parts
+from mtp_jax.model.model import Model
+from mtp_jax.sharding import einsum, lookup, shardings, spec
+from mtp_jax.train import step as training
 
 SUBSCRIPTS = sorted({found for path in pathlib.Path(mtp_jax.__file__).parent.rglob('*.py') if path.name != 'sharding.py'
                      for found in re.findall(r"einsum\('([A-Za-z,]+->[A-Za-z]*)'", path.read_text())})
@@ -74,10 +75,10 @@ def test_parameters_and_moments_are_typed_to_live_where_their_names_say(tiny, va
   config = Config(model=tiny(qk_norm=True, **variant), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    state = train.abstract(config, mesh)
+    state = training.abstract(config, mesh)
   for tree in (state.model, state.optimizer[1].mu, state.optimizer[1].nu):
     assert_placed(tree, mesh)
-    for (_, last, leaf), wanted in zip(names(tree), jax.tree.leaves(sharding.shardings(tree, mesh))):
+    for (_, last, leaf), wanted in zip(names(tree), jax.tree.leaves(shardings(tree, mesh))):
       assert leaf.sharding.is_equivalent_to(wanted, len(leaf.shape)), last
 
 
@@ -85,7 +86,7 @@ def test_a_fresh_state_lives_where_it_is_typed_to(tiny):
   config = Config(model=tiny(layers=3, futures=2), mesh=MeshConfig(data=2, fsdp=2, tensor=2))
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    state = jax.jit(functools.partial(train.init, config))(jax.random.key(0))
+    state = jax.jit(functools.partial(training.init, config))(jax.random.key(0))
   for tree in (state.model, state.optimizer[1].mu, state.optimizer[1].nu):
     assert_placed(tree, mesh)
 
@@ -105,10 +106,10 @@ def test_parts_are_the_tokens_of_each_device_in_a_row_of_their_own_and_nothing_m
   x_BLD = np.arange(B * L * D).reshape(B, L, D)
   with jax.set_mesh(mesh):
     placed = on_mesh(mesh, 'BLd', x_BLD)
-    there, back = jax.jit(sharding.parted), jax.jit(lambda x_PTD: sharding.joined(x_PTD, B))
+    there, back = jax.jit(parted), jax.jit(lambda x_PTD: joined(x_PTD, B))
     x_PTD = there(placed)
     again = back(x_PTD)
-    assert sharding.parts() == x_PTD.shape[0] == sizes.data * sizes.fsdp * sizes.context
+    assert parts() == x_PTD.shape[0] == sizes.data * sizes.fsdp * sizes.context
     assert not re.search('all-|collective|reduce-scatter', there.lower(placed).compile().as_text() + back.lower(x_PTD).compile().as_text())
   np.testing.assert_array_equal(again, x_BLD)
   for x, sent in ((x_PTD, placed), (again, x_PTD)):
@@ -120,8 +121,8 @@ def test_parts_are_the_tokens_of_each_device_in_a_row_of_their_own_and_nothing_m
 
 def test_without_a_mesh_there_is_one_part():
   x_BLD = np.arange(24).reshape(2, 4, 3)
-  np.testing.assert_array_equal(sharding.parted(x_BLD), x_BLD.reshape(1, 8, 3))
-  np.testing.assert_array_equal(sharding.joined(sharding.parted(x_BLD), 2), x_BLD)
+  np.testing.assert_array_equal(parted(x_BLD), x_BLD.reshape(1, 8, 3))
+  np.testing.assert_array_equal(joined(parted(x_BLD), 2), x_BLD)
 
 
 @pytest.mark.parametrize('context, length, wanted', [
@@ -130,10 +131,10 @@ def test_each_device_of_the_context_axis_has_a_stretch_from_the_front_and_its_mi
   """Where two stretches a device do not come out even, positions lie as they come."""
   x_BL = np.arange(2 * length).reshape(2, length)
   with jax.set_mesh(make_mesh(MeshConfig(context=context))):
-    assert sharding.order(length).tolist() == wanted
-    laid = jax.jit(sharding.lay)(x_BL)
+    assert order(length).tolist() == wanted
+    laid = jax.jit(lay)(x_BL)
     assert np.asarray(laid).tolist() == x_BL[:, wanted].tolist() and laid.sharding.spec == P(('data', 'fsdp'), 'context')
-    np.testing.assert_array_equal(jax.jit(sharding.natural)(laid), x_BL)
+    np.testing.assert_array_equal(jax.jit(natural)(laid), x_BL)
     if length % (2 * context) == 0:  # a causal mask hides as much from each device as from the others
       assert len({int(np.sum(np.asarray(shard.data)[0] + 1)) for shard in laid.addressable_shards}) == 1
 
@@ -147,7 +148,7 @@ def test_looked_up_rows_and_their_gradient_are_those_of_one_device(sizes, assert
 
   @functools.partial(jax.jit, static_argnums=3)
   def run(table_VD, ids_BL, g_BLD, dtype):
-    x_BLD, back = jax.vjp(lambda table_VD: sharding.lookup(table_VD, ids_BL, dtype), table_VD)
+    x_BLD, back = jax.vjp(lambda table_VD: lookup(table_VD, ids_BL, dtype), table_VD)
     return x_BLD, back(g_BLD.astype(dtype))[0]
 
   with jax.set_mesh(mesh):

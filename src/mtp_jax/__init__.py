@@ -11,7 +11,7 @@ __version__ = '0.1.0'
 
 _HOME = {'load': 'lm', 'LanguageModel': 'lm', 'Generation': 'lm', 'Config': 'config', 'ModelConfig': 'config', 'ObjectiveConfig': 'config',
          'DataConfig': 'config', 'OptimizerConfig': 'config', 'TrainConfig': 'config', 'MeshConfig': 'config', 'BadInput': 'config',
-         'fit': 'train'}
+         'fit': 'train.fit'}
 __all__ = list(_HOME)
 
 

@@ -5,6 +5,10 @@ H100 and H200 data sheets (SXM, without sparsity; NVLink).
 """
 import dataclasses
 import math
+import time
+
+import jax
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,3 +35,20 @@ CHIPS = {  # as JAX names them
     'NVIDIA H100 80GB HBM3': Chip(989e12, 80e9, 3350e9, 450e9, math.nan),
     'NVIDIA H200': Chip(989e12, 141e9, 4800e9, 450e9, math.nan),
 }
+
+
+def peak_flops(seconds: float = 0.5) -> float:
+  """FLOP/s of one local device: declared for known chips, measured by a float32 matmul on a CPU, nan for others."""
+  device = jax.local_devices()[0]
+  if device.platform != 'cpu':
+    return CHIPS[device.device_kind].flops if device.device_kind in CHIPS else math.nan
+  n = 2048
+  x = jnp.ones((n, n), jnp.float32)  # on every device of the mesh at once, so that fake ones measure their share of the machine
+  matmul = jax.jit(lambda x: x @ x)
+  matmul(x).block_until_ready()
+  best, end = math.inf, time.perf_counter() + seconds
+  while time.perf_counter() < end:
+    start = time.perf_counter()
+    matmul(x).block_until_ready()
+    best = min(best, time.perf_counter() - start)
+  return 2 * n**3 / best

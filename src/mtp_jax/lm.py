@@ -9,14 +9,22 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from mtp_jax import checkpoint, decode, tokenizer, train
+from mtp_jax import tokenizer
+from mtp_jax.checkpoint import store
+from mtp_jax.checkpoint.record import check_conventions, check_same, metadata
 from mtp_jax.config import BadInput, Config, MeshConfig
 from mtp_jax.data.corpus import Corpus, open_corpus
 from mtp_jax.data.rows import validation_batches
-from mtp_jax.decode import Engine, Text
-from mtp_jax.model import Model, conventions
-from mtp_jax.requests import EXACT, Criterion, choices, per_row
-from mtp_jax.sharding import make_mesh, share
+from mtp_jax.decode.decoder import Decoder
+from mtp_jax.decode.drafters import Drafter, Lookup, Nothing, Other, futures
+from mtp_jax.decode.engine import Engine, Text
+from mtp_jax.decode.requests import EXACT, Criterion, choices, per_row
+from mtp_jax.decode.verify import Sampler
+from mtp_jax.evaluation.held_out import evaluate
+from mtp_jax.mesh import make_mesh, share
+from mtp_jax.model.model import Model, conventions
+from mtp_jax.tokenizer import byte_lengths, emitted
+from mtp_jax.train import step as training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,16 +135,16 @@ class LanguageModel:
     return Generation(ids, depths, [text.whole for text in texts] or [self.tokenizer.text(row) for row in ids], sum(map(len, ids)), int(end.forwards_B.sum()),
                       end.offered_BK.sum(0).tolist(), end.accepted_BK.sum(0).tolist(), end.passes_M.tolist(), criterion.lossless, seconds)
 
-  def sampler(self, temperature_B, seed_B, top_k_B, top_p_B, same_seed: bool = False, criterion: Criterion = EXACT) -> decode.Sampler:
+  def sampler(self, temperature_B, seed_B, top_k_B, top_p_B, same_seed: bool = False, criterion: Criterion = EXACT) -> Sampler:
     """How the rows of a batch choose; see `choices`."""
-    allowed_V = train.emitted(self.config, self.tokenizer)[:self.tokenizer.size]
-    return decode.Sampler(seed_B, temperature_B, top_k_B, top_p_B, allowed_V, not temperature_B.any(), bool(top_k_B.any() or (top_p_B < 1).any()),
+    allowed_V = emitted(self.config, self.tokenizer)[:self.tokenizer.size]
+    return Sampler(seed_B, temperature_B, top_k_B, top_p_B, allowed_V, not temperature_B.any(), bool(top_k_B.any() or (top_p_B < 1).any()),
                           same_seed, criterion)
 
-  def engine(self, drafter: decode.Drafter, sampler: decode.Sampler, lengths: tuple[int, ...]) -> Engine:
+  def engine(self, drafter: Drafter, sampler: Sampler, lengths: tuple[int, ...]) -> Engine:
     return Engine(self.decoder.reading(drafter.reads), drafter, sampler, self.tokenizer.eos, self.tokenizer.pad, lengths)
 
-  def drafter(self, drafter: 'str | LanguageModel' = 'futures', draft: int | None = None) -> decode.Drafter:
+  def drafter(self, drafter: 'str | LanguageModel' = 'futures', draft: int | None = None) -> Drafter:
     """What `generate` calls for.
 
     Raises:
@@ -145,27 +153,27 @@ class LanguageModel:
     if draft is not None:
       draft = int(per_row('draft', draft, 1, 0, 256)[0])
     if draft == 0:
-      return decode.Nothing()
+      return Nothing()
     if drafter == 'futures':
       c, furthest = self.config.model, self.config.model.futures - 1
       if draft is not None and draft > furthest and not (c.share_modules and furthest):
         raise BadInput(f'draft={draft}: this model has {furthest + 1} futures, so 0 to {furthest} can draft')
-      return decode.futures(self.decoder, furthest if draft is None else draft)
+      return futures(self.decoder, furthest if draft is None else draft)
     draft = 4 if draft is None else draft
     if drafter == 'lookup':
-      return decode.Lookup(draft)
+      return Lookup(draft)
     if not isinstance(drafter, LanguageModel):
       raise BadInput(f"drafter={drafter!r}: must be 'futures', 'lookup', or another model")
     if drafter.tokenizer.digest != self.tokenizer.digest:
       raise BadInput(f'drafter: its tokenizer, {drafter.config.data.tokenizer!r}, is not that of this model, {self.config.data.tokenizer!r}; '
                      'a draft model must share it')
-    return decode.Other(drafter.decoder, draft)
+    return Other(drafter.decoder, draft)
 
   @functools.cached_property
-  def decoder(self) -> decode.Decoder:
+  def decoder(self) -> Decoder:
     """The model laid out for decoding, on one device."""
     on_one_device = jax.device_put(self.model, jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
-    return decode.Decoder.of(on_one_device, self.tokenizer.size)
+    return Decoder.of(on_one_device, self.tokenizer.size)
 
   @functools.cached_property
   def _costs(self) -> dict:
@@ -178,8 +186,8 @@ class LanguageModel:
     with jax.set_mesh(self.mesh):
       held_out = self.corpus.held_out(self.config.model.futures)
       batches = validation_batches(held_out, batch, rows, *share(self.mesh))
-      return train.evaluate(self.config, self.model, batches, train.byte_lengths(self.config, self.tokenizer),
-                            train.emitted(self.config, self.tokenizer), self.mesh)
+      return evaluate(self.config, self.model, batches, byte_lengths(self.config, self.tokenizer),
+                            emitted(self.config, self.tokenizer), self.mesh)
 
   def seconds_per_forward(self, prompt_tokens: int = 32) -> list[float]:
     """Of a greedy pass of one row on this machine, for each draft length 0..M-1: what drafting and verifying cost."""
@@ -231,15 +239,15 @@ def load(workdir, step: int | None = None) -> LanguageModel:
     BadInput: when there is no such checkpoint, or its record and its arrays disagree.
   """
   workdir = pathlib.Path(workdir).expanduser().absolute()
-  record = checkpoint.metadata(workdir, step)
+  record = metadata(workdir, step)
   config = Config.from_dict(record['config'])
-  checkpoint.check_conventions(conventions(config.model), record, workdir)
+  check_conventions(conventions(config.model), record, workdir)
   tokens = tokenizer.load(config.data.tokenizer)
-  checkpoint.check_same(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record, 'tokenizer', 'put the original file back')
+  check_same(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record, 'tokenizer', 'put the original file back')
   try:
     mesh = make_mesh(config.mesh)
   except BadInput:
     mesh = make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
-    model = checkpoint.restore(workdir, record['step'], parameters=train.abstract(config, mesh).model)['parameters']
+    model = store.restore(workdir, record['step'], parameters=training.abstract(config, mesh).model)['parameters']
   return LanguageModel(config, tokens, model, record['step'], record, mesh)

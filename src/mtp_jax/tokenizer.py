@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import sentencepiece
 
-from mtp_jax.config import BadInput
+from mtp_jax.config import BadInput, Config
 
 
 class Tokenizer(typing.Protocol):
@@ -206,3 +206,20 @@ _NO_NORMALISER = bytes([3 << 3 | 2, 6, 2 << 3 | 2, 0, 3 << 3, 0, 4 << 3, 0])
 
 def _bytes(text: str | bytes) -> bytes:
   return text.encode('utf-8', errors='surrogatepass') if isinstance(text, str) else bytes(text)
+
+
+def emitted(config: Config, tokens) -> np.ndarray:
+  """bool[V]: ids that a decoder may emit, whatever stands for bytes, and eos."""
+  allowed_V = byte_lengths(config, tokens) > 0
+  allowed_V[tokens.eos] = True
+  return allowed_V
+
+
+def check_vocabulary(config: Config, tokens) -> None:
+  if config.model.vocab < tokens.size:
+    raise BadInput(f'config.model.vocab={config.model.vocab}: the tokenizer {config.data.tokenizer} has {tokens.size} ids; set at least that')
+
+
+def byte_lengths(config: Config, tokens) -> np.ndarray:
+  """int32[V]: the bytes each id stands for, 0 for rows of the embedding past the tokenizer's ids."""
+  return np.pad(tokens.byte_lengths, (0, config.model.vocab - tokens.size))

@@ -11,7 +11,7 @@ from mtp_jax.data.packing import Consecutive, pack
 from mtp_jax.data.prepare import prepare_once
 from mtp_jax.data.rows import Batches, Joined, Rows
 from mtp_jax.data.shards import Damaged, Folder, Prepared, Stream, open_set
-from mtp_jax.progress import say
+from mtp_jax.report.display import say
 from mtp_jax.tokenizer import Tokenizer
 
 

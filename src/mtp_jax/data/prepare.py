@@ -34,7 +34,7 @@ import numpy as np
 from mtp_jax.config import BadInput
 from mtp_jax.data.inputs import Document, Fault, File, Piece, Reader, Reading, digest, files, name_hash
 from mtp_jax.data.shards import FORMAT, INDEX, PLAN, UNFINISHED, Folder, Prepared, ShardWriter, open_set, write_index
-from mtp_jax.progress import Meter, say
+from mtp_jax.report.display import Meter, say
 from mtp_jax.tokenizer import Tokenizer
 
 PARTS, BAD, MODEL = 'parts', 'bad_records.jsonl', 'tokenizer.model'

@@ -6,10 +6,3 @@
     loop.py       the passes, on the device
     engine.py     the host's side: buckets of shapes, costs, text as it grows
 """
-from mtp_jax.decode.decoder import Decoder
-from mtp_jax.decode.drafters import Drafter, Lookup, Nothing, Other, futures
-from mtp_jax.decode.engine import Engine, Text
-from mtp_jax.decode.loop import Progress, advance, best_length, prefill
-from mtp_jax.decode.verify import Sampler
-
-__all__ = ['Decoder', 'Drafter', 'Engine', 'Lookup', 'Nothing', 'Other', 'Progress', 'Sampler', 'Text', 'advance', 'best_length', 'futures', 'prefill']

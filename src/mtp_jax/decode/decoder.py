@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.layers import Block, Cache, rms_norm
-from mtp_jax.model import Model, capped
+from mtp_jax.model.attention import Cache
+from mtp_jax.model.block import Block, rms_norm
+from mtp_jax.model.model import Model, capped
 from mtp_jax.sharding import einsum, letters
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from mtp_jax.decode.decoder import Decoder, Forward
 from mtp_jax.decode.verify import Sampler
-from mtp_jax.layers import write
+from mtp_jax.model.attention import write
 
 
 class Drafter(typing.Protocol):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from mtp_jax.decode.decoder import Decoder
 from mtp_jax.decode.drafters import Drafter
 from mtp_jax.decode.verify import Sampler
-from mtp_jax.layers import write
+from mtp_jax.model.attention import write
 
 
 @jax.tree_util.register_dataclass

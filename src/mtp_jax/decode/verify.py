@@ -21,7 +21,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.requests import EXACT, Criterion
+from mtp_jax.decode.requests import EXACT, Criterion
 
 OWN, DRAFT, ACCEPT = range(3)  # streams of randomness
 

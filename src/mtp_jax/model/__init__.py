@@ -1,0 +1,1 @@
+"""The decoder trunk and its futures, and what they cost."""

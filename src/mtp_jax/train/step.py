@@ -1,0 +1,141 @@
+"""train/step."""
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mtp_jax import objective
+from mtp_jax.checkpoint import store
+from mtp_jax.config import Config
+from mtp_jax.model import costs
+from mtp_jax.model.model import Model
+from mtp_jax.objective.targets import target_bytes
+from mtp_jax.sharding import out, parameter_spec
+from mtp_jax.train import optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+  """All that a step changes. step counts batches, skipped those that were not finite, in all and in a row."""
+  step: jax.Array
+  skipped: jax.Array
+  skipped_in_a_row: jax.Array
+  model: Model
+  optimizer: optax.OptState
+
+
+def init(config: Config, key) -> State:
+  """A fresh state; under a mesh every leaf lives where its name says."""
+  model = Model(config.model, key)
+  if not jax.sharding.get_abstract_mesh().empty:
+    model = jax.tree_util.tree_map_with_path(lambda path, x: jax.sharding.reshard(x, parameter_spec(path, x)), model)
+  zero = jnp.zeros((), jnp.int32)
+  return State(zero, zero, zero, model, optimizer.to_rest(config.optimizer, optimizer.make(config.optimizer, config.train.steps).init(model)))
+
+
+def abstract(config: Config, mesh) -> State:
+  """The shapes, types and shardings of a state, on the devices; computes nothing. Call it under `jax.set_mesh(mesh)`."""
+  shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+  on_mesh = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec if x.shape else jax.P()))
+  return jax.tree.map(on_mesh, shapes)
+
+
+def gradients(config: Config, model: Model, batch, weight_M, active: tuple[bool, ...], loss=objective.loss):
+  """Of the loss over a whole batch, in config.train.accumulate microbatches: (float32 loss, Sums, a Model of gradients).
+
+  Args:
+    batch: int32[B, L + M], rows over (data, fsdp).
+    weight_M: float32, the weight of each future.
+    active: futures that are computed at all.
+    loss: with the arguments and results of `objective.loss`.
+  """
+  M, k = config.model.futures, config.train.accumulate
+  coefficient_M = weight_M / jnp.maximum(objective.counts(batch, M), 1)
+  gradient = jax.value_and_grad(lambda model, batch: loss(model, batch, coefficient_M, config.objective, active), has_aux=True)
+
+  def microbatch(total, batch):
+    (loss, sums), grads = gradient(model, batch)
+    return jax.tree.map(jnp.add, total, (loss, sums, grads)), None
+
+  if k == 1:
+    (loss, sums), grads = gradient(model, batch)
+    return loss, sums, grads
+  zeros_M = jnp.zeros(M, jnp.int32)
+  nothing = (jnp.zeros(()), objective.Sums(jnp.zeros(M), zeros_M, zeros_M), jax.tree.map(jnp.zeros_like, model))
+  return jax.lax.scan(microbatch, nothing, jax.tree.map(functools.partial(_split, k=k), batch))[0]
+
+
+def counted_flops_per_token(config: Config) -> float:
+  """What `gradients` really multiplies, recomputation included: traced on one device and counted, loops times their length."""
+  M, L = config.model.futures, config.data.length
+  model = jax.eval_shape(lambda: Model(config.model, jax.random.key(0)))
+  batch = {name: jax.ShapeDtypeStruct((config.train.batch, L + M), jnp.int32) for name in ('tokens', 'segments', 'positions')}
+  traced = jax.make_jaxpr(functools.partial(gradients, config, active=(True,) * M))(model, batch, jax.ShapeDtypeStruct((M,), jnp.float32))
+  return costs.matmul_flops(traced.jaxpr) / (config.train.batch * L)
+
+
+def step(config: Config, state: State, batch, byte_length_V, weight_M, active: tuple[bool, ...], loss=objective.loss) -> tuple[State, dict]:
+  """One optimizer step.
+
+  Args:
+    byte_length_V: int32, bytes that each id stands for. The others are those of `gradients`.
+
+  Returns:
+    The next state, and metrics: scalars and [M] arrays, each a sum divided once by its count; nan where nothing counted.
+  """
+  loss, sums, grads = gradients(config, state.model, batch, weight_M, active, loss)
+  with jax.named_scope('update'):
+    norm = optax.tree.norm(grads)
+    ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, moments = optimizer.update(config.optimizer, config.train.steps, grads, state.optimizer, state.model, ok)
+    model = jax.tree.map(lambda new, old: jnp.where(ok, new, old), optax.apply_updates(state.model, updates), state.model)
+    bad = (~ok).astype(jnp.int32)
+    following = State(state.step + 1, state.skipped + bad, (state.skipped_in_a_row + 1) * bad, model, moments)
+  return following, {
+      'loss': loss,
+      'nats': sums.nats_M / sums.count_M,
+      'accuracy': sums.correct_M / sums.count_M,
+      'nats_sum': sums.nats_M,
+      'correct': sums.correct_M,
+      'count': sums.count_M,
+      'weight': weight_M,
+      'bits_per_byte': jnp.where(active[0], sums.nats_M[0] / math.log(2) / target_bytes(batch, byte_length_V, config.model.futures), jnp.nan),
+      'gradient_norm': norm,
+      'update_norm': jnp.where(ok, optax.tree.norm(updates), 0.0),
+      'learning_rate': jnp.asarray(optimizer.schedule(config.optimizer, config.train.steps)(state.optimizer[-1].count), jnp.float32),
+      'padding': jnp.mean(batch['segments'][:, :config.data.length] == 0, dtype=jnp.float32),
+      'skipped': following.skipped,
+      'skipped_in_a_row': following.skipped_in_a_row,
+  }
+
+
+def _split(x_BT, k: int):
+  """[B, T] -> [k, B/k, T]: every k-th row, so that each microbatch is spread over the devices like the batch."""
+  B, T = x_BT.shape
+  return jnp.moveaxis(jnp.reshape(x_BT, (B // k, k, T), **out('Bkt')), 1, 0)
+
+
+def compiled_step(config: Config):
+  """advance(state, batch, byte_length_V, fraction) -> (state, metrics): `step` with the weights at that fraction of training.
+
+  Jitted once for each set of futures whose weight is not 0; the state is donated.
+  """
+  jitted, M = jax.jit(functools.partial(step, config), donate_argnums=0, static_argnames='active'), config.model.futures
+
+  def advance(state: State, batch, byte_length_V, fraction: float):
+    return jitted(state, batch, byte_length_V, np.float32(config.objective.weights_M(M, fraction)), active=config.objective.active(M, fraction))
+  return advance
+
+
+def restore(config: Config, workdir, step: int, mesh) -> State:
+  """The state of a checkpoint, on the mesh at hand."""
+  like = abstract(config, mesh)
+  rest = {'step': like.step, 'skipped': like.skipped, 'skipped_in_a_row': like.skipped_in_a_row, 'optax': like.optimizer}
+  loaded = store.restore(workdir, step, parameters=like.model, optimizer=rest)
+  rest = loaded['optimizer']
+  return State(rest['step'], rest['skipped'], rest['skipped_in_a_row'], loaded['parameters'], optimizer.to_rest(config.optimizer, rest['optax']))

@@ -1,0 +1,210 @@
+"""What was saved comes back bit by bit, on any mesh; what does not fit, or is not whole, is refused or passed over."""
+import dataclasses
+import gc
+import json
+import resource
+
+import jax
+import numpy as np
+import pytest
+from experiments import experiment, random_state, same_bits, write
+
+import mtp_jax
+from mtp_jax.checkpoint import store
+from mtp_jax.checkpoint.record import FOLDER, check_resumes, metadata, steps
+from mtp_jax.config import BadInput, Config, MeshConfig, TrainConfig
+from mtp_jax.mesh import make_mesh
+from mtp_jax.model.model import conventions
+from mtp_jax.train import step as training
+from mtp_jax.train.fit import fit
+
+ONE, EIGHT = MeshConfig(), MeshConfig(fsdp=4, tensor=2)
+
+
+@pytest.fixture(scope='module')
+def eight(tmp_path_factory):
+  """A config of eight devices, its state, and the folder where that was saved."""
+  folder = tmp_path_factory.mktemp('eight')
+  config = experiment(folder, mesh={'fsdp': 4, 'tensor': 2})
+  state = random_state(config)
+  write(folder / 'run', config, state)
+  return config, state, folder / 'run'
+
+
+@pytest.fixture
+def run(tmp_path):
+  """A fresh checkpoint of step 3, to be harmed: (config, folder)."""
+  config = experiment(tmp_path)
+  write(tmp_path / 'run', config, random_state(config))
+  return config, tmp_path / 'run'
+
+
+@pytest.mark.parametrize('mesh', [ONE, EIGHT, MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(tensor=2), MeshConfig(fsdp=2, context=2)], ids=str)
+def test_a_state_of_eight_devices_is_bit_equal_on_any_mesh(eight, mesh):
+  config, state, workdir = eight
+  config, mesh = dataclasses.replace(config, mesh=mesh), make_mesh(mesh)
+  with jax.set_mesh(mesh):
+    loaded = training.restore(config, workdir, 3, mesh)
+  assert same_bits(loaded, state)
+  assert all(x.sharding.mesh == mesh for x in jax.tree.leaves(loaded))
+
+
+def test_the_parameters_of_eight_devices_are_bit_equal_in_load(eight):
+  _, state, workdir = eight
+  lm = mtp_jax.load(workdir)
+  assert same_bits(lm.model, state.model) and lm.mesh.size == 8
+
+
+def test_load_falls_back_to_one_device_when_the_mesh_is_too_large(tmp_path):
+  config = experiment(tmp_path)
+  state = random_state(config)
+  larger = dataclasses.replace(config, mesh=MeshConfig(data=16), train=TrainConfig(batch=16, evaluate_rows=16))
+  write(tmp_path / 'run', larger, state)
+  lm = mtp_jax.load(tmp_path / 'run')
+  assert same_bits(lm.model, state.model) and lm.mesh.size == 1
+
+
+def test_a_tree_comes_back_from_a_plain_dict(eight):
+  _, state, _ = eight
+  nested = store.as_dict(state.model)
+  assert list(nested['trunk']) and all(type(x) is dict or x.dtype == np.float32 for x in nested.values())
+  assert same_bits(store.from_dict(state.model, nested), state.model)
+
+
+@pytest.mark.parametrize('model, message', [
+    ({'feed_forward': 32}, r'futures.down_FD is float32\[2, 24, 16\], but the config asks for float32\[2, 32, 16\]'),
+    ({'qk_norm': True}, r'futures\.k_norm_K is missing from the checkpoint; nearest name: futures\.'),
+    ({'tie_embeddings': True}, 'unembed_VD is in the checkpoint but not in the model; nearest name: embed_VD'),
+    ({'kind': 'sequential'}, 'futures'),
+], ids=['shape', 'missing', 'left over', 'family'])
+def test_other_names_and_shapes_are_refused(eight, model, message):
+  config, _, workdir = eight
+  config = dataclasses.replace(config, mesh=ONE, model=dataclasses.replace(config.model, **model))
+  mesh = make_mesh(ONE)
+  with jax.set_mesh(mesh), pytest.raises(BadInput, match=message):
+    training.restore(config, workdir, 3, mesh)
+
+
+def test_another_type_is_refused_and_never_cast(tmp_path):
+  config = experiment(tmp_path)
+  state = random_state(config)
+  half = dataclasses.replace(state, model=jax.tree.map(lambda x: jax.device_put(np.asarray(x, np.float16), x.sharding), state.model))
+  write(tmp_path / 'run', config, half)
+  with pytest.raises(BadInput, match=r'is float16\[264, 16\], but the config asks for float32\[264, 16\]'):
+    mtp_jax.load(tmp_path / 'run')
+
+
+@pytest.mark.parametrize('unlink', [['_CHECKPOINT_METADATA', 'commit_success.txt'], ['commit_success.txt'], ['_CHECKPOINT_METADATA']], ids=str)
+def test_an_incomplete_step_is_passed_over_and_set_aside(run, unlink):
+  config, workdir = run
+  state = random_state(config)
+  folder = workdir / FOLDER
+  for n in ('', '-1'):  # a run may die twice in the same place
+    write(workdir, config, state, step=500)
+    for name in unlink:
+      (folder / '500' / name).unlink()
+    assert steps(workdir) == [3] and metadata(workdir)['step'] == 3
+    store.Writer(workdir, 3).close()
+    assert sorted(path.name for path in folder.iterdir() if not path.name.startswith('_')) == sorted({'3', 'incomplete-500', f'incomplete-500{n}'})
+  write(workdir, config, state, step=500)
+  assert steps(workdir) == [3, 500]
+
+
+def test_an_empty_folder_of_a_step_does_not_block_it(run):
+  config, workdir = run
+  (workdir / FOLDER / '500').mkdir()
+  assert steps(workdir) == [3]
+  write(workdir, config, random_state(config), step=500)
+  assert steps(workdir) == [3, 500]
+
+
+def test_only_the_newest_checkpoints_are_kept(run):
+  config, workdir = run
+  state, writer = random_state(config), store.Writer(workdir, 2)
+  for step in (4, 5, 6):
+    write(workdir, config, state, step, writer=writer)
+  writer.close()
+  assert steps(workdir) == [5, 6]
+
+
+# Orbax leaves its other threads and coroutines to fail alone.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning', 'ignore::pytest.PytestUnraisableExceptionWarning')
+def test_a_failed_save_is_an_error_and_leaves_the_older_checkpoint_and_the_next_save_alone(run):
+  config, workdir = run
+  state, writer = random_state(config), store.Writer(workdir, 3)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # a file of more than 2,000 bytes cannot be written, even by root
+  try:
+    with pytest.raises(OSError, match='a checkpoint could not be written to'):
+      write(workdir, config, state, 4, writer=writer)
+      writer.wait()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert steps(workdir) == [3]
+  assert same_bits(mtp_jax.load(workdir).model, state.model)
+  write(workdir, config, state, 5, writer=writer)
+  writer.close()
+  assert steps(workdir) == [3, 5]
+  gc.collect()
+
+
+RECORDS = {
+    'empty file': lambda record: '',
+    'cut off': lambda record: json.dumps(record)[:200],
+    'no object': lambda record: '[]',
+    'no record': lambda record: json.dumps(record | {'custom_metadata': None}),
+    'no config': lambda record: json.dumps(record | {'custom_metadata': {'step': 3}}),
+    'config that is none': lambda record: json.dumps(record | {'custom_metadata': record['custom_metadata'] | {'config': 'x'}}),
+} | {f'no {key}': lambda record, key=key: json.dumps(record | {'custom_metadata': {k: v for k, v in record['custom_metadata'].items() if k != key}})
+     for key in ('conventions', 'tokenizer', 'identity', 'data')}
+
+
+@pytest.mark.parametrize('harm', RECORDS.values(), ids=RECORDS)
+def test_a_damaged_record_is_refused(eight, tmp_path, harm):
+  source = eight[2] / FOLDER / '3'
+  folder = tmp_path / FOLDER / '3'
+  folder.mkdir(parents=True)
+  (folder / 'commit_success.txt').write_text('')
+  (folder / '_CHECKPOINT_METADATA').write_text(harm(json.loads((source / '_CHECKPOINT_METADATA').read_text())))
+  with pytest.raises(BadInput, match='lacks the record of config and conventions .* remove the folder 3 to fall back to an older step'):
+    metadata(tmp_path)
+
+
+@pytest.mark.parametrize('change', [{'target': 'future m predicts token t+m'}, {'rotary': None}, {'new in a later version': 1}], ids=str)
+def test_contradicting_conventions_are_refused(tmp_path, change):
+  config = experiment(tmp_path)
+  write(tmp_path / 'run', config, random_state(config), conventions=conventions(config.model) | change)
+  wanted = f'conventions contradict this version in {next(iter(change))}'
+  with pytest.raises(BadInput, match=wanted):
+    mtp_jax.load(tmp_path / 'run')
+  with pytest.raises(BadInput, match=wanted):
+    fit(config, tmp_path / 'run')
+
+
+@pytest.mark.parametrize('section, field, value', [
+    ('model', 'layers', 4), ('model', 'futures', 1), ('model', 'kind', 'sequential'), ('model', 'placement', 'appended'), ('model', 'rope_base', 100.0),
+    ('train', 'steps', 2)])
+def test_what_a_checkpoint_fixes_cannot_change(eight, section, field, value):
+  config, _, workdir = eight
+  optimizer = {'warmup_steps': 1}
+  changed = Config.from_dict({**config.to_dict(), 'objective': {'chunk': 8}, 'optimizer': optimizer, section: config.to_dict()[section] | {field: value}})
+  with pytest.raises(BadInput, match=f'config.{section}.{field}={value!r}: the checkpoint in .*; set '):
+    check_resumes(changed, metadata(workdir), workdir)
+
+
+def test_what_a_checkpoint_does_not_fix_may_change_and_is_told(eight):
+  config, _, workdir = eight
+  changed = dataclasses.replace(config, mesh=ONE, train=dataclasses.replace(config.train, batch=16), model=dataclasses.replace(config.model, remat='none'))
+  assert check_resumes(config, metadata(workdir), workdir) == []
+  assert check_resumes(changed, metadata(workdir), workdir) == [
+      "config.model.remat: 'full' -> 'none'", 'config.train.batch: 8 -> 16', 'config.mesh.fsdp: 4 -> 1', 'config.mesh.tensor: 2 -> 1']
+
+
+def test_a_folder_without_checkpoints_is_bad_input(tmp_path):
+  with pytest.raises(BadInput, match='holds no checkpoint; train one with: python -m mtp_jax train'):
+    metadata(tmp_path)
+
+
+def test_a_step_that_is_not_there_is_bad_input(eight):
+  with pytest.raises(BadInput, match='step 7: .* holds the steps 3'):
+    metadata(eight[2], 7)

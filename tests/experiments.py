@@ -1,0 +1,54 @@
+"""Small experiments that several tests share: a config, a state, a checkpoint."""
+import dataclasses
+
+import jax
+import numpy as np
+
+from mtp_jax import tokenizer
+from mtp_jax.checkpoint import store
+from mtp_jax.config import Config, DataConfig, MeshConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from mtp_jax.mesh import make_mesh
+from mtp_jax.model.model import conventions
+from mtp_jax.train import step as training
+
+
+def experiment(folder, **sections) -> Config:
+  """A tiny config, with a dozen documents in `folder`. A section is a dict of changes."""
+  documents = folder / 'documents'
+  if not documents.exists():
+    documents.mkdir(parents=True)
+    for i in range(12):
+      (documents / f'{i}.txt').write_text(''.join(f'{i * j} é {"ab" * (j % 3)}\n' for j in range(40)))
+  tiny = {
+      'model': ModelConfig(width=16, layers=3, heads=2, kv_heads=2, head_width=8, feed_forward=24, futures=2),
+      'objective': ObjectiveConfig(weights=(1.0, 0.5), chunk=8),
+      'data': DataConfig(paths=(str(documents),), length=16, validation_share=0.2, cache=str(folder / 'cache')),
+      'optimizer': OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+      'train': TrainConfig(steps=6, batch=8, accumulate=2, log_every=1, evaluate_every=2, evaluate_rows=16, checkpoint_every=3, tensorboard=False),
+      'mesh': MeshConfig(),
+  }
+  return Config(**{name: dataclasses.replace(section, **sections.get(name, {})) for name, section in tiny.items()})
+
+
+def random_state(config: Config, mesh=None, seed: int = 0) -> training.State:
+  """Every leaf drawn in NumPy, then put where it belongs: the same on any mesh, and nothing is compiled."""
+  mesh, rng = mesh or make_mesh(config.mesh), np.random.default_rng(seed)
+  fill = lambda x: rng.integers(0, 100, x.shape) if x.dtype == np.int32 else 0.3 * rng.standard_normal(x.shape)
+  with jax.set_mesh(mesh):
+    return jax.tree.map(lambda x: jax.device_put(fill(x).astype(x.dtype), x.sharding), training.abstract(config, mesh))
+
+
+def write(workdir, config: Config, state: training.State, step: int = 3, identity: dict | None = None, writer=None, **changes) -> None:
+  """A checkpoint as `fit` writes it."""
+  record = {'step': step, 'config': config.to_dict(), 'conventions': conventions(config.model), 'tokenizer': tokenizer.load('bytes').digest,
+            'identity': identity or {}, 'data': {'global_next_index': 0}} | changes
+  ours = writer or store.Writer(workdir, 3)
+  ours.save(step, state.model, {'step': state.step, 'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row, 'optax': state.optimizer}, record)
+  if not writer:
+    ours.close()
+
+
+def same_bits(a, b) -> bool:
+  """Names, types, shapes and bytes of every leaf."""
+  bits = lambda tree: {jax.tree_util.keystr(path): (x.dtype, x.shape, np.asarray(x).tobytes()) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+  return bits(a) == bits(b)

@@ -1,0 +1,182 @@
+"""Parameters and FLOPs against counts of leaves and of the operations traced; the digest; the log on disk."""
+import dataclasses
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from mtp_jax import chips, objective
+from mtp_jax.config import MeshConfig, ModelConfig, ObjectiveConfig
+from mtp_jax.mesh import make_mesh
+from mtp_jax.model import costs
+from mtp_jax.model.attention import Documents
+from mtp_jax.model.kernels import _splash
+from mtp_jax.model.model import Model
+from mtp_jax.report.log import Log
+from mtp_jax.sharding import place, shardings, spec
+
+LENGTH = 16
+
+
+def shapes(c: ModelConfig):
+  return jax.eval_shape(functools.partial(Model, c), jax.random.key(0))
+
+
+def unrolled_flops(function, *arguments) -> int:
+  """2 x the multiply-adds of every matrix product, counted from its operands, of a function traced with its scans unrolled."""
+  def walk(jaxpr):
+    total = 0
+    for equation in jaxpr.eqns:
+      assert equation.primitive.name not in ('scan', 'while'), equation
+      if equation.primitive.name == 'dot_general':
+        (contracted, _), (shared, _) = equation.params['dimension_numbers']
+        left, right = (x.aval.shape for x in equation.invars)
+        total += 2 * math.prod(left) * math.prod(right) // math.prod(left[i] for i in contracted + shared)
+      total += sum(walk(inner) for inner in jaxprs_in_params(equation.params))
+    return total
+
+  with jax.disable_jit():
+    return walk(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def test_matrix_products_are_counted_as_often_as_they_run():
+  @jax.checkpoint
+  def body(x, w):
+    return jax.jit(jnp.matmul)(x, w), jnp.einsum('ij,kj->ik', x, x)
+
+  def function(x, w_nij, a, b):
+    return jax.lax.scan(body, x, w_nij), jax.vmap(jnp.matmul)(a, b), jnp.sum(x * x)
+
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
+  arguments = shape(2, 3), shape(7, 3, 3), shape(4, 2, 5), shape(4, 5, 3)
+  wanted = 2 * (7 * (2 * 3 * 3 + 2 * 3 * 2) + 4 * 2 * 5 * 3)
+  assert costs.matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr) == unrolled_flops(function, *arguments) == wanted
+
+
+@pytest.mark.parametrize('sizes, length', [({'fsdp': 2, 'tensor': 2}, 1024), ({'context': 2, 'fsdp': 2}, 4096)], ids=str)
+def test_of_a_tpus_attention_the_tiles_that_causality_leaves_are_counted(sizes, length):
+  """Of each two in the forward pass, seven in the backward pass, which makes scores and their gradients once for queries and once for keys;
+  and once sum(o * do)."""
+  tile, (B, H, K) = 512, (4, 4, 64)
+
+  def attention(q, g, segments_BL):
+    k, o_of = place(q, 'BSGK'), Documents(None, segments_BL)
+    return jax.vjp(lambda q, k: _splash(q, k, k, o_of, interpret=True), q, k)[1](g)
+
+  shape = lambda letters, *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype, sharding=jax.NamedSharding(mesh, spec(letters)))
+  mesh = make_mesh(MeshConfig(**sizes))
+  with jax.set_mesh(mesh):
+    x = shape('BLHK', B, length, H, K)
+    found = costs.matmul_flops(jax.make_jaxpr(attention)(x, x, shape('BL', B, length, dtype=jnp.int32)).jaxpr)
+  tiles = sum(keys <= queries for queries in range(length // tile) for keys in range(length // tile))
+  assert found == B * H * 2 * K * (tiles * (2 + 3 + 4) * tile * tile + length)
+
+
+def loss_of(c: ModelConfig):
+  """(function of a model, its gradient, arguments) of the loss."""
+  batch = {name: jax.ShapeDtypeStruct((2, LENGTH + c.futures), np.int32) for name in ('tokens', 'segments', 'positions')}
+  forward = lambda model, batch: objective.loss(model, batch, jnp.ones(c.futures), ObjectiveConfig(chunk=8))
+  return forward, jax.value_and_grad(forward, has_aux=True), (shapes(c), batch)
+
+
+@pytest.mark.parametrize('futures', [1, 4])
+@pytest.mark.parametrize('placement', ['matched', 'appended'])
+def test_flops_are_those_of_the_operations_traced(tiny, variant, placement, futures):
+  c = tiny(layers=6, futures=futures, placement=placement, **variant)
+  forward, gradient, arguments = loss_of(dataclasses.replace(c, remat='none'))
+  count = lambda function: costs.matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr) / (2 * LENGTH)
+  claimed, again = costs.flops_per_token(arguments[0], LENGTH), costs.recomputed_flops_per_token(arguments[0], LENGTH)
+  assert 3 * count(forward) == claimed['total']
+  assert count(gradient) == claimed['total'] + again
+  assert claimed['total'] == claimed['trunk'] + claimed['futures'] + claimed['unembedding']
+
+
+def test_a_train_steps_count_is_that_of_its_scans_unrolled(tiny, variant):
+  _, gradient, arguments = loss_of(tiny(layers=6, **variant))
+  assert costs.matmul_flops(jax.make_jaxpr(gradient)(*arguments).jaxpr) == unrolled_flops(gradient, *arguments)
+
+
+@pytest.mark.parametrize('changes', [{}, {'tie_embeddings': True}, {'qk_norm': True}, {'futures': 1}, {'kind': 'sequential', 'futures': 1}], ids=str)
+def test_parameters_are_the_sizes_of_the_leaves(tiny, variant, changes):
+  model = shapes(tiny(**(variant if 'kind' not in changes else {}) | changes))
+  size = lambda part: sum(math.prod(x.shape) for x in jax.tree.leaves(part))
+  found = costs.parameters(model)
+  assert found['total'] == size(model) == sum(found[part] for part in costs.PARTS)
+  assert found['embedding'] == size(model.embed_VD)
+  assert found['trunk'] == size(model.trunk) + size(model.final_norm_D)
+  assert found['futures'] == (size(model.futures) if hasattr(model, 'futures') else 0)
+  assert found['unembedding'] == (0 if model.config.tie_embeddings else size(model.unembed_VD))
+
+
+@pytest.mark.parametrize('futures', [2, 3, 4])
+def test_the_next_token_twin_of_matched_futures_has_as_many_parameters(tiny, futures):
+  c = tiny(futures=futures)
+  twin = dataclasses.replace(c, futures=1)
+  assert costs.parameters(shapes(c))['total'] == costs.parameters(shapes(twin))['total']
+
+
+@pytest.mark.parametrize('mesh', [MeshConfig(fsdp=4, tensor=2), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(tensor=2)], ids=str)
+def test_the_digest_of_the_parameters_is_the_same_on_any_mesh(tiny, random_model, mesh):
+  model = random_model(tiny())
+  assert costs.parameters_sha256(jax.device_put(model, shardings(model, make_mesh(mesh)))) == costs.parameters_sha256(model)
+
+
+def test_the_digest_of_the_parameters_sees_one_bit(tiny, random_model):
+  model = random_model(tiny())
+  leaves, structure = jax.tree.flatten(model)
+  digests = {costs.parameters_sha256(model)}
+  for i, leaf in enumerate(leaves):
+    bits = np.array(leaf).view(np.uint32)
+    bits.flat[-1] ^= 1
+    digests.add(costs.parameters_sha256(jax.tree.unflatten(structure, [*leaves[:i], bits.view(np.float32), *leaves[i + 1:]])))
+  assert len(digests) == len(leaves) + 1
+
+
+def test_the_peak_of_a_cpu_is_measured():
+  assert 1e8 < chips.peak_flops(0.01) < 1e14
+
+
+def test_a_resumed_log_drops_what_lies_past_the_checkpoint(tmp_path):
+  log = Log(tmp_path, 0, tensorboard=False)
+  for step in (1, 2, 3, 4):
+    log.write(step, 'train', {'loss': step / 2, 'nats': [1.0, 2.0]})
+    if step % 2 == 0:
+      log.write(step, 'validation', {'nats': [3.0]})
+  log.close()
+  with log.path.open('a') as file:
+    file.write('{"step": 5, "kind": "tr')  # cut off by a crash
+  Log(tmp_path, 4, tensorboard=False).close()
+  train = lambda step: {'step': step, 'kind': 'train', 'loss': step / 2, 'nats': [1.0, 2.0]}
+  validation = {'step': 2, 'kind': 'validation', 'nats': [3.0]}
+  records = lambda: [json.loads(line) for line in log.path.read_text().splitlines()]
+  assert records() == [train(1), train(2), validation, train(3), train(4)]  # a run repeats the validation at its checkpoint
+  Log(tmp_path, 2, tensorboard=False).close()
+  assert records() == [train(1), train(2)]
+
+
+@pytest.mark.parametrize('cut', ['', '{', '3', 'null', '{"step": 1}', '\udcff'])
+def test_a_cut_off_line_never_blocks_a_resume(tmp_path, cut):
+  (tmp_path / 'metrics.jsonl').write_bytes(b'{"step": 1, "kind": "train"}\n' + cut.encode(errors='surrogateescape'))
+  log = Log(tmp_path, 1, tensorboard=False)
+  log.write(2, 'train', {})
+  log.close()
+  assert [json.loads(line)['step'] for line in log.path.read_text().splitlines()] == [1, 2]
+
+
+def test_tensorboard_files_are_written(tmp_path):
+  log = Log(tmp_path, 0, tensorboard=True)
+  log.write(1, 'train', {'loss': 1.5, 'nats': [1.0, 2.0]})
+  log.close()
+  events, = (tmp_path / 'tensorboard').glob('events.out.tfevents.*')
+  assert all(tag in events.read_bytes() for tag in (b'train/loss', b'train/nats/0', b'train/nats/1'))
+
+
+@pytest.mark.parametrize('sizes', [MeshConfig(), MeshConfig(fsdp=2, tensor=2)], ids=str)
+def test_the_peak_can_be_measured_on_any_mesh(sizes):
+  with jax.set_mesh(make_mesh(sizes)):
+    assert 0 < chips.peak_flops(seconds=0.01) < math.inf

@@ -1,0 +1,81 @@
+"""AdamW against NumPy in float64, schedules against formulas, groups against a table."""
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax import objective
+from mtp_jax.config import ObjectiveConfig, OptimizerConfig
+from mtp_jax.train import optimizer
+
+DECAYED = {'embed_VD', 'unembed_VD', 'wq_DHK', 'wk_DGK', 'wv_DGK', 'wo_HKD', 'gate_DF', 'up_DF', 'down_FD', 'join_CD', 'map_Dd'}
+PLAIN = {'final_norm_D', 'attention_norm_D', 'mlp_norm_D', 'q_norm_K', 'k_norm_K', 'embedding_norm_D', 'hidden_norm_D', 'out_norm_D'}
+
+
+def name(path) -> str:
+  return [key.name for key in path if getattr(key, 'name', 'value') != 'value'][-1]
+
+
+def rate(c: OptimizerConfig, step: int, steps: int) -> float:
+  final = c.learning_rate * c.final_ratio
+  if step < c.warmup_steps:
+    return c.learning_rate * step / c.warmup_steps
+  if c.schedule == 'cosine':
+    share = min(1, (step - c.warmup_steps) / (steps - c.warmup_steps))
+    return final + (c.learning_rate - final) * (1 + math.cos(math.pi * share)) / 2
+  decay = c.decay_share * steps
+  share = min(1, max(0, (step - (steps - decay)) / decay))
+  return c.learning_rate + (final - c.learning_rate) * share
+
+
+@pytest.mark.parametrize('schedule', ['cosine', 'wsd'])
+@pytest.mark.parametrize('warmup', [0, 10])
+def test_learning_rates_follow_their_formulas(schedule, warmup):
+  c = OptimizerConfig(learning_rate=0.5, warmup_steps=warmup, schedule=schedule, decay_share=0.25, final_ratio=0.1)
+  found = jax.vmap(optimizer.schedule(c, 80))(jnp.arange(90))
+  np.testing.assert_allclose(found, [rate(c, step, 80) for step in range(90)], rtol=2e-6)  # a cosine in float32
+  assert math.isclose(found[80], 0.05, rel_tol=2e-6) and math.isclose(max(found), 0.5, rel_tol=2e-6)
+
+
+@pytest.mark.parametrize('clip', [0.5, 1e6], ids=['clipped', 'not clipped'])
+def test_updates_are_adamw_as_written(tiny, random_model, clip, assert_close):
+  c = OptimizerConfig(learning_rate=0.1, warmup_steps=2, clip=clip, weight_decay=0.3, epsilon=1e-3, b1=0.8, b2=0.9)
+  transform = optimizer.make(c, 10)
+  model = random_model(tiny(kind='sequential', qk_norm=True))
+  advance = jax.jit(transform.update)
+  state = transform.init(model)
+  paths, start = zip(*jax.tree_util.tree_leaves_with_path(model))
+  wanted = [np.float64(p) for p in start]
+  first, second = ([np.zeros(p.shape) for p in start] for _ in range(2))
+  for step in range(4):
+    grads = random_model(model.config, seed=step + 1)
+    updates, state = advance(grads, state, model)
+    model = jax.tree.map(jnp.add, model, updates)
+
+    raw = [np.float64(g) for g in jax.tree.leaves(grads)]
+    norm = math.sqrt(sum((g * g).sum() for g in raw))
+    assert 0.5 < norm < 1e6
+    for i, path in enumerate(paths):
+      g = raw[i] * min(1, clip / norm)
+      first[i] = 0.8 * first[i] + 0.2 * g
+      second[i] = 0.9 * second[i] + 0.1 * g * g
+      direction = first[i] / (1 - 0.8**(step + 1)) / (np.sqrt(second[i] / (1 - 0.9**(step + 1))) + 1e-3)
+      wanted[i] = wanted[i] - rate(c, step, 10) * (direction + 0.3 * wanted[i] * (name(path) in DECAYED))
+    assert_close(jax.tree.leaves(model), wanted)
+    assert (step == 0) == all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(model), start)), 'warm-up starts from 0'
+
+
+@pytest.mark.parametrize('changes', [{}, {'tie_embeddings': True}], ids=['untied', 'tied'])
+def test_every_parameter_learns_and_stands_in_the_group_of_its_kind(tiny, random_model, packed, variant, changes):
+  model = random_model(tiny(qk_norm=True, layers=4, **variant, **changes))
+  M = model.config.futures
+  run = jax.jit(jax.grad(lambda model, batch: objective.loss(model, batch, jnp.ones(M), ObjectiveConfig(chunk=8))[0]))
+  grads = run(model, packed(model.config, 2, 8))
+  groups = jax.tree_util.tree_leaves_with_path(optimizer.groups(model))
+  assert len(groups) == len(jax.tree.leaves(model)) > 0
+  for (path, group), g in zip(groups, jax.tree.leaves(grads)):
+    assert group == ('decayed' if name(path) in DECAYED else 'plain') and name(path) in DECAYED | PLAIN
+    stacked = g if '.trunk' in jax.tree_util.keystr(path) or '.futures' in jax.tree_util.keystr(path) else g[None]
+    assert all(np.any(layer) for layer in stacked), jax.tree_util.keystr(path)
