@@ -11,7 +11,7 @@ from jax import P
 
 import mtp_jax
 from mtp_jax.config import BadInput, Config, MeshConfig
-from mtp_jax.mesh import joined, lay, make_mesh, natural, order, parted, parts
+from mtp_jax.mesh import by_device, by_row, make_mesh, mesh_order, to_mesh_order, to_text_order, token_shards
 from mtp_jax.model.model import Model
 from mtp_jax.sharding import einsum, lookup, shardings, spec
 from mtp_jax.train import step as training
@@ -106,10 +106,10 @@ def test_parts_are_the_tokens_of_each_device_in_a_row_of_their_own_and_nothing_m
   x_BLD = np.arange(B * L * D).reshape(B, L, D)
   with jax.set_mesh(mesh):
     placed = on_mesh(mesh, 'BLd', x_BLD)
-    there, back = jax.jit(parted), jax.jit(lambda x_PTD: joined(x_PTD, B))
+    there, back = jax.jit(by_device), jax.jit(lambda x_PTD: by_row(x_PTD, B))
     x_PTD = there(placed)
     again = back(x_PTD)
-    assert parts() == x_PTD.shape[0] == sizes.data * sizes.fsdp * sizes.context
+    assert token_shards() == x_PTD.shape[0] == sizes.data * sizes.fsdp * sizes.context
     assert not re.search('all-|collective|reduce-scatter', there.lower(placed).compile().as_text() + back.lower(x_PTD).compile().as_text())
   np.testing.assert_array_equal(again, x_BLD)
   for x, sent in ((x_PTD, placed), (again, x_PTD)):
@@ -121,8 +121,8 @@ def test_parts_are_the_tokens_of_each_device_in_a_row_of_their_own_and_nothing_m
 
 def test_without_a_mesh_there_is_one_part():
   x_BLD = np.arange(24).reshape(2, 4, 3)
-  np.testing.assert_array_equal(parted(x_BLD), x_BLD.reshape(1, 8, 3))
-  np.testing.assert_array_equal(joined(parted(x_BLD), 2), x_BLD)
+  np.testing.assert_array_equal(by_device(x_BLD), x_BLD.reshape(1, 8, 3))
+  np.testing.assert_array_equal(by_row(by_device(x_BLD), 2), x_BLD)
 
 
 @pytest.mark.parametrize('context, length, wanted', [
@@ -131,10 +131,10 @@ def test_each_device_of_the_context_axis_has_a_stretch_from_the_front_and_its_mi
   """Where two stretches a device do not come out even, positions lie as they come."""
   x_BL = np.arange(2 * length).reshape(2, length)
   with jax.set_mesh(make_mesh(MeshConfig(context=context))):
-    assert order(length).tolist() == wanted
-    laid = jax.jit(lay)(x_BL)
+    assert mesh_order(length).tolist() == wanted
+    laid = jax.jit(to_mesh_order)(x_BL)
     assert np.asarray(laid).tolist() == x_BL[:, wanted].tolist() and laid.sharding.spec == P(('data', 'fsdp'), 'context')
-    np.testing.assert_array_equal(jax.jit(natural)(laid), x_BL)
+    np.testing.assert_array_equal(jax.jit(to_text_order)(laid), x_BL)
     if length % (2 * context) == 0:  # a causal mask hides as much from each device as from the others
       assert len({int(np.sum(np.asarray(shard.data)[0] + 1)) for shard in laid.addressable_shards}) == 1
 

@@ -21,9 +21,9 @@ from mtp_jax.decode.engine import Engine, Text
 from mtp_jax.decode.requests import EXACT, Criterion, choices, per_row
 from mtp_jax.decode.verify import Sampler
 from mtp_jax.evaluation.held_out import evaluate
-from mtp_jax.mesh import make_mesh, share
+from mtp_jax.mesh import make_mesh, process_share
 from mtp_jax.model.model import Model, conventions
-from mtp_jax.tokenizer import byte_lengths, emitted
+from mtp_jax.tokenizer import byte_lengths, decodable
 from mtp_jax.train import step as training
 
 
@@ -137,7 +137,7 @@ class LanguageModel:
 
   def sampler(self, temperature_B, seed_B, top_k_B, top_p_B, same_seed: bool = False, criterion: Criterion = EXACT) -> Sampler:
     """How the rows of a batch choose; see `choices`."""
-    allowed_V = emitted(self.config, self.tokenizer)[:self.tokenizer.size]
+    allowed_V = decodable(self.config, self.tokenizer)[:self.tokenizer.size]
     return Sampler(seed_B, temperature_B, top_k_B, top_p_B, allowed_V, not temperature_B.any(), bool(top_k_B.any() or (top_p_B < 1).any()),
                           same_seed, criterion)
 
@@ -185,9 +185,9 @@ class LanguageModel:
     batch = self.config.train.evaluate_rows
     with jax.set_mesh(self.mesh):
       held_out = self.corpus.held_out(self.config.model.futures)
-      batches = validation_batches(held_out, batch, rows, *share(self.mesh))
+      batches = validation_batches(held_out, batch, rows, *process_share(self.mesh))
       return evaluate(self.config, self.model, batches, byte_lengths(self.config, self.tokenizer),
-                            emitted(self.config, self.tokenizer), self.mesh)
+                            decodable(self.config, self.tokenizer), self.mesh)
 
   def seconds_per_forward(self, prompt_tokens: int = 32) -> list[float]:
     """Of a greedy pass of one row on this machine, for each draft length 0..M-1: what drafting and verifying cost."""

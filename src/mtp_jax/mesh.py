@@ -40,7 +40,7 @@ def make_mesh(sizes: MeshConfig, devices=None) -> jax.sharding.Mesh:
   return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
 
 
-def share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+def process_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
   """(index, count): of the count equal parts that a batch has, which one this process must read. Processes whose devices hold the same
   rows read the same part.
 
@@ -57,7 +57,7 @@ def share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
   return parts.index(tuple(sorted(rows_of[jax.process_index()]))), len(parts)
 
 
-def order(L: int) -> np.ndarray:
+def mesh_order(L: int) -> np.ndarray:
   """int32[L]: which position lies at each place along the context axis.
 
   Causal attention asks more of later positions, so of 2c equal stretches each of c devices gets one from the front and its mirror image
@@ -72,14 +72,14 @@ def order(L: int) -> np.ndarray:
   return np.stack([stretches[:c], stretches[c:][::-1]], 1).ravel()
 
 
-def lay(x_BL, letters: str = 'BL'):
-  """Positions as they come -> where `order` has them lie, and there on the mesh. The second axis is the length."""
-  return place(_moved(x_BL, order(x_BL.shape[1])), letters)
+def to_mesh_order(x_BL, letters: str = 'BL'):
+  """Positions as they come -> where `mesh_order` has them lie, and there on the mesh. The second axis is the length."""
+  return place(_moved(x_BL, mesh_order(x_BL.shape[1])), letters)
 
 
-def natural(x_BL):
-  """The inverse of `lay`, the length whole on every device."""
-  return _moved(place(x_BL, 'Bl' + 'r' * (x_BL.ndim - 2)), np.argsort(order(x_BL.shape[1])))
+def to_text_order(x_BL):
+  """The inverse of `to_mesh_order`, the length whole on every device."""
+  return _moved(place(x_BL, 'Bl' + 'r' * (x_BL.ndim - 2)), np.argsort(mesh_order(x_BL.shape[1])))
 
 
 def _moved(x_BL, order_L):
@@ -88,40 +88,40 @@ def _moved(x_BL, order_L):
   return x_BL.at[:, order_L].get(**out('Bl' + 'r' * (x_BL.ndim - 2)))
 
 
-def summed(x_PDV, letters: str):
+def sum_over_devices(x_PDV, letters: str):
   """The sum over parts, of which each device keeps the share that `letters` give it: one reduce-scatter. [P, ...] -> [...].
 
   The first letter is the one over fsdp: an XLA that scatters any other dimension sums up the whole on every device first.
   """
-  if parts() == 1:
+  if token_shards() == 1:
     return place(x_PDV[0], letters)
   local = lambda x_1DV: jax.lax.psum(jax.lax.psum_scatter(x_1DV[0], 'fsdp', tiled=True), ('data', 'context'))
   return jax.shard_map(local, in_specs=spec('P' + letters), out_specs=spec(letters), check_vma=False)(x_PDV)
 
 
-def parts() -> int:
+def token_shards() -> int:
   """P: how many devices hold other tokens than their neighbours."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else mesh.shape['data'] * mesh.shape['fsdp'] * mesh.shape['context']
 
 
-def parted(x_BL):
+def by_device(x_BL):
   """[B, L, ...] -> [P, T, ...]: the tokens of each device in a row of their own. Moves nothing between devices."""
   B, L, *rest = x_BL.shape
-  if parts() == 1:
+  if token_shards() == 1:
     return jnp.reshape(x_BL, (1, B * L, *rest), **out('PT' + 'r' * len(rest)))
   c, tail = jax.sharding.get_abstract_mesh().shape['context'], 'r' * len(rest)
-  b, (rows, length) = parts() // c, spec('BL')
+  b, (rows, length) = token_shards() // c, spec('BL')
   to = lambda *dims: {'out_sharding': PartitionSpec(*dims, *[None] * len(rest))}
   x = jnp.reshape(x_BL, (b, B // b, c, L // c, *rest), **to(rows, None, length, None))
   return jnp.reshape(jnp.moveaxis(x, 2, 1), (b * c, B // b * (L // c), *rest), **out('PT' + tail))
 
 
-def joined(x_PT, B: int):
-  """The inverse of `parted`: [P, T, ...] -> [B, L, ...]."""
+def by_row(x_PT, B: int):
+  """The inverse of `by_device`: [P, T, ...] -> [B, L, ...]."""
   P, T, *rest = x_PT.shape
   L = P * T // B
-  if parts() == 1:
+  if token_shards() == 1:
     return jnp.reshape(x_PT, (B, L, *rest), **out('BL' + 'r' * len(rest)))
   c = jax.sharding.get_abstract_mesh().shape['context']
   b, (rows, length) = P // c, spec('BL')
@@ -131,7 +131,7 @@ def joined(x_PT, B: int):
 
 
 def put(batch, mesh):
-  """The rows that this process reads (see `share`), as arrays over the whole mesh."""
+  """The rows that this process reads (see `process_share`), as arrays over the whole mesh."""
   sharding = jax.NamedSharding(mesh, spec('Bt'))
   if jax.process_count() == 1:
     return jax.device_put(batch, sharding)  # the same in half the time

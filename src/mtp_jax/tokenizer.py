@@ -208,7 +208,7 @@ def _bytes(text: str | bytes) -> bytes:
   return text.encode('utf-8', errors='surrogatepass') if isinstance(text, str) else bytes(text)
 
 
-def emitted(config: Config, tokens) -> np.ndarray:
+def decodable(config: Config, tokens) -> np.ndarray:
   """bool[V]: ids that a decoder may emit, whatever stands for bytes, and eos."""
   allowed_V = byte_lengths(config, tokens) > 0
   allowed_V[tokens.eos] = True

@@ -155,7 +155,7 @@ def test_curricula_are_those_of_their_paper(futures, steps):
     ('sequential', (0, 0, 1, 0), [1, 2]), ('sequential', (1, 0, 0, 0), []), ('sequential', (1, 1, 1, 1), [1, 2, 3]),
 ])
 def test_a_future_needs_its_head_and_in_a_chain_all_that_it_hangs_from(kind, active, needed):
-  assert ModelConfig(kind=kind).needed(tuple(map(bool, active))) == needed
+  assert ModelConfig(kind=kind).heads_to_run(tuple(map(bool, active))) == needed
 
 
 def test_the_defaults_are_valid():
@@ -216,7 +216,7 @@ def test_the_last_weight_repeats():
 ])
 def test_eight_layers_are_shared_between_trunk_and_futures(fields, trunk_layers, modules):
   config = Config(model=ModelConfig(**fields)).model
-  assert (config.trunk_layers, config.modules) == (trunk_layers, modules)
+  assert (config.trunk_layers, config.own_heads) == (trunk_layers, modules)
 
 
 def test_every_field_says_what_it_means():

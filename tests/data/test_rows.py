@@ -13,7 +13,7 @@ import pytest
 from mtp_jax.config import BadInput
 from mtp_jax.data import shards
 from mtp_jax.data.packing import Consecutive, pack
-from mtp_jax.data.rows import Batches, Joined, Rows, validation_batches
+from mtp_jax.data.rows import Batches, Rows, SourceRows, validation_batches
 from mtp_jax.data.shards import Damaged
 
 BOS, PAD = 60_000, 999_999
@@ -86,7 +86,7 @@ def test_there_is_no_row_outside(tmp_path, stream_of):
 @pytest.fixture(params=POLICIES, ids='-'.join)
 def rows(tmp_path, stream_of, request):
   stream = stream_of(tmp_path / 'stream', [1, 90, 3], [40, 2, 44])
-  return Joined([make_rows(stream, tmp_path, 8, 3, *request.param)])
+  return SourceRows([make_rows(stream, tmp_path, 8, 3, *request.param)])
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def mixed(tmp_path, stream_of):
     gather = stream.gather
     stream.gather = lambda starts, stops, gather=gather, i=i: [np.where(part == BOS, BOS, part + 1000 * i) for part in gather(starts, stops)]
     sources.append(make_rows(stream, tmp_path / str(i), 8, 3, packing))
-  return Joined(sources)
+  return SourceRows(sources)
 
 
 def take(batches, count):
@@ -203,13 +203,13 @@ def test_real_processes_draw_what_one_draws(tmp_path, stream_of):
   code = f'''
 import json, sys
 from mtp_jax.data.packing import Consecutive
-from mtp_jax.data.rows import Batches, Joined, Rows
+from mtp_jax.data.rows import Batches, SourceRows, Rows
 from mtp_jax.data.shards import Folder, Shard, Stream
 shards = json.loads(sys.argv[3])
 stream = Stream(Folder({str(tmp_path / "real")!r}, ''), [Shard(**shard) for shard in shards], '<u2', '')
 from mtp_jax.data import shards as module
 module.BLOCK = 16
-batches = Batches(Joined([Rows(stream, Consecutive(stream, 8), 8, 3, {BOS}, {PAD})]), (1,), 8, 5, int(sys.argv[1]), int(sys.argv[2]))
+batches = Batches(SourceRows([Rows(stream, Consecutive(stream, 8), 8, 3, {BOS}, {PAD})]), (1,), 8, 5, int(sys.argv[1]), int(sys.argv[2]))
 print(json.dumps([next(batches)['tokens'].tolist() for _ in range(6)]))
 batches.close()
 '''
@@ -217,7 +217,7 @@ batches.close()
   entries = json.dumps([vars(shard) for shard in stream.shards])
   start = lambda p, n: subprocess.Popen([sys.executable, '-c', code, str(p), str(n), entries], stdout=subprocess.PIPE, text=True,
                                         env=os.environ | {'PYTHONPATH': str(kills.ROOT / 'src')})
-  wanted = [batch['tokens'].tolist() for batch in take(Batches(Joined([make_rows(stream, tmp_path, 8, 3)]), (1,), 8, 5), 6)]
+  wanted = [batch['tokens'].tolist() for batch in take(Batches(SourceRows([make_rows(stream, tmp_path, 8, 3)]), (1,), 8, 5), 6)]
   for n in (2, 4):
     shares = [json.loads(process.communicate(timeout=60)[0]) for process in [start(p, n) for p in range(n)]]
     assert [np.stack(step, axis=1).reshape(8, -1).tolist() for step in zip(*shares)] == wanted
@@ -253,7 +253,7 @@ def harmed(stream, s: int, number: int):
 def test_a_damaged_block_stops_the_batches_and_names_itself(tmp_path, stream_of):
   stream = stream_of(tmp_path, [100], [200])
   harmed(stream, 1, 4)
-  batches = Batches(Joined([make_rows(stream, tmp_path, 8, 3)]), (1,), 4, 0)
+  batches = Batches(SourceRows([make_rows(stream, tmp_path, 8, 3)]), (1,), 4, 0)
   with pytest.raises(Damaged, match=r'train-00001.array_record: block 4 is damaged .*; restore the file, or delete the folder and prepare it again, or go on without'):
     for _ in range(10):
       next(batches)
@@ -276,7 +276,7 @@ def test_quarantined_rows_become_padding_are_counted_and_no_other_row_changes(tm
     assert (after[name][hurt] == blank).all()
     assert np.array_equal(np.delete(after[name], hurt, axis=0), np.delete(before[name], hurt, axis=0))
   assert rows.quarantined == len(hurt) > 2 and len(said) == 1 and 'train-00001.array_record: block 4 is damaged' in said[0]
-  batches = Batches(Joined([rows]), (1,), len(rows), 0)
+  batches = Batches(SourceRows([rows]), (1,), len(rows), 0)
   next(batches)
   assert batches.quarantined == 2 * len(hurt)
   batches.close()

@@ -14,7 +14,6 @@ from mtp_jax.config import MeshConfig
 from mtp_jax.evaluation import acceptance
 from mtp_jax.mesh import make_mesh, put
 from mtp_jax.sharding import shardings
-from mtp_jax.tokenizer import emitted
 
 KINDS = {'parallel': {}, 'linear': {'kind': 'linear'}, 'sequential': {'kind': 'sequential'}}
 
@@ -115,7 +114,7 @@ def as_row(lm, ids) -> dict:
 
 def test_greedy_forwards_are_those_that_the_decoder_makes(lm):
   """On the text that the decoder wrote itself, position by position: not in expectation, but one by one."""
-  allowed_V = emitted(lm.config, lm.tokenizer)
+  allowed_V = decodable(lm.config, lm.tokenizer)
   for prompt in ('the 1', 'a', '2 é the', 'import'):
     for draft in (1, 3):
       said = lm.generate(prompt, max_tokens=60, draft=draft, max_length=80)

@@ -95,8 +95,8 @@ def test_rematerialisation_of_something_else_is_a_breach(twin, one_way, monkeypa
 
 def test_heads_at_once_that_share_a_state_wrongly_are_a_breach(twin, one_way, monkeypatch):
   assert one_way(twin, {'head_batch': 3}).holds
-  advance = model.Readout.advance
-  monkeypatch.setattr(model.Readout, 'advance', lambda self, head, m, x, *rest: advance(self, head, m, x * (1 + 0.01 * (self.config.head_batch > 1)), *rest))
+  advance = model.Futures.advance
+  monkeypatch.setattr(model.Futures, 'advance', lambda self, head, m, x, *rest: advance(self, head, m, x * (1 + 0.01 * (self.config.head_batch > 1)), *rest))
   assert not one_way(twin, {'head_batch': 3}).holds
 
 
@@ -119,8 +119,8 @@ def test_a_shifted_target_is_a_breach(twin, shift, monkeypatch):
 
 def test_a_sequential_module_that_is_told_its_target_is_a_leak(twin, monkeypatch):
   twin = dataclasses.replace(twin, model=dataclasses.replace(twin.model, kind='sequential'))
-  advance = model.Readout.advance
-  monkeypatch.setattr(model.Readout, 'advance', lambda self, head, m, *rest: advance(self, head, m + 1, *rest))
+  advance = model.Futures.advance
+  monkeypatch.setattr(model.Futures, 'advance', lambda self, head, m, *rest: advance(self, head, m + 1, *rest))
   assert not next(certify.leakage(twin)).holds
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from mtp_jax.config import MeshConfig
-from mtp_jax.mesh import lay, make_mesh, natural
+from mtp_jax.mesh import make_mesh, to_mesh_order, to_text_order
 from mtp_jax.model import attention as layers
 from mtp_jax.model.attention import Cache, attend, documents, rotary, write
 from mtp_jax.model.block import normal, rms_norm, stack
@@ -189,10 +189,10 @@ def test_a_kernel_is_attention_within_documents_wherever_the_positions_lie(kerne
   wanted = run(lambda q, k, v: attend(q, k, v, documents(jnp.asarray(segments)).mask_BLS))(q, k, v, g)
 
   def on_mesh(q, k, v, g, segments_BL):
-    seen = documents(lay(segments_BL))
-    attention = lambda q, k, v: KERNELS[kernel](lay(q, 'BLHK'), place(lay(k, 'BLGK'), 'BSGK'), place(lay(v, 'BLGK'), 'BSGK'), seen)
+    seen = documents(to_mesh_order(segments_BL))
+    attention = lambda q, k, v: KERNELS[kernel](to_mesh_order(q, 'BLHK'), place(to_mesh_order(k, 'BLGK'), 'BSGK'), place(to_mesh_order(v, 'BLGK'), 'BSGK'), seen)
     o, back = jax.vjp(attention, q, k, v)
-    return (natural(o), *back(lay(g, 'BLHK')))
+    return (to_text_order(o), *back(to_mesh_order(g, 'BLHK')))
 
   with jax.set_mesh(make_mesh(mesh)):
     found = jax.jit(on_mesh)(*map(jnp.asarray, (q, k, v, g, segments)))
@@ -210,8 +210,8 @@ def test_a_mesh_of_chips_runs_its_kernel_where_the_shapes_fit(kind, kernel, dtyp
   mesh = jax.sharding.AbstractMesh((1, 1, 2, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 5, abstract_device=jax.sharding.AbstractDevice(kind, None, {'N': 'cuda', 'T': 'tpu', 'c': 'cpu'}[kind[0]]))
 
   def attention(segments_BL):
-    q = lay(jnp.ones((1, length, 2, 64), dtype), 'BLHK')
-    return attend(q, place(q, 'BSGK'), place(q, 'BSGK'), documents(lay(segments_BL)))
+    q = to_mesh_order(jnp.ones((1, length, 2, 64), dtype), 'BLHK')
+    return attend(q, place(q, 'BSGK'), place(q, 'BSGK'), documents(to_mesh_order(segments_BL)))
 
   with jax.sharding.use_abstract_mesh(mesh):
     jax.eval_shape(attention, jax.ShapeDtypeStruct((1, length), jnp.int32))

@@ -181,7 +181,7 @@ def test_a_future_of_weight_zero_is_skipped_and_changes_nothing(tiny, random_mod
   head = 2 * sum(math.prod(x.shape[1:]) for path, x in jax.tree_util.tree_leaves_with_path(model.futures) if 'norm' not in jax.tree_util.keystr(path))
   scores = 0 if c.kind == 'linear' else 2 * c.heads * c.head_width * L
   unembedding, model_flops = 2 * c.vocab * c.width, idle * (head + 2 * scores)
-  chained = 0 if c.independent else min(idle, 2 if c.first_future else 3) * (head + 2 * scores)  # the last of a chain never runs twice
+  chained = 0 if c.independent else min(idle, 2 if c.first_own_head else 3) * (head + 2 * scores)  # the last of a chain never runs twice
   assert all_flops - flops == tokens * (3 * (model_flops + unread * unembedding) + idle * scores + chained)
   claimed = [costs.flops_per_token(model, L, a)['total'] for a in (None, active)]
   assert claimed[0] - claimed[1] == 3 * (model_flops + active.count(False) * unembedding)

@@ -26,7 +26,7 @@ from mtp_jax.checkpoint.record import steps
 from mtp_jax.cli.main import main
 from mtp_jax.config import BadInput, MeshConfig
 from mtp_jax.measure import plan
-from mtp_jax.mesh import make_mesh, share
+from mtp_jax.mesh import make_mesh, process_share
 from mtp_jax.model import costs
 from mtp_jax.sharding import AXES
 from mtp_jax.train import processes
@@ -97,7 +97,7 @@ def shares(monkeypatch, sizes: dict, count: int, per_process: int) -> list[tuple
   found = []
   for index in range(count):
     monkeypatch.setattr(jax, 'process_index', lambda index=index: index)
-    found.append(share(mesh))
+    found.append(process_share(mesh))
   return found
 
 

@@ -46,14 +46,14 @@ class ModelConfig:
                               'attention, qkv, mlp')
 
   @property
-  def modules(self) -> int:
+  def own_heads(self) -> int:
     """What is stacked as futures: M heads, or the sequential modules that hold weights of their own; nothing in a plain language model."""
     if self.share_modules:
       return min(1, self.futures - 1)
-    return self.futures - self.first_future
+    return self.futures - self.first_own_head
 
   @property
-  def first_future(self) -> int:
+  def first_own_head(self) -> int:
     """The first future with a head or module of its own: 1 where future 0 reads the trunk itself, else 0."""
     return int(self.kind == 'sequential' or self.futures == 1)
 
@@ -62,12 +62,12 @@ class ModelConfig:
     """Whether every future reads the trunk, and none another future."""
     return self.kind in ('parallel', 'linear')
 
-  def needed(self, active: tuple[bool, ...]) -> list[int]:
+  def heads_to_run(self, active: tuple[bool, ...]) -> list[int]:
     """Futures whose heads must run so that the active ones can be read: themselves, and in a chain all that they hang from."""
-    asked = [m for m in range(self.first_future, self.futures) if active[m]]
+    asked = [m for m in range(self.first_own_head, self.futures) if active[m]]
     if self.independent or not asked:
       return asked
-    return list(range(asked[0], self.futures) if self.kind == 'anticausal' else range(self.first_future, asked[-1] + 1))
+    return list(range(asked[0], self.futures) if self.kind == 'anticausal' else range(self.first_own_head, asked[-1] + 1))
 
   @property
   def trunk_layers(self) -> int:
@@ -75,8 +75,8 @@ class ModelConfig:
     if self.kind == 'linear':
       return self.layers
     if self.placement == 'matched':
-      return self.layers - self.modules
-    return self.layers - (1 - self.first_future)
+      return self.layers - self.own_heads
+    return self.layers - (1 - self.first_own_head)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from mtp_jax import tokenizer as tokenizers
 from mtp_jax.config import BadInput, DataConfig
 from mtp_jax.data.packing import Consecutive, pack
 from mtp_jax.data.prepare import prepare_once
-from mtp_jax.data.rows import Batches, Joined, Rows
+from mtp_jax.data.rows import Batches, Rows, SourceRows
 from mtp_jax.data.shards import Damaged, Folder, Prepared, Stream, open_set
 from mtp_jax.report.display import say
 from mtp_jax.tokenizer import Tokenizer
@@ -36,25 +36,25 @@ class Corpus:
     """Of the sources; by default each in proportion to its tokens."""
     return self.config.weights or tuple(float(source.train.tokens) for source in self.sources)
 
-  def rows(self, futures: int, note: Callable[[str], None] = say) -> Joined:
+  def rows(self, futures: int, note: Callable[[str], None] = say) -> SourceRows:
     """Training rows, packed as the config says; prepares best-fit packing where it has not been."""
     c = self.config
     packings = [pack(source.train, c.length, c.cache, source.fingerprint) if c.packing == 'best_fit' else Consecutive(source.train, c.length)
                 for source in self.sources]
     if c.packing == 'best_fit':
       note('best_fit: ' + ', '.join(f'{len(packing):,} rows, {packing.padding:.2%} padding' for packing in packings))
-    return Joined([self._rows(source.train, packing, futures, note) for source, packing in zip(self.sources, packings)])
+    return SourceRows([self._rows(source.train, packing, futures, note) for source, packing in zip(self.sources, packings)])
 
-  def held_out(self, futures: int, note: Callable[[str], None] = say) -> Joined:
+  def held_out(self, futures: int, note: Callable[[str], None] = say) -> SourceRows:
     """Rows of the held-out documents, one after the other whatever the packing, so that packings can be compared."""
     streams = [source.validation for source in self.sources]
-    return Joined([self._rows(stream, Consecutive(stream, self.config.length), futures, note) for stream in streams])
+    return SourceRows([self._rows(stream, Consecutive(stream, self.config.length), futures, note) for stream in streams])
 
   def _rows(self, stream: Stream, packing, futures: int, note) -> Rows:
     c, t = self.config, self.tokenizer
     return Rows(stream, packing, c.length, futures, t.bos, t.pad, c.boundary == 'across', c.on_damage == 'quarantine', note)
 
-  def batches(self, rows: Joined, batch: int, process_index: int = 0, process_count: int = 1, **more) -> Batches:
+  def batches(self, rows: SourceRows, batch: int, process_index: int = 0, process_count: int = 1, **more) -> Batches:
     return Batches(rows, self.weights, batch, self.config.seed, process_index, process_count, **more)
 
 

@@ -95,7 +95,7 @@ class Rows:
     return [part[:0] if r in hurt else part for r, part in zip(row.tolist(), found)]
 
 
-class Joined:
+class SourceRows:
   """The rows of several sources, one after the other."""
 
   def __init__(self, sources: Sequence[Rows]):
@@ -141,7 +141,7 @@ class Batches:
     place: called with each batch in that thread, such as to put it on a device; what it returns is handed out.
   """
 
-  def __init__(self, rows: Joined, weights: Sequence[float], batch: int, seed: int, process_index: int = 0, process_count: int = 1, ahead: int = 2,
+  def __init__(self, rows: SourceRows, weights: Sequence[float], batch: int, seed: int, process_index: int = 0, process_count: int = 1, ahead: int = 2,
                place: Callable[[dict[str, np.ndarray]], typing.Any] = lambda batch: batch):
     _check_share(batch, process_count)
     orders = [grain.MapDataset.range(rows.ids(s).start, rows.ids(s).stop).seed(seed).shuffle() for s in range(len(rows.sources))]
@@ -188,7 +188,7 @@ class Batches:
     self._reader.shutdown()
 
 
-def validation_batches(rows: Joined, batch: int, limit: int | None = None, process_index: int = 0,
+def validation_batches(rows: SourceRows, batch: int, limit: int | None = None, process_index: int = 0,
                        process_count: int = 1) -> Iterator[dict[str, np.ndarray]]:
   """This process's share of all rows in order, or of `limit` of them at even distances; rows of no document fill the last batch."""
   _check_share(batch, process_count)

@@ -61,7 +61,7 @@ class Decoder:
 
   def head(self, m: int):
     """The head or module of future m; a shared module goes on for ever."""
-    return self.heads[0 if self.config.share_modules else m - self.config.first_future]
+    return self.heads[0 if self.config.share_modules else m - self.config.first_own_head]
 
   def cache(self, batch: int, slots: int) -> Cache | None:
     """An empty one of a head."""
@@ -91,7 +91,7 @@ class Decoder:
   def running(self) -> list[int]:
     """The futures whose heads every forward runs, in their order."""
     c = self.config
-    if c.first_future:
+    if c.first_own_head:
       return []
     return list(range(c.futures - 1, -1, -1)) if c.kind == 'anticausal' else list(range(self.read + 1))
 
@@ -101,5 +101,5 @@ def _lay_out(model: Model, size: int) -> Decoder:
   c, readout = model.config, model.readout()
   cast = lambda path, x: x.astype(c.dtype) if len(letters(path)) > 1 else x
   row = lambda stack, i: jax.tree_util.tree_map_with_path(lambda path, x: cast(path, x[i]), stack)
-  return Decoder(tuple(row(model.trunk, i) for i in range(c.trunk_layers)), tuple(row(readout.heads, i) for i in range(c.modules)),
+  return Decoder(tuple(row(model.trunk, i) for i in range(c.trunk_layers)), tuple(row(readout.heads, i) for i in range(c.own_heads)),
                  readout.final_norm_D, model.embed_VD[...].astype(c.dtype), readout.table()[:size].T, c)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from mtp_jax import objective
 from mtp_jax.config import ModelConfig
-from mtp_jax.mesh import lay, natural
+from mtp_jax.mesh import to_mesh_order, to_text_order
 from mtp_jax.model.model import capped
 from mtp_jax.sharding import einsum, out, place
 
@@ -82,7 +82,7 @@ def drafts(c: ModelConfig, h_MBLD, w_VD, batch, allowed_V, chunk: int) -> Drafts
     chunk: positions whose logits are alive at once.
   """
   M, (B, L) = c.futures, h_MBLD.shape[1:3]
-  own_BL = natural(objective.targets(batch, 0, M)[1])
+  own_BL = to_text_order(objective.targets(batch, 0, M)[1])
   segments_BL = place(batch['segments'][:, :L], 'Bl')
   start_BL = jnp.pad(segments_BL[:, 1:] != segments_BL[:, :-1], ((0, 0), (1, 0)), constant_values=True)
   inside, agree, overlap, ratio = (jnp.zeros((M - 1, B, L), **out('kBl')) for _ in range(4)) if M == 1 else jax.lax.map(
@@ -102,7 +102,7 @@ def _compare(c: ModelConfig, h_MBLD, w_VD, batch, m, allowed_V, chunk: int):
   min(1, q/p) of the token."""
   B, L = h_MBLD.shape[1:3]
   y_BL, counted_BL = objective.targets(batch, m, c.futures)
-  verifying_BLD = lay(jax.lax.dynamic_slice_in_dim(jnp.pad(natural(h_MBLD[0]), ((0, 0), (0, c.futures), (0, 0))), m, L, 1), 'BLD')
+  verifying_BLD = to_mesh_order(jax.lax.dynamic_slice_in_dim(jnp.pad(to_text_order(h_MBLD[0]), ((0, 0), (0, c.futures), (0, 0))), m, L, 1), 'BLD')
 
   def laws(h_PTD):
     return jax.nn.log_softmax(jnp.where(allowed_V, capped(einsum('PTD,VD->PTV', h_PTD, w_VD, jnp.float32), c), -jnp.inf))
@@ -116,8 +116,8 @@ def _compare(c: ModelConfig, h_MBLD, w_VD, batch, m, allowed_V, chunk: int):
 
   inputs = (objective.chunked(x_BL[None], chunk) for x_BL in (h_MBLD[m], verifying_BLD, y_BL))
   found = jax.lax.scan(step, None, tuple(inputs))[1]
-  inside_BL = natural(counted_BL) & (jnp.arange(L) < L - m)
-  return inside_BL.astype(jnp.float32), *(jnp.where(inside_BL, natural(objective.whole(x_nPT, 1, B, L)[0]).astype(jnp.float32), 0.0) for x_nPT in found)
+  inside_BL = to_text_order(counted_BL) & (jnp.arange(L) < L - m)
+  return inside_BL.astype(jnp.float32), *(jnp.where(inside_BL, to_text_order(objective.whole(x_nPT, 1, B, L)[0]).astype(jnp.float32), 0.0) for x_nPT in found)
 
 
 def _renewal(own_LB, start_LB, inside_LKB, passed_LKB, shared_LKB):

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_jax import objective
-from mtp_jax.data.rows import Joined
+from mtp_jax.data.rows import SourceRows
 from mtp_jax.data.shards import Prepared
 from mtp_jax.report.picture import picture
 from mtp_jax.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def plot(found: dict, path: str) -> None:
     axes.legend()
 
 
-def shown(rows: Joined, tokenizer: Tokenizer, futures: int, count: int, positions: int, colour: bool) -> list[str]:
+def shown(rows: SourceRows, tokenizer: Tokenizer, futures: int, count: int, positions: int, colour: bool) -> list[str]:
   """`count` rows at even distances (or the next one in which a document begins, if it is near), `positions` of each, around that place: at every
   position its document, its input and the target of each future, as the objective makes them; '·' where a future has none."""
   lines = []

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.mesh import order
+from mtp_jax.mesh import mesh_order
 from mtp_jax.model.kernels import _cudnn, _fits, _platform, _splash
 from mtp_jax.sharding import einsum, out, place
 
@@ -162,7 +162,7 @@ class Cache:
 
 
 def documents(segments_BL) -> Documents:
-  """Of segments that `lay` has put in place."""
-  segments_BS, laid_S = place(segments_BL, 'BS'), jnp.asarray(order(segments_BL.shape[1]))
+  """Of segments that `to_mesh_order` has put in place."""
+  segments_BS, laid_S = place(segments_BL, 'BS'), jnp.asarray(mesh_order(segments_BL.shape[1]))
   causal_LS = place(laid_S, 'L')[:, None] >= laid_S
   return Documents((segments_BL[:, :, None] == segments_BS[:, None, :]) & causal_LS, segments_BL)

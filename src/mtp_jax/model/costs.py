@@ -40,7 +40,7 @@ def flops_per_token(model, length: int, active: tuple[bool, ...] | None = None) 
   """
   c = model.config
   active = active or (True,) * c.futures
-  counts = {part: 3 * _forward_flops(model, length, part, times) for part, times in (('trunk', c.trunk_layers), ('futures', len(c.needed(active))))}
+  counts = {part: 3 * _forward_flops(model, length, part, times) for part, times in (('trunk', c.trunk_layers), ('futures', len(c.heads_to_run(active))))}
   counts['unembedding'] = 3 * 2 * c.vocab * c.width * sum(active)
   return counts | {'total': sum(counts.values())}
 
@@ -49,7 +49,7 @@ def recomputed_flops_per_token(model, length: int) -> int:
   """What a train step multiplies besides, with remat='none': attention makes its scores once more in the backward pass, and the inner
   heads of a chain run once to find the states that the walk back starts from. Model-FLOP utilisation does not count it."""
   c = model.config
-  heads = len(c.needed((True,) * c.futures))
+  heads = len(c.heads_to_run((True,) * c.futures))
   blocks = c.trunk_layers + (0 if c.kind == 'linear' else heads)
   chained = 0 if c.independent else max(0, heads - 1)
   return blocks * 2 * c.heads * c.head_width * length + _forward_flops(model, length, 'futures', chained)

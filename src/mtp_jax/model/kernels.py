@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.mesh import order
+from mtp_jax.mesh import mesh_order
 from mtp_jax.sharding import place, spec
 
 
@@ -32,7 +32,7 @@ def _splash(q_BLHK, k_BSGK, v_BSGK, seen, interpret: bool = False):
 
   mesh, (_, L, H, _), G = jax.sharding.get_abstract_mesh(), q_BLHK.shape, k_BSGK.shape[2]
   context, heads = mesh.shape['context'], H // mesh.shape['tensor']
-  laid_L = order(L)
+  laid_L = mesh_order(L)
   as_they_come = None if context == 1 else np.argsort(laid_L)
   tile = next(size for size in (512, 256, 128) if L // context % size == 0)
   mask = masks.CausalMask((L, L), shard_count=context)

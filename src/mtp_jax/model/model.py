@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.mesh import lay
+from mtp_jax.mesh import to_mesh_order
 from mtp_jax.model.block import Block, Linear, normal, rms_norm, stack
 from mtp_jax.sharding import einsum, lookup, place
 
@@ -60,7 +60,7 @@ HEADS = {'parallel': Block, 'linear': Linear, 'causal': Block, 'anticausal': Blo
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Readout:
+class Futures:
   """What turns the trunk's state into predictions: the futures' heads or modules, stacked, and what they share."""
   heads: nnx.Module | None
   final_norm_D: jax.Array
@@ -77,14 +77,14 @@ class Readout:
 
   def start(self, z_BLD):
     """(the state that the first head reads, what the unembedding reads for a future 0 that has no head of its own, else None)."""
-    h_BLD = self.norm(z_BLD) if self.config.first_future else None
-    return h_BLD if self.config.first_future and self.config.hidden_input == 'post_norm' else z_BLD, h_BLD
+    h_BLD = self.norm(z_BLD) if self.config.first_own_head else None
+    return h_BLD if self.config.first_own_head and self.config.hidden_input == 'post_norm' else z_BLD, h_BLD
 
   def advance(self, head, m, state_BLD, tokens_BT, positions_BL, seen):
     """One future: (the state that the next head reads, the normed state that the unembedding reads). m may be traced."""
     c = self.config
     if c.kind == 'sequential':
-      between_BL = lay(jax.lax.dynamic_slice_in_dim(tokens_BT, m, state_BLD.shape[1], 1))
+      between_BL = to_mesh_order(jax.lax.dynamic_slice_in_dim(tokens_BT, m, state_BLD.shape[1], 1))
       e_BLD = lookup(self.embed_VD, between_BL, c.dtype)
       raw_BLD, h_BLD, _ = head(e_BLD, state_BLD, positions_BL, seen)
       return h_BLD if c.hidden_input == 'post_norm' else raw_BLD, h_BLD
@@ -93,10 +93,10 @@ class Readout:
 
   def stacked(self, futures: list[int]):
     """(heads of these futures, stacked, or None where one is shared; their numbers): what a scan over futures runs through."""
-    own = np.array(futures) - self.config.first_future
+    own = np.array(futures) - self.config.first_own_head
     if self.config.share_modules:
       return None, jnp.array(futures)
-    return self.heads if len(own) == self.config.modules else jax.tree.map(lambda x: x[own], self.heads), jnp.array(futures)
+    return self.heads if len(own) == self.config.own_heads else jax.tree.map(lambda x: x[own], self.heads), jnp.array(futures)
 
   def unstacked(self, futures: list[int], own, shared):
     """The inverse of `stacked` and `shared`, for trees of the same shape: that of `heads`, with zeros for all other futures."""
@@ -104,8 +104,8 @@ class Readout:
       return jax.tree.map(lambda x: x[None], shared)
     if not futures:
       return jax.tree.map(jnp.zeros_like, self.heads)
-    at = np.array(futures) - self.config.first_future
-    return own if len(at) == self.config.modules else jax.tree.map(lambda x, part: jnp.zeros_like(x).at[at].set(part), self.heads, own)
+    at = np.array(futures) - self.config.first_own_head
+    return own if len(at) == self.config.own_heads else jax.tree.map(lambda x, part: jnp.zeros_like(x).at[at].set(part), self.heads, own)
 
   def shared(self):
     """The module that all futures share, or None where each has a head of its own."""
@@ -120,7 +120,7 @@ class Readout:
       tokens_BT: T = L + M of each row; only the sequential kind reads them.
     """
     c = self.config
-    futures = c.needed((True,) * c.futures)
+    futures = c.heads_to_run((True,) * c.futures)
 
     def step(state_BLD, inputs):
       head, m = inputs
@@ -144,8 +144,8 @@ class Model(nnx.Module):
     self.embed_VD = table(keys[0])
     self.trunk = stack(functools.partial(Block, c), c.trunk_layers, keys[1])
     self.final_norm_D = nnx.Param(jnp.ones(c.width))
-    if c.modules:
-      self.futures = stack(functools.partial(HEADS[c.kind], c), c.modules, keys[2])
+    if c.own_heads:
+      self.futures = stack(functools.partial(HEADS[c.kind], c), c.own_heads, keys[2])
     if not c.tie_embeddings:
       self.unembed_VD = table(keys[3])
     self.config = c
@@ -162,10 +162,10 @@ class Model(nnx.Module):
     with jax.named_scope('trunk'):
       return jax.lax.scan(remat(self.config, layer), x_BLD, self.trunk)[0]
 
-  def readout(self) -> Readout:
+  def readout(self) -> Futures:
     table_VD = self.embed_VD if self.config.tie_embeddings else self.unembed_VD
     embed_VD = self.embed_VD[...] if self.config.kind == 'sequential' else None
-    return Readout(getattr(self, 'futures', None), self.final_norm_D[...], embed_VD, table_VD[...], self.config)
+    return Futures(getattr(self, 'futures', None), self.final_norm_D[...], embed_VD, table_VD[...], self.config)
 
 
 def capped(logits_BLV, c: ModelConfig):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import ModelConfig, ObjectiveConfig
-from mtp_jax.mesh import joined, parted
+from mtp_jax.mesh import by_device, by_row
 from mtp_jax.model.model import capped
 from mtp_jax.objective.targets import Sums
 from mtp_jax.sharding import einsum, out, place
@@ -54,7 +54,7 @@ def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_GBLD, w_VD, y_GBL, k_GBL
 
 def chunked(x_GBL, chunk: int):
   """[G, B, L, ...] -> [n, P, T, ...]: each part's tokens, at most `chunk` at a time and in equal chunks; the last ones are filled up."""
-  x_GPT = jnp.stack([parted(x_BL) for x_BL in x_GBL])
+  x_GPT = jnp.stack([by_device(x_BL) for x_BL in x_GBL])
   G, P, T, *rest = x_GPT.shape
   n = -(-T // chunk)
   size, tail = -(-T // n), 'r' * len(rest)
@@ -69,4 +69,4 @@ def whole(x_nPT, G: int, B: int, L: int):
   tail = 'r' * len(rest)
   x_GnPT = jnp.reshape(x_nPT, (G, n // G, P, size, *rest), **out('gnPt' + tail))
   x_GPT = jnp.reshape(jnp.moveaxis(x_GnPT, 1, 2), (G, P, n // G * size, *rest), **out('gPt' + tail))
-  return jnp.stack([joined(x_PT[:, :B * L // P], B) for x_PT in x_GPT])
+  return jnp.stack([by_row(x_PT[:, :B * L // P], B) for x_PT in x_GPT])

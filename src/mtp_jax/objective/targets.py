@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax import objective
-from mtp_jax.mesh import lay
+from mtp_jax.mesh import to_mesh_order
 from mtp_jax.model.attention import documents
 from mtp_jax.model.model import Model
 from mtp_jax.sharding import out
@@ -26,8 +26,8 @@ class Sums:
 def targets(batch, m, futures: int):
   """What future m predicts and where it counts: int32[B, L] tokens, bool[B, L]. m may be traced. Each device cuts its own from the whole row."""
   L = batch['tokens'].shape[1] - futures
-  ahead = lambda x_BT: lay(jax.lax.dynamic_slice_in_dim(x_BT, m + 1, L, 1))
-  segments_BL = lay(batch['segments'][:, :L])
+  ahead = lambda x_BT: to_mesh_order(jax.lax.dynamic_slice_in_dim(x_BT, m + 1, L, 1))
+  segments_BL = to_mesh_order(batch['segments'][:, :L])
   return ahead(batch['tokens']), (ahead(batch['segments']) == segments_BL) & (segments_BL > 0)
 
 
@@ -45,8 +45,8 @@ def states(model: Model, batch):
   """What the futures read: (z_BLD of the trunk, tokens_BT, positions_BL, documents)."""
   c = model.config
   L = batch['tokens'].shape[1] - c.futures
-  positions_BL, seen = lay(batch['positions'][:, :L]), documents(lay(batch['segments'][:, :L]))
-  x_BLD = model.embed(lay(batch['tokens'][:, :L]))
+  positions_BL, seen = to_mesh_order(batch['positions'][:, :L]), documents(to_mesh_order(batch['segments'][:, :L]))
+  x_BLD = model.embed(to_mesh_order(batch['tokens'][:, :L]))
   return model.run_trunk(x_BLD, positions_BL, seen), batch['tokens'], positions_BL, seen
 
 

@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.config import ObjectiveConfig
-from mtp_jax.mesh import parts, summed
-from mtp_jax.model.model import Model, Readout, capped, remat
+from mtp_jax.mesh import sum_over_devices, token_shards
+from mtp_jax.model.model import Futures, Model, capped, remat
 from mtp_jax.objective.stream import cross_entropy
 from mtp_jax.objective.targets import Sums, _weighted, all_targets, states
 from mtp_jax.sharding import out
@@ -73,7 +73,7 @@ class _Run:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _futures(run: _Run, readout: Readout, z_BLD, coefficient_M, rows):
+def _futures(run: _Run, readout: Futures, z_BLD, coefficient_M, rows):
   """Loss and sums without a gradient: what an evaluation runs."""
   batch, positions_BL, seen = rows
   c, w_VD, active_M = readout.config, readout.table(), jnp.array(run.active)
@@ -85,10 +85,10 @@ def _futures(run: _Run, readout: Readout, z_BLD, coefficient_M, rows):
   return jnp.sum(loss_M, where=active_M), jax.tree.map(lambda x_M1: jnp.where(active_M, x_M1[:, 0], 0), sums_M1)
 
 
-def _futures_forward(run: _Run, readout: Readout, z_BLD, coefficient_M, rows):
+def _futures_forward(run: _Run, readout: Futures, z_BLD, coefficient_M, rows):
   """Loss and sums, and as residuals the gradients of the readout and of the trunk's state."""
   batch, positions_BL, seen = rows
-  c, w_VD, needed = readout.config, readout.table(), readout.config.needed(run.active)
+  c, w_VD, needed = readout.config, readout.table(), readout.config.heads_to_run(run.active)
   G = c.head_batch if c.independent and len(needed) % c.head_batch == 0 else 1
 
   grouped = lambda tree: jax.tree.map(lambda x: jnp.reshape(x, (-1, G, *x.shape[1:])), tree) if G > 1 else tree  # one by one, XLA copies nothing
@@ -107,10 +107,10 @@ def _futures_forward(run: _Run, readout: Readout, z_BLD, coefficient_M, rows):
   def read(total, h_GBLD, m_G):
     """Adds the loss of some futures and its gradient of the unembedding: (total, Sums of G, gradient of h_GBLD)."""
     loss, dw_DV = total
-    zeros_PDV = jnp.zeros((parts(), *w_VD.shape[::-1]), jnp.float32, **out('PDV'))
+    zeros_PDV = jnp.zeros((token_shards(), *w_VD.shape[::-1]), jnp.float32, **out('PDV'))
     added, sums, dh_GBLD, dw_PDV = cross_entropy(c, run.objective, h_GBLD, w_VD, *_weighted(batch, m_G, c.futures, coefficient_M), zeros_PDV)
     # Each device's own sum is as large as the whole table: the barrier has it shared out before a head's activations come back to life.
-    dw_DV, dh_GBLD = jax.lax.optimization_barrier((dw_DV + summed(dw_PDV, 'DV'), dh_GBLD))
+    dw_DV, dh_GBLD = jax.lax.optimization_barrier((dw_DV + sum_over_devices(dw_PDV, 'DV'), dh_GBLD))
     return (loss + added, dw_DV), sums, dh_GBLD
 
   def inputs_of_chain(own, m_nG):
@@ -151,7 +151,7 @@ def _futures_forward(run: _Run, readout: Readout, z_BLD, coefficient_M, rows):
     dstart_D, dz_BLD = to_trunk((dstate_BLD, dh_BLD))
     loss, dw_DV = total
   active_M = jnp.array(run.active)
-  gradients = Readout(readout.unstacked(needed, down, dshared), dnorm_D + dstart_D, dembed_VD, dw_DV.T, c), dz_BLD
+  gradients = Futures(readout.unstacked(needed, down, dshared), dnorm_D + dstart_D, dembed_VD, dw_DV.T, c), dz_BLD
   return (loss, jax.tree.map(lambda x_M: jnp.where(active_M, x_M, 0), sums)), gradients
 
 

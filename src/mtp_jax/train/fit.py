@@ -25,14 +25,14 @@ from mtp_jax.data.corpus import Corpus, difference, open_corpus
 from mtp_jax.data.rows import validation_batches
 from mtp_jax.data.shards import INDEX, Damaged
 from mtp_jax.evaluation.held_out import evaluate
-from mtp_jax.mesh import make_mesh, put, share
+from mtp_jax.mesh import make_mesh, process_share, put
 from mtp_jax.model import costs
 from mtp_jax.model.model import conventions
 from mtp_jax.report.display import Display, numbers, say
 from mtp_jax.report.goodput import Events
 from mtp_jax.report.log import Log
 from mtp_jax.report.speed import Speed
-from mtp_jax.tokenizer import byte_lengths, check_vocabulary, emitted
+from mtp_jax.tokenizer import byte_lengths, check_vocabulary, decodable
 from mtp_jax.train import processes
 from mtp_jax.train.step import compiled_step, init, restore
 from mtp_jax.train.watch import watched
@@ -124,7 +124,7 @@ class _Run:
   def __init__(self, config: Config, workdir: pathlib.Path, own: pathlib.Path, tokens, corpus: Corpus, record: dict | None, mesh, note, began: float):
     t, first = config.train, own == workdir
     self.config, self.own, self.mesh, self.validation, self.unrecorded, self.profiling = config, own, mesh, {}, None, False
-    self.display, self.share = None, share(mesh)
+    self.display, self.share = None, process_share(mesh)
     line = lambda text: (self.display.line if self.display else note)(text)
     damage = line if first else lambda text: say(f'{own.name}: {text}')  # which no other process sees
     rows = corpus.rows(config.model.futures, damage)
@@ -144,7 +144,7 @@ class _Run:
     self.record = {'config': config.to_dict(), 'conventions': conventions(config.model), 'tokenizer': tokens.digest,
                    'identity': corpus.identity}
     self.byte_length_V = jax.device_put(byte_lengths(config, tokens), jax.NamedSharding(mesh, jax.P()))
-    self.allowed_V = emitted(config, tokens)
+    self.allowed_V = decodable(config, tokens)
     self.compiled = compiled_step(config)
     self.speed = Speed(self.step, t.batch * config.data.length, chips.peak_flops() * mesh.size, self.events)
     self.writer = store.Writer(workdir, t.checkpoints_kept)
