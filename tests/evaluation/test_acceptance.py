@@ -14,6 +14,7 @@ from mtp_jax.config import MeshConfig
 from mtp_jax.evaluation import acceptance
 from mtp_jax.mesh import make_mesh, put
 from mtp_jax.sharding import shardings
+from mtp_jax.tokenizer import decodable
 
 KINDS = {'parallel': {}, 'linear': {'kind': 'linear'}, 'sequential': {'kind': 'sequential'}}
 
