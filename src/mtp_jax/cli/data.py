@@ -24,6 +24,7 @@ def prepare(f) -> int:
   from mtp_jax import tokenizer
   from mtp_jax.data.inputs import files
   from mtp_jax.data.prepare import Options, prepare
+  from mtp_jax.report.display import Meter, say
   within = [given for given in _inputs(f) if os.path.isdir(given) and os.path.realpath(f.output).startswith(os.path.realpath(given) + os.sep)]
   if within:
     raise BadInput(f'--output={f.output}: lies within the input {within[0]}, which would read it; choose another folder')
@@ -31,7 +32,7 @@ def prepare(f) -> int:
   tokens = tokenizer.load(f.tokenizer, '--tokenizer')
   workers = os.cpu_count() if f.workers < 0 else f.workers
   try:
-    found = prepare(files(_inputs(f), '--input'), tokens, options, f.output, workers, '--input')
+    found = prepare(files(_inputs(f), '--input'), tokens, options, f.output, workers, '--input', say, Meter)
   except KeyboardInterrupt:
     print('mtp_jax: interrupted; run the same command, it goes on where it stopped', file=sys.stderr)
     return 130
@@ -101,6 +102,7 @@ def inspect_data(f) -> int:
   wrong = source.verify() if f.verify else []
   from mtp_jax.data.corpus import Corpus, tokenizer_of
   from mtp_jax.evaluation import inspection
+  from mtp_jax.report.display import say
   tokens = tokenizer_of(source)
   found = inspection.summary(source) | ({'damaged': wrong} if f.verify else {})
   if f.plot:
@@ -112,7 +114,7 @@ def inspect_data(f) -> int:
     lines += ['', f'{split}: {n["documents"]:,} documents, {n["tokens"]:,} tokens, {n["bytes"]:,} bytes, {n["bytes_per_token"]:.3f} bytes per token, '
               f'{n["shards"]} shards', *inspection.bars(n['lengths'])]
   if f.rows and not wrong:
-    rows = Corpus(config, tokens, (source,)).rows(f.futures)
+    rows = Corpus(config, tokens, (source,)).rows(f.futures, say)
     lines += ['', *inspection.shown(rows, tokens, f.futures, f.rows, f.positions, sys.stdout.isatty())]
   if f.verify:
     lines += wrong or ['every byte of every shard is what was written']

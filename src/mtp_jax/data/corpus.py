@@ -9,9 +9,9 @@ from mtp_jax import tokenizer as tokenizers
 from mtp_jax.config import BadInput, DataConfig
 from mtp_jax.data.packing import Consecutive, pack
 from mtp_jax.data.prepare import prepare_once
+from mtp_jax.data.progress import NoMeter, quiet
 from mtp_jax.data.rows import Batches, Rows, SourceRows
 from mtp_jax.data.shards import Damaged, Folder, Prepared, Stream, open_set
-from mtp_jax.report.display import say
 from mtp_jax.tokenizer import Tokenizer
 
 
@@ -36,7 +36,7 @@ class Corpus:
     """Of the sources; by default each in proportion to its tokens."""
     return self.config.weights or tuple(float(source.train.tokens) for source in self.sources)
 
-  def rows(self, futures: int, note: Callable[[str], None] = say) -> SourceRows:
+  def rows(self, futures: int, note: Callable[[str], None] = quiet) -> SourceRows:
     """Training rows, packed as the config says; prepares best-fit packing where it has not been."""
     c = self.config
     packings = [pack(source.train, c.length, c.cache, source.fingerprint) if c.packing == 'best_fit' else Consecutive(source.train, c.length)
@@ -45,7 +45,7 @@ class Corpus:
       note('best_fit: ' + ', '.join(f'{len(packing):,} rows, {packing.padding:.2%} padding' for packing in packings))
     return SourceRows([self._rows(source.train, packing, futures, note) for source, packing in zip(self.sources, packings)])
 
-  def held_out(self, futures: int, note: Callable[[str], None] = say) -> SourceRows:
+  def held_out(self, futures: int, note: Callable[[str], None] = quiet) -> SourceRows:
     """Rows of the held-out documents, one after the other whatever the packing, so that packings can be compared."""
     streams = [source.validation for source in self.sources]
     return SourceRows([self._rows(stream, Consecutive(stream, self.config.length), futures, note) for stream in streams])
@@ -58,16 +58,20 @@ class Corpus:
     return Batches(rows, self.weights, batch, self.config.seed, process_index, process_count, **more)
 
 
-def open_corpus(config: DataConfig, tokenizer: Tokenizer) -> Corpus:
+def open_corpus(config: DataConfig, tokenizer: Tokenizer, note: Callable[[str], None] = quiet, progress=NoMeter) -> Corpus:
   """Opens the sources, or prepares config.paths, or finds that done in config.cache.
+
+  Args:
+    note, progress: as in data/progress.py; of what is prepared, and of shards that are quarantined.
 
   Raises:
     BadInput: a source is no prepared set, is damaged, or was prepared with another tokenizer.
   """
   if not config.sources:
-    return Corpus(config, tokenizer, (prepare_once(config.paths, tokenizer, config.validation_share, config.cache, 'config.data.paths'),))
-  note = say if config.on_damage == 'quarantine' else None
-  sources = tuple(open_set(Folder(source, 'config.data.sources'), config.cache, note) for source in config.sources)
+    source = prepare_once(config.paths, tokenizer, config.validation_share, config.cache, 'config.data.paths', note, progress)
+    return Corpus(config, tokenizer, (source,))
+  missing = note if config.on_damage == 'quarantine' else None
+  sources = tuple(open_set(Folder(source, 'config.data.sources'), config.cache, missing) for source in config.sources)
   for source in sources:
     if source.index['identity']['tokenizer'] != tokenizer.digest:
       theirs = source.index['tokenizer'] if source.index['tokenizer'] == 'bytes' else source.folder.path(source.index['tokenizer'])

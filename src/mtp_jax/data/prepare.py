@@ -33,8 +33,8 @@ import numpy as np
 
 from mtp_jax.config import BadInput
 from mtp_jax.data.inputs import Document, Fault, File, Piece, Reader, Reading, digest, files, name_hash
+from mtp_jax.data.progress import NoMeter, quiet
 from mtp_jax.data.shards import FORMAT, INDEX, PLAN, UNFINISHED, Folder, Prepared, ShardWriter, open_set, write_index
-from mtp_jax.report.display import Meter, say
 from mtp_jax.tokenizer import Tokenizer
 
 PARTS, BAD, MODEL = 'parts', 'bad_records.jsonl', 'tokenizer.model'
@@ -59,7 +59,7 @@ class Options:
 
 
 def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, workers: int, where: str,
-            note=say, cache: str = '') -> Prepared:
+            note=quiet, progress=NoMeter, cache: str = '') -> Prepared:
   """Prepares a set, goes on where an interrupted one stopped, or finds it complete: of inputs of the same names and sizes and the same options.
 
   Args:
@@ -67,6 +67,7 @@ def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, 
     output: a folder that is empty, or holds this very set, or a part of it.
     workers: processes; 0 works in this one.
     where: the flag or field that names the inputs.
+    note, progress: as in data/progress.py.
     cache: for reading a set that does not lie on this machine.
 
   Raises:
@@ -81,7 +82,7 @@ def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, 
       note(f'{folder.url} is complete already, by names, sizes and options; nothing is written')
     else:
       try:
-        _run(work, size, workers, note)
+        _run(work, size, workers, note, progress)
         _finish(work, inputs)
       except ChildProcessError:
         raise
@@ -90,7 +91,8 @@ def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, 
     return open_set(folder, cache)
 
 
-def prepare_once(given: tuple[str, ...], tokenizer: Tokenizer, validation_share: float, cache: str, where: str) -> Prepared:
+def prepare_once(given: tuple[str, ...], tokenizer: Tokenizer, validation_share: float, cache: str, where: str,
+                 note=quiet, progress=NoMeter) -> Prepared:
   """A set for text files of moderate size, a document each, in a folder of `cache` named by their content; every one that is not empty is kept.
 
   Raises:
@@ -104,7 +106,8 @@ def prepare_once(given: tuple[str, ...], tokenizer: Tokenizer, validation_share:
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / INDEX).exists():
       return open_set(Folder(directory, 'config.data.cache'), cache)
-    return prepare([dataclasses.replace(file, modified='') for file in inputs], tokenizer, options, directory, 0, where, cache=cache)
+    inputs = [dataclasses.replace(file, modified='') for file in inputs]
+    return prepare(inputs, tokenizer, options, directory, 0, where, note, progress, cache)
   except OSError as error:
     raise BadInput(f'config.data.cache={cache!r}: cannot write there ({error}); give a folder with space') from error
 
@@ -253,7 +256,7 @@ def _same(mine: dict, theirs: dict, folder: Folder, what: str) -> None:
     raise BadInput(f'--output={folder.url}: holds {what} that differs in {", ".join(changed)}; choose another folder or delete that one')
 
 
-def _run(work: _Work, size: int, workers: int, note) -> None:
+def _run(work: _Work, size: int, workers: int, note, progress) -> None:
   """Tokenizes every part that has no report yet."""
   complete, todo = work.ready(), []
   records = skipped = ready = 0
@@ -265,18 +268,24 @@ def _run(work: _Work, size: int, workers: int, note) -> None:
       todo.append(number)
   if ready:
     note(f'{len(work.parts) - len(todo)} of {len(work.parts)} parts are done already')
-  with Meter(size, ready, note) as meter:
+  with progress(size, ready) as meter:
     with contextlib.closing(_tokenized(work, todo, min(workers, len(todo)), meter)) as found:  # which stops the workers
-      for part_records, part_skipped in found:
+      for part_records, part_skipped, read in found:
         records, skipped = records + part_records, skipped + part_skipped
-        _check_bad(work, records, skipped, records * size / max(1, ready + meter.done[0]))
+        _check_bad(work, records, skipped, records * size / max(1, ready + read))
     _check_bad(work, records, skipped, records)
 
 
-def _tokenized(work: _Work, todo: list[int], workers: int, meter: Meter):
+def _tokenized(work: _Work, todo: list[int], workers: int, meter):
+  """Yields (records, skipped) of each part, and the bytes of input read until then."""
   if workers < 2:
+    totals = [0, 0, 0]  # bytes, documents, tokens
+
+    def add(*numbers):
+      totals[:] = [total + number for total, number in zip(totals, numbers)]
+      meter.show(*totals)
     for number in todo:
-      yield work.tokenize(number, meter.add)
+      yield *work.tokenize(number, add), totals[0]
     return
   spawn = multiprocessing.get_context('spawn')  # a fork of a process with threads, which JAX and Grain have, may hang
   counts = spawn.Array('q', 4)  # bytes, documents, tokens; the last one tells workers to stop
@@ -285,8 +294,9 @@ def _tokenized(work: _Work, todo: list[int], workers: int, meter: Meter):
     try:
       while pending:
         done, pending = concurrent.futures.wait(pending, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
-        meter.show(*counts[:3])
-        yield from (future.result() for future in done)
+        totals = counts[:3]
+        meter.show(*totals)
+        yield from ((*future.result(), totals[0]) for future in done)
     except concurrent.futures.process.BrokenProcessPool as error:
       raise ChildProcessError('a worker process was killed, perhaps for want of memory; run the same command with fewer --workers') from error
     finally:

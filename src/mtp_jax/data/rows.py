@@ -20,6 +20,7 @@ import numpy as np
 
 from mtp_jax.config import BadInput
 from mtp_jax.data.packing import BestFit, Consecutive
+from mtp_jax.data.progress import quiet
 from mtp_jax.data.shards import Damaged, Stream
 
 NOTED = 10  # damaged places that are named one by one
@@ -38,7 +39,7 @@ class Rows:
   """
 
   def __init__(self, stream: Stream, packing: Consecutive | BestFit, length: int, futures: int, bos: int, pad: int, across: bool = False,
-               quarantine: bool = False, note=print):
+               quarantine: bool = False, note: Callable[[str], None] = quiet):
     self.stream, self.packing, self.length, self.futures, self.quarantined = stream, packing, length, futures, 0
     self._bos, self._pad, self._across, self._quarantine, self._note, self._noted = bos, pad, across, quarantine, note, set()
 

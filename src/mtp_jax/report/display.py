@@ -59,7 +59,7 @@ def numbers(values) -> str:
 class Meter:
   """Progress through bytes of input: a bar on a terminal, a plain line every ten seconds elsewhere, and one at the end."""
 
-  def __init__(self, total: int, ready: int, note):
+  def __init__(self, total: int, ready: int, note=say):
     self.total, self.ready, self.note, self.done = total, ready, note, (0, 0, 0)
     self.start = self.said = time.perf_counter()
     self.bar = None

@@ -28,7 +28,7 @@ from mtp_jax.evaluation.held_out import evaluate
 from mtp_jax.mesh import make_mesh, process_share, put
 from mtp_jax.model import costs
 from mtp_jax.model.model import conventions
-from mtp_jax.report.display import Display, numbers, say
+from mtp_jax.report.display import Display, Meter, numbers, say
 from mtp_jax.report.goodput import Events
 from mtp_jax.report.log import Log
 from mtp_jax.report.speed import Speed
@@ -108,7 +108,7 @@ def _open(config: Config, workdir: pathlib.Path, note):
   if record:
     check_same(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record, 'tokenizer',
                           'use the same tokenizer, or another --workdir')
-  corpus = open_corpus(config.data, tokens)
+  corpus = open_corpus(config.data, tokens, say, Meter)
   differing = difference(corpus.identity, record['identity']) if record else []
   if differing and not config.data.accept_changed:
     raise BadInput(f'config.data: not what the checkpoint in {workdir} was trained on: {"; ".join(differing)}; restore that, choose another --workdir, '
