@@ -19,7 +19,8 @@ import pytest
 
 from mtp_jax import tokenizer
 from mtp_jax.config import ModelConfig
-from mtp_jax.data.shards import Folder, Shard, ShardWriter, Stream
+from mtp_jax.data.folder import Folder
+from mtp_jax.data.shards import Shard, ShardWriter, Stream
 from mtp_jax.model.model import Model
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in the background, and by all that starts

@@ -10,9 +10,10 @@ import pytest
 from mtp_jax import tokenizer
 from mtp_jax.config import BadInput, Config, DataConfig
 from mtp_jax.data.corpus import difference, open_corpus, tokenizer_of
-from mtp_jax.data.inputs import files
-from mtp_jax.data.prepare import Options, prepare
-from mtp_jax.data.shards import Damaged
+from mtp_jax.data.files import files
+from mtp_jax.data.folder import Damaged
+from mtp_jax.data.parts import Options
+from mtp_jax.data.prepare import prepare
 
 BYTES = tokenizer.load('bytes')
 

@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 
 from mtp_jax.config import BadInput
-from mtp_jax.data.inputs import Document, Fault, File, Piece, Reader, Reading, digest, files, name_hash
+from mtp_jax.data.files import File, digest, files, name_hash
+from mtp_jax.data.records import Document, Fault, Piece, Reader, Reading
 
 
 def tree(folder, *names):
@@ -91,7 +92,7 @@ def test_files_elsewhere_are_found_and_read_through_fsspec(memory):
 
 @pytest.mark.parametrize('url', ['gs://bucket/x', 's3://bucket/x', 'nowhere://x'])
 def test_a_protocol_without_its_package_is_one_line(url, monkeypatch):
-  monkeypatch.setattr('mtp_jax.data.inputs.fsspec.core.url_to_fs', lambda url: (_ for _ in ()).throw(ImportError('Please install gcsfs')))
+  monkeypatch.setattr('mtp_jax.data.files.fsspec.core.url_to_fs', lambda url: (_ for _ in ()).throw(ImportError('Please install gcsfs')))
   with pytest.raises(BadInput, match=rf"^--input: '{url}': Please install gcsfs$"):
     files((url,), '--input')
 

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from mtp_jax.data import packing
+from mtp_jax.data.folder import Damaged
 from mtp_jax.data.packing import BestFit, Consecutive, best_fit, pack
-from mtp_jax.data.shards import Damaged
 
 
 def by_hand(lengths, room):

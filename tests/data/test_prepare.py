@@ -20,9 +20,13 @@ import pytest
 from mtp_jax import tokenizer
 from mtp_jax.config import BadInput
 from mtp_jax.data import prepare as preparing
-from mtp_jax.data.inputs import Reading, files, name_hash
-from mtp_jax.data.prepare import Options, prepare, prepare_once, sample
-from mtp_jax.data.shards import Folder, open_set
+from mtp_jax.data.files import files, name_hash
+from mtp_jax.data.folder import Folder
+from mtp_jax.data.parts import Options, Work
+from mtp_jax.data.prepare import prepare, prepare_once
+from mtp_jax.data.prepared import open_set
+from mtp_jax.data.records import Reading
+from mtp_jax.data.train_tokenizer import sample
 
 BYTES = tokenizer.load('bytes')
 
@@ -167,8 +171,8 @@ def test_interrupted_anywhere_it_goes_on_and_does_no_part_twice(corpus, tmp_path
   prepared(corpus[0], tmp_path / 'whole')
   interrupted(corpus[0], tmp_path / 'set', after)
   done = len(list((tmp_path / 'set' / 'parts').glob('*'))) if (tmp_path / 'set' / 'parts').exists() else 0
-  numbers, tokenize = [], preparing._Work.tokenize
-  monkeypatch.setattr(preparing._Work, 'tokenize', lambda work, number, count: numbers.append(number) or tokenize(work, number, count))
+  numbers, tokenize = [], Work.tokenize
+  monkeypatch.setattr(Work, 'tokenize', lambda work, number, count: numbers.append(number) or tokenize(work, number, count))
   prepared(corpus[0], tmp_path / 'set')
   assert kills.contents(tmp_path / 'set') == kills.contents(tmp_path / 'whole')
   assert len(numbers) == len(set(numbers)) and done + len(numbers) == len(json.loads((tmp_path / 'set/index.json').read_text())['splits']['train'])
@@ -243,7 +247,7 @@ def test_too_many_bad_records_stop_the_work_which_goes_on_when_more_are_allowed(
   with pytest.raises(BadInput, match=said):
     prepared(tmp_path / 'in.jsonl', tmp_path / 'set', bad_share=0.29)
   assert len((tmp_path / 'set/bad_records.jsonl').read_text().splitlines()) == 90 and not (tmp_path / 'set/index.json').exists()
-  monkeypatch.setattr(preparing._Work, 'tokenize', None)  # every part is done
+  monkeypatch.setattr(Work, 'tokenize', None)  # every part is done
   assert prepared(tmp_path / 'in.jsonl', tmp_path / 'set', bad_share=0.3).train.documents > 100
 
 

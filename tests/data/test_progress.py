@@ -2,8 +2,9 @@
 import pytest
 
 from mtp_jax import tokenizer
-from mtp_jax.data.inputs import files
-from mtp_jax.data.prepare import Options, prepare
+from mtp_jax.data.files import files
+from mtp_jax.data.parts import Options
+from mtp_jax.data.prepare import prepare
 from mtp_jax.data.progress import NoMeter
 
 

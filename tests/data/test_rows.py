@@ -12,9 +12,9 @@ import pytest
 
 from mtp_jax.config import BadInput
 from mtp_jax.data import shards
+from mtp_jax.data.folder import Damaged
 from mtp_jax.data.packing import Consecutive, pack
 from mtp_jax.data.rows import Batches, Rows, SourceRows, validation_batches
-from mtp_jax.data.shards import Damaged
 
 BOS, PAD = 60_000, 999_999
 POLICIES = list(itertools.product(['stream', 'best_fit'], ['within', 'across']))
@@ -204,7 +204,8 @@ def test_real_processes_draw_what_one_draws(tmp_path, stream_of):
 import json, sys
 from mtp_jax.data.packing import Consecutive
 from mtp_jax.data.rows import Batches, SourceRows, Rows
-from mtp_jax.data.shards import Folder, Shard, Stream
+from mtp_jax.data.folder import Folder
+from mtp_jax.data.shards import Shard, Stream
 shards = json.loads(sys.argv[3])
 stream = Stream(Folder({str(tmp_path / "real")!r}, ''), [Shard(**shard) for shard in shards], '<u2', '')
 from mtp_jax.data import shards as module

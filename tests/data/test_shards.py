@@ -11,10 +11,14 @@ import pytest
 
 from mtp_jax import tokenizer
 from mtp_jax.config import BadInput
+from mtp_jax.data import folder as folders
+from mtp_jax.data import prepared as prepared_set
 from mtp_jax.data import shards
-from mtp_jax.data.inputs import File
-from mtp_jax.data.prepare import Options, prepare
-from mtp_jax.data.shards import Damaged, Folder, open_set
+from mtp_jax.data.files import File
+from mtp_jax.data.folder import Damaged, Folder
+from mtp_jax.data.parts import Options
+from mtp_jax.data.prepare import prepare
+from mtp_jax.data.prepared import open_set
 
 B = 16  # tokens of a block in these tests
 
@@ -83,11 +87,11 @@ def test_every_flipped_bit_of_shards_and_index_is_found_and_none_becomes_a_wrong
   whole = prepared.train.read(0, prepared.train.tokens)
   files = contents(prepared.folder.url)
   rng, refused, harmless = np.random.default_rng(0), 0, 0
-  names = [name for name in sorted(files) if name.startswith('train-')] + [shards.INDEX]
+  names = [name for name in sorted(files) if name.startswith('train-')] + [prepared_set.INDEX]
   for trial in range(40):
     name = names[trial % len(names)]
     # shards: half of the flips where the blocks are; ArrayRecord pads its files to 64 KiB
-    damaged, place = bytearray(files[name]), int(rng.integers(len(files[name]) if name == shards.INDEX or trial % 4 < 2 else 3000))
+    damaged, place = bytearray(files[name]), int(rng.integers(len(files[name]) if name == prepared_set.INDEX or trial % 4 < 2 else 3000))
     damaged[place] ^= 1 << rng.integers(8)
     shutil.copytree(prepared.folder.url, tmp_path / str(trial))
     (tmp_path / str(trial) / name).write_bytes(damaged)
@@ -113,7 +117,7 @@ def test_every_flipped_bit_of_shards_and_index_is_found_and_none_becomes_a_wrong
 @pytest.mark.parametrize('harm', ['cut', 'empty', 'delete', 'longer'])
 @pytest.mark.parametrize('which', ['shard', 'index'])
 def test_files_that_are_missing_or_of_another_length_are_named_when_a_set_is_opened(prepared, harm, which):
-  path = pathlib.Path(prepared.folder.url, shards.INDEX if which == 'index' else prepared.train.shards[1].file)
+  path = pathlib.Path(prepared.folder.url, prepared_set.INDEX if which == 'index' else prepared.train.shards[1].file)
   content = path.read_bytes()
   path.unlink()
   if harm != 'delete':
@@ -141,7 +145,7 @@ def test_a_block_of_another_size_is_no_block_of_this_shard(tmp_path, stream_of):
 
 @pytest.mark.parametrize('identity, said', [({'layout': 99}, '99'), ({}, 'None')])
 def test_another_layout_is_refused(prepared, identity, said):
-  shards.write_index(prepared.folder, prepared.index | {'identity': identity})
+  prepared_set.write_index(prepared.folder, prepared.index | {'identity': identity})
   with pytest.raises(BadInput, match=f'has layout {said}, this version reads 3; prepare it again, in another folder'):
     open_set(Folder(prepared.folder.url, '--data'), '')
 
@@ -154,7 +158,7 @@ def test_a_file_that_is_not_finished_does_not_appear(tmp_path):
   assert os.listdir(folder.url) == [] and folder.sizes() == {}
   folder.write('file', b'whole')
   assert folder.sizes() == {'file': 5} and folder.read('file') == b'whole'
-  assert os.stat(folder.path('file')).st_mode & 0o777 == 0o666 & ~shards._umask()
+  assert os.stat(folder.path('file')).st_mode & 0o777 == 0o666 & ~folders._umask()
 
 
 def test_a_set_elsewhere_is_fetched_once_and_checked(prepared, tmp_path, memory):
@@ -185,6 +189,6 @@ def test_an_unknown_protocol_is_one_line():
 
 
 def test_an_index_holds_what_reading_needs(prepared):
-  index = json.loads(pathlib.Path(prepared.folder.url, shards.INDEX).read_text())
+  index = json.loads(pathlib.Path(prepared.folder.url, prepared_set.INDEX).read_text())
   assert [dataclasses.asdict(shard) for shard in prepared.train.shards] == index['splits']['train']
   assert index['dtype'] == '<u2' and prepared.index['fingerprint'] == prepared.fingerprint

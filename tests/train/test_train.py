@@ -27,10 +27,11 @@ from mtp_jax.checkpoint.record import metadata, steps
 from mtp_jax.cli.main import main
 from mtp_jax.config import BadInput, Config, MeshConfig, ObjectiveConfig
 from mtp_jax.data.corpus import difference, open_corpus
-from mtp_jax.data.inputs import files
-from mtp_jax.data.prepare import Options, prepare
+from mtp_jax.data.files import files
+from mtp_jax.data.folder import Damaged
+from mtp_jax.data.parts import Options
+from mtp_jax.data.prepare import prepare
 from mtp_jax.data.rows import validation_batches
-from mtp_jax.data.shards import Damaged
 from mtp_jax.evaluation.held_out import evaluate
 from mtp_jax.mesh import make_mesh, put
 from mtp_jax.model import costs

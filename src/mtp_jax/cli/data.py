@@ -22,8 +22,9 @@ def prepare(f) -> int:
   _need(f, 'output')
   _need_at_least(f, workers=-1, shard_bytes=0)
   from mtp_jax import tokenizer
-  from mtp_jax.data.inputs import files
-  from mtp_jax.data.prepare import Options, prepare
+  from mtp_jax.data.files import files
+  from mtp_jax.data.parts import Options
+  from mtp_jax.data.prepare import prepare
   from mtp_jax.report.display import Meter, say
   within = [given for given in _inputs(f) if os.path.isdir(given) and os.path.realpath(f.output).startswith(os.path.realpath(given) + os.sep)]
   if within:
@@ -56,8 +57,9 @@ def train_tokenizer(f) -> int:
   if os.path.exists(f.output) or not os.path.isdir(os.path.dirname(f.output) or '.'):
     raise BadInput(f'--output={f.output}: must be a new file, in a folder that is there')
   from mtp_jax import tokenizer
-  from mtp_jax.data.inputs import Fault, files, name_hash
-  from mtp_jax.data.prepare import sample
+  from mtp_jax.data.files import files, name_hash
+  from mtp_jax.data.records import Fault
+  from mtp_jax.data.train_tokenizer import sample
   documents, held_out, skipped = [], [], []
   for found in sample(files(_inputs(f), '--input'), _reading(f), f.sample_bytes, '--input'):
     if isinstance(found, Fault):
@@ -93,7 +95,8 @@ def inspect_data(f) -> int:
   _need(f, 'data')
   _need_at_least(f, length=1, futures=1, rows=0, positions=1)
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-  from mtp_jax.data.shards import Folder, open_set
+  from mtp_jax.data.folder import Folder
+  from mtp_jax.data.prepared import open_set
   try:
     config = Config(data=schema.DataConfig(sources=(f.data,), length=f.length, packing=f.packing, boundary=f.boundary)).data
   except BadInput as error:
@@ -130,7 +133,7 @@ def _inputs(f) -> tuple[str, ...]:
 
 
 def _reading(f):
-  from mtp_jax.data.inputs import Reading
+  from mtp_jax.data.records import Reading
   return Reading(f.format, f.field, tuple(kind for kind in f.keep.split(',') if kind), f.max_document_bytes)
 
 

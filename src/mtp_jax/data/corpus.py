@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 from mtp_jax import tokenizer as tokenizers
 from mtp_jax.config import BadInput, DataConfig
+from mtp_jax.data.folder import Damaged, Folder
 from mtp_jax.data.packing import Consecutive, pack
 from mtp_jax.data.prepare import prepare_once
+from mtp_jax.data.prepared import Prepared, open_set
 from mtp_jax.data.progress import NoMeter, quiet
 from mtp_jax.data.rows import Batches, Rows, SourceRows
-from mtp_jax.data.shards import Damaged, Folder, Prepared, Stream, open_set
+from mtp_jax.data.shards import Stream
 from mtp_jax.tokenizer import Tokenizer
 
 

@@ -15,7 +15,8 @@ import pathlib
 
 import numpy as np
 
-from mtp_jax.data.shards import Damaged, Folder, Stream
+from mtp_jax.data.folder import Damaged, Folder
+from mtp_jax.data.shards import Stream
 
 _DIGEST = 32  # bytes of a sha256
 

@@ -14,48 +14,26 @@ The split: a document is held out iff hash(name) < validation_share, or it is th
 adding files moves no other one across.
 """
 import collections
-import concurrent.futures
-import concurrent.futures.process
 import contextlib
 import dataclasses
 import fcntl
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import pathlib
-import signal
-import threading
-from collections.abc import Iterator
-
-import numpy as np
 
 from mtp_jax.config import BadInput
-from mtp_jax.data.inputs import Document, Fault, File, Piece, Reader, Reading, digest, files, name_hash
+from mtp_jax.data.files import File, digest, files
+from mtp_jax.data.folder import UNFINISHED, Folder
+from mtp_jax.data.parts import PARTS, Options, Work, cut
+from mtp_jax.data.prepared import FORMAT, INDEX, PLAN, Prepared, open_set, write_index
 from mtp_jax.data.progress import NoMeter, quiet
-from mtp_jax.data.shards import FORMAT, INDEX, PLAN, UNFINISHED, Folder, Prepared, ShardWriter, open_set, write_index
+from mtp_jax.data.records import Reading
+from mtp_jax.data.workers import tokenized
 from mtp_jax.tokenizer import Tokenizer
 
-PARTS, BAD, MODEL = 'parts', 'bad_records.jsonl', 'tokenizer.model'
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """reading, validation_share and shard_bytes fix the set. shard_bytes: of input in a part; 0 is a 64th of all, within 4 and 256 MiB.
-  bad_share: of the records that may be skipped."""
-  reading: Reading = Reading()
-  validation_share: float = 0.01
-  shard_bytes: int = 0
-  bad_share: float = 0.05
-
-  def __post_init__(self):
-    if not 0 < self.validation_share < 1:
-      raise BadInput(f'--validation_share={self.validation_share}: must be above 0 and below 1')
-    if not 0 <= self.bad_share <= 1:
-      raise BadInput(f'--bad_share={self.bad_share}: must be at least 0 and at most 1')
-    if self.shard_bytes < 0:
-      raise BadInput(f'--shard_bytes={self.shard_bytes}: must not be negative; 0 chooses by the size of the inputs')
+BAD, MODEL = 'bad_records.jsonl', 'tokenizer.model'
 
 
 def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, workers: int, where: str,
@@ -77,7 +55,7 @@ def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, 
   size = sum(file.bytes for file in inputs)
   options = dataclasses.replace(options, shard_bytes=options.shard_bytes or min(max(size // 64, 4 * 2**20), 256 * 2**20))
   with _alone(folder, note):
-    work = _Work(folder, tokenizer, options, _parts(inputs, options), where)
+    work = Work(folder, tokenizer, options, cut(inputs, options), where)
     if _begin(folder, work, inputs):
       note(f'{folder.url} is complete already, by names, sizes and options; nothing is written')
     else:
@@ -112,38 +90,6 @@ def prepare_once(given: tuple[str, ...], tokenizer: Tokenizer, validation_share:
     raise BadInput(f'config.data.cache={cache!r}: cannot write there ({error}); give a folder with space') from error
 
 
-def sample(inputs: list[File], reading: Reading, size: int, where: str) -> Iterator[Document | Fault]:
-  """Documents, and faults, from all over the inputs, `size` bytes in all, or less: the beginnings of files, and of plain JSON lines those of
-  stretches of 1 MiB, in the order of their hashes."""
-  pieces = [piece for part in _parts(inputs, Options(reading, shard_bytes=2**20)) for piece in part]
-  each = max(2**16, size // len(pieces))
-  for piece in sorted(pieces, key=lambda piece: name_hash(f'{piece.file.name}@{piece.start}')):
-    left = min(each, size)
-    for found in Reader(piece, reading, where):
-      yield found
-      if isinstance(found, Document):
-        left, size = left - len(found.text), size - len(found.text)
-      if left <= 0:
-        break
-    if size <= 0:
-      return
-
-
-def _parts(inputs: list[File], options: Options) -> list[list[Piece]]:
-  limit = options.shard_bytes
-  parts, size = [], limit
-  for file in inputs:
-    plain_lines = file.kind(options.reading.format) == 'jsonl' and not file.compression
-    cuts = [*range(0, file.bytes, limit)] if plain_lines and file.bytes > limit else [0]
-    for start, stop in zip(cuts, [*cuts[1:], -1]):
-      if size >= limit:
-        parts.append([])
-        size = 0
-      parts[-1].append(Piece(file, start, stop))
-      size += parts[-1][-1].bytes
-  return parts
-
-
 @contextlib.contextmanager
 def _alone(folder: Folder, note):
   """Holds a folder of this machine for one process at a time; the system lets go of it however that process ends."""
@@ -166,61 +112,7 @@ def _alone(folder: Folder, note):
     os.close(descriptor)
 
 
-class _Work:
-  """What a worker knows: where to write, and what to read."""
-
-  def __init__(self, folder: Folder, tokenizer: Tokenizer, options: Options, parts: list[list[Piece]], where: str):
-    self.folder, self.tokenizer, self.options, self.parts, self.where = folder, tokenizer, options, parts, where
-    self.dtype = '<u2' if tokenizer.size < 2**16 else '<u4'
-    self.identity = {'layout': FORMAT, 'tokenizer': tokenizer.digest, 'validation_share': options.validation_share, 'shard_bytes': options.shard_bytes,
-                     **dataclasses.asdict(options.reading), 'keep': sorted(options.reading.keep)}
-
-  def report(self, number: int) -> str:
-    return f'{PARTS}/{number:05}.json'
-
-  def ready(self) -> set[int]:
-    """The parts that have a report."""
-    names = Folder(f'{self.folder.url}/{PARTS}', '--output').sizes()
-    return {number for number in range(len(self.parts)) if self.report(number).rpartition('/')[2] in names}
-
-  def done(self, number: int) -> dict:
-    return json.loads(self.folder.read(self.report(number)))
-
-  def tokenize(self, number: int, count) -> tuple[int, int]:
-    """Writes the shards of a part, then its report. count: called with bytes, documents and tokens. Returns (records, skipped)."""
-    t, faults, pieces, entries, documents = self.tokenizer, [], [], {}, 0
-    with contextlib.ExitStack() as files:
-      writers = {}
-      for piece in self.parts[number]:
-        reader, unread = Reader(piece, self.options.reading, self.where), piece.bytes
-        for found in reader:
-          if isinstance(found, Fault):
-            faults.append(dataclasses.asdict(found))
-            continue
-          first = number == documents == 0
-          split = 'validation' if first or name_hash(found.name) < self.options.validation_share * 2**64 else 'train'
-          if split not in writers:
-            writers[split] = ShardWriter(files.enter_context(self.folder.aside(_shard(split, number))), self.dtype)
-          ids = np.concatenate(([t.bos], t.encode(found.text), [t.eos])).astype(self.dtype)
-          writers[split].add(ids, len(found.text))
-          read = min(len(found.text), unread)
-          unread, documents = unread - read, documents + 1
-          count(read, 1, len(ids))
-        count(unread, 0, 0)
-        pieces.append({'file': piece.file.name, 'sha256': reader.sha256, 'bytes': reader.bytes, 'lines': reader.lines})
-      for split, writer in writers.items():
-        entries[split] = {'file': _shard(split, number), **writer.close()}
-    skipped = sum(not fault['kept'] for fault in faults)
-    report = {'records': documents + skipped, 'skipped': skipped, 'pieces': pieces, 'splits': entries, 'faults': faults}
-    self.folder.write(self.report(number), json.dumps(report).encode())
-    return report['records'], skipped
-
-
-def _shard(split: str, number: int) -> str:
-  return f'{split}-{number:05}.array_record'
-
-
-def _begin(folder: Folder, work: _Work, inputs: list[File]) -> bool:
+def _begin(folder: Folder, work: Work, inputs: list[File]) -> bool:
   """Whether the set is complete; else there is a plan now, this one.
 
   Raises:
@@ -256,7 +148,7 @@ def _same(mine: dict, theirs: dict, folder: Folder, what: str) -> None:
     raise BadInput(f'--output={folder.url}: holds {what} that differs in {", ".join(changed)}; choose another folder or delete that one')
 
 
-def _run(work: _Work, size: int, workers: int, note, progress) -> None:
+def _run(work: Work, size: int, workers: int, note, progress) -> None:
   """Tokenizes every part that has no report yet."""
   complete, todo = work.ready(), []
   records = skipped = ready = 0
@@ -269,67 +161,14 @@ def _run(work: _Work, size: int, workers: int, note, progress) -> None:
   if ready:
     note(f'{len(work.parts) - len(todo)} of {len(work.parts)} parts are done already')
   with progress(size, ready) as meter:
-    with contextlib.closing(_tokenized(work, todo, min(workers, len(todo)), meter)) as found:  # which stops the workers
+    with contextlib.closing(tokenized(work, todo, min(workers, len(todo)), meter)) as found:  # which stops the workers
       for part_records, part_skipped, read in found:
         records, skipped = records + part_records, skipped + part_skipped
         _check_bad(work, records, skipped, records * size / max(1, ready + read))
     _check_bad(work, records, skipped, records)
 
 
-def _tokenized(work: _Work, todo: list[int], workers: int, meter):
-  """Yields (records, skipped) of each part, and the bytes of input read until then."""
-  if workers < 2:
-    totals = [0, 0, 0]  # bytes, documents, tokens
-
-    def add(*numbers):
-      totals[:] = [total + number for total, number in zip(totals, numbers)]
-      meter.show(*totals)
-    for number in todo:
-      yield *work.tokenize(number, add), totals[0]
-    return
-  spawn = multiprocessing.get_context('spawn')  # a fork of a process with threads, which JAX and Grain have, may hang
-  counts = spawn.Array('q', 4)  # bytes, documents, tokens; the last one tells workers to stop
-  with concurrent.futures.ProcessPoolExecutor(workers, spawn, _enter, (work, counts)) as pool:
-    pending = {pool.submit(_part, number) for number in todo}
-    try:
-      while pending:
-        done, pending = concurrent.futures.wait(pending, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
-        totals = counts[:3]
-        meter.show(*totals)
-        yield from ((*future.result(), totals[0]) for future in done)
-    except concurrent.futures.process.BrokenProcessPool as error:
-      raise ChildProcessError('a worker process was killed, perhaps for want of memory; run the same command with fewer --workers') from error
-    finally:
-      counts[3] = 1
-      pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _enter(work: _Work, counts) -> None:
-  """Makes this process a worker, which ends when its parent does, however that ends; Ctrl-C is the parent's business."""
-  global _mine
-  _mine = work, counts
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  parent = multiprocessing.parent_process()
-
-  def follow():
-    parent.join()
-    os._exit(1)
-  threading.Thread(target=follow, daemon=True).start()
-
-
-def _part(number: int) -> tuple[int, int]:
-  work, counts = _mine
-
-  def count(*numbers):
-    with counts.get_lock():
-      if counts[3]:
-        raise RuntimeError('stopped')
-      for i, n in enumerate(numbers):
-        counts[i] += n
-  return work.tokenize(number, count)
-
-
-def _check_bad(work: _Work, records: int, skipped: int, expected: float) -> None:
+def _check_bad(work: Work, records: int, skipped: int, expected: float) -> None:
   """Stops when more are bad than may be of all the records to be expected, even if no further one is."""
   if skipped > work.options.bad_share * expected:
     bad = [fault for fault in _write_faults(work) if not fault['kept']]
@@ -340,7 +179,7 @@ def _check_bad(work: _Work, records: int, skipped: int, expected: float) -> None
                    f'{work.folder.url}/{BAD}; mend them, or allow more and run again')
 
 
-def _faults(work: _Work):
+def _faults(work: Work):
   """Of all parts that are done, in order, with lines counted from the beginning of each file; nan where parts before are not done."""
   before, complete = {}, work.ready()
   for number, part in enumerate(work.parts):
@@ -355,14 +194,14 @@ def _faults(work: _Work):
       before[piece['file']] = before.get(piece['file'], 0) + piece['lines']
 
 
-def _write_faults(work: _Work) -> list[dict]:
+def _write_faults(work: Work) -> list[dict]:
   """Lists them in a file of the set."""
   faults = list(_faults(work))
   work.folder.write(BAD, ''.join(json.dumps(fault) + '\n' for fault in faults).encode())
   return faults
 
 
-def _finish(work: _Work, inputs: list[File]) -> None:
+def _finish(work: Work, inputs: list[File]) -> None:
   splits, digests, sizes = {'train': [], 'validation': []}, {file.name: [] for file in inputs}, collections.Counter()
   bad, records = {}, 0
   for number in range(len(work.parts)):

@@ -19,9 +19,10 @@ import grain
 import numpy as np
 
 from mtp_jax.config import BadInput
+from mtp_jax.data.folder import Damaged
 from mtp_jax.data.packing import BestFit, Consecutive
 from mtp_jax.data.progress import quiet
-from mtp_jax.data.shards import Damaged, Stream
+from mtp_jax.data.shards import Stream
 
 NOTED = 10  # damaged places that are named one by one
 

@@ -14,8 +14,11 @@ import sentencepiece
 from mtp_jax import chips, objective, tokenizer
 from mtp_jax.config import BadInput, Config
 from mtp_jax.data.corpus import open_corpus
-from mtp_jax.data.inputs import Document, Reading, files
-from mtp_jax.data.prepare import Options, prepare, sample
+from mtp_jax.data.files import files
+from mtp_jax.data.parts import Options
+from mtp_jax.data.prepare import prepare
+from mtp_jax.data.records import Document, Reading
+from mtp_jax.data.train_tokenizer import sample
 from mtp_jax.decode.drafters import Nothing
 from mtp_jax.decode.requests import choices
 from mtp_jax.formats.llama import _transformers

@@ -22,8 +22,9 @@ from mtp_jax.checkpoint import store
 from mtp_jax.checkpoint.record import check_conventions, check_resumes, check_same, metadata, steps
 from mtp_jax.config import BadInput, Config
 from mtp_jax.data.corpus import Corpus, difference, open_corpus
+from mtp_jax.data.folder import Damaged
+from mtp_jax.data.prepared import INDEX
 from mtp_jax.data.rows import validation_batches
-from mtp_jax.data.shards import INDEX, Damaged
 from mtp_jax.evaluation.held_out import evaluate
 from mtp_jax.mesh import make_mesh, process_share, put
 from mtp_jax.model import costs
