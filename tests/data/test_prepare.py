@@ -24,7 +24,7 @@ from mtp_jax.data.files import files, name_hash
 from mtp_jax.data.folder import Folder
 from mtp_jax.data.parts import Options, Work
 from mtp_jax.data.prepare import prepare, prepare_once
-from mtp_jax.data.prepared import open_set
+from mtp_jax.data.prepared_set import open_set
 from mtp_jax.data.records import Reading
 from mtp_jax.data.train_tokenizer import sample
 

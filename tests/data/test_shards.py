@@ -12,13 +12,12 @@ import pytest
 from mtp_jax import tokenizer
 from mtp_jax.config import BadInput
 from mtp_jax.data import folder as folders
-from mtp_jax.data import prepared as prepared_set
-from mtp_jax.data import shards
+from mtp_jax.data import prepared_set, shards
 from mtp_jax.data.files import File
 from mtp_jax.data.folder import Damaged, Folder
 from mtp_jax.data.parts import Options
 from mtp_jax.data.prepare import prepare
-from mtp_jax.data.prepared import open_set
+from mtp_jax.data.prepared_set import open_set
 
 B = 16  # tokens of a block in these tests
 

@@ -96,7 +96,7 @@ def inspect_data(f) -> int:
   _need_at_least(f, length=1, futures=1, rows=0, positions=1)
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   from mtp_jax.data.folder import Folder
-  from mtp_jax.data.prepared import open_set
+  from mtp_jax.data.prepared_set import open_set
   try:
     config = Config(data=schema.DataConfig(sources=(f.data,), length=f.length, packing=f.packing, boundary=f.boundary)).data
   except BadInput as error:

@@ -4,7 +4,7 @@
     records.py     files to documents, and what is wrong with a record
     folder.py      a folder whose files appear whole or not at all
     shards.py      tokens on disk and back: hash-checked blocks          (the door to ArrayRecord)
-    prepared.py    a prepared set: its index, opened and verified
+    prepared_set.py  a prepared set: its index, opened and verified
     parts.py       the inputs cut into parts, and a part tokenized
     workers.py     parts tokenized in parallel processes
     prepare.py     inputs to a prepared set, once, resumable

@@ -10,7 +10,7 @@ from mtp_jax.config import BadInput, DataConfig
 from mtp_jax.data.folder import Damaged, Folder
 from mtp_jax.data.packing import Consecutive, pack
 from mtp_jax.data.prepare import prepare_once
-from mtp_jax.data.prepared import Prepared, open_set
+from mtp_jax.data.prepared_set import Prepared, open_set
 from mtp_jax.data.progress import NoMeter, quiet
 from mtp_jax.data.rows import Batches, Rows, SourceRows
 from mtp_jax.data.shards import Stream

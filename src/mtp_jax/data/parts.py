@@ -12,7 +12,7 @@ import numpy as np
 from mtp_jax.config import BadInput
 from mtp_jax.data.files import File, name_hash
 from mtp_jax.data.folder import Folder
-from mtp_jax.data.prepared import FORMAT
+from mtp_jax.data.prepared_set import FORMAT
 from mtp_jax.data.records import Fault, Piece, Reader, Reading
 from mtp_jax.data.shards import ShardWriter
 from mtp_jax.tokenizer import Tokenizer

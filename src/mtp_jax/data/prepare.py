@@ -27,7 +27,7 @@ from mtp_jax.config import BadInput
 from mtp_jax.data.files import File, digest, files
 from mtp_jax.data.folder import UNFINISHED, Folder
 from mtp_jax.data.parts import PARTS, Options, Work, cut
-from mtp_jax.data.prepared import FORMAT, INDEX, PLAN, Prepared, open_set, write_index
+from mtp_jax.data.prepared_set import FORMAT, INDEX, PLAN, Prepared, open_set, write_index
 from mtp_jax.data.progress import NoMeter, quiet
 from mtp_jax.data.records import Reading
 from mtp_jax.data.workers import tokenized

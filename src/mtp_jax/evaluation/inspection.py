@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mtp_jax import objective
-from mtp_jax.data.prepared import Prepared
+from mtp_jax.data.prepared_set import Prepared
 from mtp_jax.data.rows import SourceRows
 from mtp_jax.report.picture import picture
 from mtp_jax.tokenizer import Tokenizer

@@ -23,7 +23,7 @@ from mtp_jax.checkpoint.record import check_conventions, check_resumes, check_sa
 from mtp_jax.config import BadInput, Config
 from mtp_jax.data.corpus import Corpus, difference, open_corpus
 from mtp_jax.data.folder import Damaged
-from mtp_jax.data.prepared import INDEX
+from mtp_jax.data.prepared_set import INDEX
 from mtp_jax.data.rows import validation_batches
 from mtp_jax.evaluation.held_out import evaluate
 from mtp_jax.mesh import make_mesh, process_share, put
