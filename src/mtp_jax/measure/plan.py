@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.chips import CHIPS, Chip
+from mtp_jax.chips import CHIPS, Chip, peak_flops
 from mtp_jax.config import BadInput, Config, MeshConfig
 from mtp_jax.measure.traffic import axes, traffic
 from mtp_jax.mesh import make_mesh
@@ -277,7 +277,7 @@ def chip_of(chips: list) -> Chip:
   kind = chips[0].device_kind
   if kind not in CHIPS:
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / len(chips)
-    return Chip(chips.peak_flops() / len(chips), memory, math.nan, math.nan, math.nan)
+    return Chip(peak_flops() / len(chips), memory, math.nan, math.nan, math.nan)
   return CHIPS[kind]
 
 
