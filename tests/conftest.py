@@ -103,7 +103,7 @@ def stream_of():
   def make(folder, *shards) -> Stream:
     entries, place = [], 0
     for number, lengths in enumerate(shards):
-      with Folder(folder, '').aside(f'train-{number:05}.array_record') as path:
+      with Folder(folder, '').new_file(f'train-{number:05}.array_record') as path:
         writer = ShardWriter(path, '<u2')
         for length in lengths:
           ids = np.arange(place, place + length)

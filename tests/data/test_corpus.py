@@ -113,7 +113,7 @@ def test_the_identity_is_json_and_each_mutation_is_told(config):
   assert mutated(lambda x: x['sources'][0].update(fingerprint='f', documents=20, tokens=1000)) == [
       f'source 0: documents 20 -> {a["documents"]}, tokens 1,000 -> {a["tokens"]:,}']
   assert mutated(lambda x: x['sources'][1].update(fingerprint='f', tokenizer='t')) == ['source 1: its tokenizer']
-  assert mutated(lambda x: x['sources'][1].update(fingerprint='f')) == ['source 1: as many documents and tokens, but other ones, or other options']
+  assert mutated(lambda x: x['sources'][1].update(fingerprint='f')) == ['source 1: the same numbers of documents and tokens, but different ones, or different options']
 
 
 @pytest.mark.parametrize('change, message', [

@@ -22,7 +22,7 @@ from mtp_jax.config import BadInput
 from mtp_jax.data import prepare as preparing
 from mtp_jax.data.files import files, name_hash
 from mtp_jax.data.folder import Folder
-from mtp_jax.data.parts import Options, Work
+from mtp_jax.data.parts import Options, Preparation
 from mtp_jax.data.prepare import prepare, prepare_once
 from mtp_jax.data.prepared_set import open_set
 from mtp_jax.data.records import Reading
@@ -129,7 +129,7 @@ def everything_shifted(found) -> list[bytes]:
 
 def test_preparing_again_finds_it_done(corpus, tmp_path, monkeypatch):
   before = kills.contents(pathlib.Path(prepared(corpus[0], tmp_path / 'set').folder.url))
-  monkeypatch.setattr(preparing, '_run', None)
+  monkeypatch.setattr(preparing, '_tokenize_missing', None)
   assert everything(prepared(corpus[0], tmp_path / 'set')) == corpus[1]
   assert kills.contents(tmp_path / 'set') == before
 
@@ -171,8 +171,8 @@ def test_interrupted_anywhere_it_goes_on_and_does_no_part_twice(corpus, tmp_path
   prepared(corpus[0], tmp_path / 'whole')
   interrupted(corpus[0], tmp_path / 'set', after)
   done = len(list((tmp_path / 'set' / 'parts').glob('*'))) if (tmp_path / 'set' / 'parts').exists() else 0
-  numbers, tokenize = [], Work.tokenize
-  monkeypatch.setattr(Work, 'tokenize', lambda work, number, count: numbers.append(number) or tokenize(work, number, count))
+  numbers, tokenize = [], Preparation.tokenize
+  monkeypatch.setattr(Preparation, 'tokenize', lambda work, number, count: numbers.append(number) or tokenize(work, number, count))
   prepared(corpus[0], tmp_path / 'set')
   assert kills.contents(tmp_path / 'set') == kills.contents(tmp_path / 'whole')
   assert len(numbers) == len(set(numbers)) and done + len(numbers) == len(json.loads((tmp_path / 'set/index.json').read_text())['splits']['train'])
@@ -243,11 +243,11 @@ def test_bad_records_are_counted_and_listed_with_file_and_line(tmp_path):
 def test_too_many_bad_records_stop_the_work_which_goes_on_when_more_are_allowed(tmp_path, monkeypatch):
   (tmp_path / 'in.jsonl').write_bytes(BAD * 30)
   said = (r'^--input: 90 of 300 records are bad \(30 broken_json, 30 empty, 30 nul\), more than --bad_share=0.29; the first is broken_json in in.jsonl, '
-          r'line 7; all are listed in .*/set/bad_records.jsonl; mend them, or allow more and run again$')
+          r'line 7; all are listed in .*/set/bad_records.jsonl; fix them, or allow more and run again$')
   with pytest.raises(BadInput, match=said):
     prepared(tmp_path / 'in.jsonl', tmp_path / 'set', bad_share=0.29)
   assert len((tmp_path / 'set/bad_records.jsonl').read_text().splitlines()) == 90 and not (tmp_path / 'set/index.json').exists()
-  monkeypatch.setattr(Work, 'tokenize', None)  # every part is done
+  monkeypatch.setattr(Preparation, 'tokenize', None)  # every part is done
   assert prepared(tmp_path / 'in.jsonl', tmp_path / 'set', bad_share=0.3).train.documents > 100
 
 
@@ -348,7 +348,7 @@ def test_text_is_prepared_once_for_each_content(corpus, tmp_path, monkeypatch):
   once = lambda share=0.2: prepare_once((str(corpus[0]),), BYTES, share, str(tmp_path / 'cache'), 'config.data.paths')
   first = once()
   other = once(0.3)
-  monkeypatch.setattr(preparing, '_run', None)
+  monkeypatch.setattr(preparing, '_tokenize_missing', None)
   os.utime(corpus[0] / '3.txt')
   again = once()
   assert again.folder.url == first.folder.url != other.folder.url and len(everything(again)) == 20
@@ -370,7 +370,7 @@ def test_a_full_disk_is_told_with_what_to_do(corpus, tmp_path, workers):
   before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
   resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
   try:
-    with pytest.raises(OSError, match=r'^--output=.*/set: cannot write there .*; mend that and run the same command, it goes on where it stopped$'):
+    with pytest.raises(OSError, match=r'^--output=.*/set: cannot write there .*; fix that and run the same command, it goes on where it stopped$'):
       prepared(corpus[0], tmp_path / 'set', workers)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)

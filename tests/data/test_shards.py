@@ -151,7 +151,7 @@ def test_another_layout_is_refused(prepared, identity, said):
 
 def test_a_file_that_is_not_finished_does_not_appear(tmp_path):
   folder = Folder(tmp_path / 'set', '')
-  with pytest.raises(RuntimeError), folder.aside('file') as path:
+  with pytest.raises(RuntimeError), folder.new_file('file') as path:
     pathlib.Path(path).write_text('half')
     raise RuntimeError
   assert os.listdir(folder.url) == [] and folder.sizes() == {}

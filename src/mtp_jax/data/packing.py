@@ -70,7 +70,7 @@ def pack(stream: Stream, length: int, cache: str, fingerprint: str) -> BestFit:
   folder, name = Folder(pathlib.Path(cache).expanduser() / 'rows', 'config.data.cache'), f'{fingerprint[:16]}-best_fit-{length}'
   if name not in folder.sizes():
     digest, bounds, count = hashlib.sha256(), [np.zeros(1, np.int64)], 0
-    with folder.aside(name) as path, open(path, 'wb') as file:
+    with folder.new_file(name) as path, open(path, 'wb') as file:
       def write(numbers: np.ndarray):
         content = numbers.astype('<i8').tobytes()
         digest.update(content)

@@ -1,11 +1,16 @@
 """The inputs cut into parts, and a part tokenized: its shards, then its report.
 
-    parts/00007.json     what part 7 found, written when its shards are there; a part that has one is not done again
     train-00007.array_record, validation-00007.array_record
+    parts/00007.json     report of part 7, written after its shards; a part that has a report is not tokenized again
+
+A document is held out iff hash(name) < validation_share, or if it is the very first of all. Apart from that one, a document's
+split depends on its name alone: adding files never moves another document to the other split.
 """
 import contextlib
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 
 import numpy as np
 
@@ -22,8 +27,12 @@ PARTS = 'parts'
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """reading, validation_share and shard_bytes fix the set. shard_bytes: of input in a part; 0 is a 64th of all, within 4 and 256 MiB.
-  bad_share: of the records that may be skipped."""
+  """How a set is prepared. The set depends on all but bad_share.
+
+  validation_share: of the documents, held out.
+  shard_bytes: of input in a part; 0 is a 64th of all, but at least 4 and at most 256 MiB.
+  bad_share: of the records that may be skipped.
+  """
   reading: Reading = Reading()
   validation_share: float = 0.01
   shard_bytes: int = 0
@@ -38,14 +47,14 @@ class Options:
       raise BadInput(f'--shard_bytes={self.shard_bytes}: must not be negative; 0 chooses by the size of the inputs')
 
 
-def cut(inputs: list[File], options: Options) -> list[list[Piece]]:
-  limit = options.shard_bytes
-  parts, size = [], limit
+def cut_into_parts(inputs: list[File], format: str, part_bytes: int) -> list[list[Piece]]:
+  """Parts of about `part_bytes`, in order; only uncompressed JSON-lines files are cut. Depends on names and sizes alone."""
+  parts, size = [], part_bytes
   for file in inputs:
-    plain_lines = file.kind(options.reading.format) == 'jsonl' and not file.compression
-    cuts = [*range(0, file.bytes, limit)] if plain_lines and file.bytes > limit else [0]
-    for start, stop in zip(cuts, [*cuts[1:], -1]):
-      if size >= limit:
+    can_be_cut = file.kind(format) == 'jsonl' and not file.compression
+    starts = [*range(0, file.bytes, part_bytes)] if can_be_cut and file.bytes > part_bytes else [0]
+    for start, stop in zip(starts, [*starts[1:], -1]):
+      if size >= part_bytes:
         parts.append([])
         size = 0
       parts[-1].append(Piece(file, start, stop))
@@ -53,55 +62,77 @@ def cut(inputs: list[File], options: Options) -> list[list[Piece]]:
   return parts
 
 
-class Work:
-  """What a worker knows: where to write, and what to read."""
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+  """All that a worker process needs: what to read, how, and where to write."""
+  folder: Folder
+  tokenizer: Tokenizer
+  options: Options
+  parts: list[list[Piece]]
+  where: str
 
-  def __init__(self, folder: Folder, tokenizer: Tokenizer, options: Options, parts: list[list[Piece]], where: str):
-    self.folder, self.tokenizer, self.options, self.parts, self.where = folder, tokenizer, options, parts, where
-    self.dtype = '<u2' if tokenizer.size < 2**16 else '<u4'
-    self.identity = {'layout': FORMAT, 'tokenizer': tokenizer.digest, 'validation_share': options.validation_share, 'shard_bytes': options.shard_bytes,
-                     **dataclasses.asdict(options.reading), 'keep': sorted(options.reading.keep)}
+  @property
+  def dtype(self) -> str:
+    return '<u2' if self.tokenizer.size < 2**16 else '<u4'
 
-  def report(self, number: int) -> str:
-    return f'{PARTS}/{number:05}.json'
+  @functools.cached_property
+  def identity(self) -> dict:
+    """Everything but the inputs that the bytes of the set depend on, as JSON."""
+    return {'layout': FORMAT, 'tokenizer': self.tokenizer.digest, 'validation_share': self.options.validation_share,
+            'shard_bytes': self.options.shard_bytes, **dataclasses.asdict(self.options.reading),
+            'keep': sorted(self.options.reading.keep)}
 
-  def ready(self) -> set[int]:
-    """The parts that have a report."""
+  def parts_done(self) -> set[int]:
     names = Folder(f'{self.folder.url}/{PARTS}', '--output').sizes()
-    return {number for number in range(len(self.parts)) if self.report(number).rpartition('/')[2] in names}
+    return {number for number in range(len(self.parts)) if f'{number:05}.json' in names}
 
-  def done(self, number: int) -> dict:
-    return json.loads(self.folder.read(self.report(number)))
+  def report(self, number: int) -> dict:
+    """The report of a part that is done: counts and faults of its records, digests of its pieces, entries of its shards."""
+    return json.loads(self.folder.read(_report_name(number)))
 
-  def tokenize(self, number: int, count) -> tuple[int, int]:
-    """Writes the shards of a part, then its report. count: called with bytes, documents and tokens. Returns (records, skipped)."""
-    t, faults, pieces, entries, documents = self.tokenizer, [], [], {}, 0
-    with contextlib.ExitStack() as files:
-      writers = {}
+  def tokenize(self, number: int, count: Callable[[int, int, int], None]) -> tuple[int, int]:
+    """Writes the shards of a part, then its report.
+
+    Args:
+      count: called with bytes read, documents and tokens since its last call.
+
+    Returns:
+      The numbers of records, and of those skipped.
+    """
+    t, faults, pieces, documents = self.tokenizer, [], [], 0
+    writers = {}
+    with contextlib.ExitStack() as new_files:
       for piece in self.parts[number]:
         reader, unread = Reader(piece, self.options.reading, self.where), piece.bytes
-        for found in reader:
-          if isinstance(found, Fault):
-            faults.append(dataclasses.asdict(found))
+        for record in reader:
+          if isinstance(record, Fault):
+            faults.append(dataclasses.asdict(record))
             continue
-          first = number == documents == 0
-          split = 'validation' if first or name_hash(found.name) < self.options.validation_share * 2**64 else 'train'
+          split = self._split(record.name, is_first=number == documents == 0)
           if split not in writers:
-            writers[split] = ShardWriter(files.enter_context(self.folder.aside(_shard(split, number))), self.dtype)
-          ids = np.concatenate(([t.bos], t.encode(found.text), [t.eos])).astype(self.dtype)
-          writers[split].add(ids, len(found.text))
-          read = min(len(found.text), unread)
-          unread, documents = unread - read, documents + 1
+            path = new_files.enter_context(self.folder.new_file(_shard_name(split, number)))
+            writers[split] = ShardWriter(path, self.dtype)
+          ids = np.concatenate(([t.bos], t.encode(record.text), [t.eos])).astype(self.dtype)
+          writers[split].add(ids, len(record.text))
+          read = min(len(record.text), unread)
+          unread -= read
+          documents += 1
           count(read, 1, len(ids))
         count(unread, 0, 0)
         pieces.append({'file': piece.file.name, 'sha256': reader.sha256, 'bytes': reader.bytes, 'lines': reader.lines})
-      for split, writer in writers.items():
-        entries[split] = {'file': _shard(split, number), **writer.close()}
+      splits = {split: {'file': _shard_name(split, number), **writer.close()} for split, writer in writers.items()}
     skipped = sum(not fault['kept'] for fault in faults)
-    report = {'records': documents + skipped, 'skipped': skipped, 'pieces': pieces, 'splits': entries, 'faults': faults}
-    self.folder.write(self.report(number), json.dumps(report).encode())
+    report = {'records': documents + skipped, 'skipped': skipped, 'pieces': pieces, 'splits': splits, 'faults': faults}
+    self.folder.write(_report_name(number), json.dumps(report).encode())
     return report['records'], skipped
 
+  def _split(self, name: str, is_first: bool) -> str:
+    return 'validation' if is_first or name_hash(name) < self.options.validation_share * 2**64 else 'train'
 
-def _shard(split: str, number: int) -> str:
+
+def _report_name(number: int) -> str:
+  return f'{PARTS}/{number:05}.json'
+
+
+def _shard_name(split: str, number: int) -> str:
   return f'{split}-{number:05}.array_record'

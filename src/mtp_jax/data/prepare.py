@@ -1,17 +1,14 @@
-"""Inputs to a prepared set: read once, tokenized in parallel processes, the same bytes however it went.
+"""Inputs to a prepared set: read once, tokenized in parallel; the same bytes however often it was interrupted.
 
-The inputs, in order, are cut into parts of about `shard_bytes`; where depends on names and sizes alone. A part becomes a shard of each split, so
-that neither the number of workers nor an interruption shows in the result:
+The inputs, in order, are cut into parts of about `shard_bytes`; the cuts depend on names and sizes alone. A part becomes one
+shard of each split, so the result depends neither on the number of workers nor on interruptions:
 
-    plan.json            inputs and options; there until the set is complete
-    parts/00007.json     what part 7 found, written when its shards are there; a part that has one is not done again
+    plan.json            inputs and options; deleted when the set is complete
+    parts/00007.json     report of part 7, written after its shards; deleted when the set is complete
     train-00007.array_record, validation-00007.array_record
     tokenizer.model      of SentencePiece
     bad_records.jsonl    every fault: its kind, file, line, and whether the record was kept
     index.json           written last: the set is complete
-
-The split: a document is held out iff hash(name) < validation_share, or it is the very first of all. Save for that one it stands or falls alone:
-adding files moves no other one across.
 """
 import collections
 import contextlib
@@ -22,78 +19,89 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Iterator
 
 from mtp_jax.config import BadInput
 from mtp_jax.data.files import File, digest, files
 from mtp_jax.data.folder import UNFINISHED, Folder
-from mtp_jax.data.parts import PARTS, Options, Work, cut
+from mtp_jax.data.parts import PARTS, Options, Preparation, cut_into_parts
 from mtp_jax.data.prepared_set import FORMAT, INDEX, PLAN, Prepared, open_set, write_index
 from mtp_jax.data.progress import NoMeter, quiet
-from mtp_jax.data.records import Reading
-from mtp_jax.data.workers import tokenized
+from mtp_jax.data.records import MAY_BE_KEPT, Reading
+from mtp_jax.data.workers import tokenize_parts
 from mtp_jax.tokenizer import Tokenizer
 
-BAD, MODEL = 'bad_records.jsonl', 'tokenizer.model'
+BAD_RECORDS = 'bad_records.jsonl'
+MODEL = 'tokenizer.model'
 
 
 def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, workers: int, where: str,
             note=quiet, progress=NoMeter, cache: str = '') -> Prepared:
-  """Prepares a set, goes on where an interrupted one stopped, or finds it complete: of inputs of the same names and sizes and the same options.
+  """Prepares a set, resumes an interrupted preparation, or finds the set complete.
 
   Args:
-    inputs: as `files` finds them.
-    output: a folder that is empty, or holds this very set, or a part of it.
+    inputs: from `files`.
+    output: a folder that is empty, or holds this very set or an unfinished part of it: the same names and sizes of inputs, and
+      the same options.
     workers: processes; 0 works in this one.
-    where: the flag or field that names the inputs.
-    note, progress: as in data/progress.py.
-    cache: for reading a set that does not lie on this machine.
+    where: the flag or field that names the inputs, for messages.
+    note, progress: see data/progress.py.
+    cache: folder on this machine for copies of the shards of a remote set.
 
   Raises:
     BadInput: an input is damaged or missing, too many records are bad, a split is empty, or the folder holds something else.
+    ChildProcessError: a worker was killed.
+    OSError: the folder cannot be written.
   """
   folder = Folder(output, '--output')
   size = sum(file.bytes for file in inputs)
-  options = dataclasses.replace(options, shard_bytes=options.shard_bytes or min(max(size // 64, 4 * 2**20), 256 * 2**20))
-  with _alone(folder, note):
-    work = Work(folder, tokenizer, options, cut(inputs, options), where)
-    if _begin(folder, work, inputs):
+  if not options.shard_bytes:
+    options = dataclasses.replace(options, shard_bytes=min(max(size // 64, 4 * 2**20), 256 * 2**20))
+  parts = cut_into_parts(inputs, options.reading.format, options.shard_bytes)
+  preparation = Preparation(folder, tokenizer, options, parts, where)
+  with _locked(folder, note):
+    if _begin_or_resume(preparation, inputs):
       note(f'{folder.url} is complete already, by names, sizes and options; nothing is written')
     else:
       try:
-        _run(work, size, workers, note, progress)
-        _finish(work, inputs)
+        _tokenize_missing(preparation, size, workers, note, progress)
+        _finish(preparation, inputs)
       except ChildProcessError:
         raise
       except OSError as error:
-        raise OSError(f'--output={folder.url}: cannot write there ({error}); mend that and run the same command, it goes on where it stopped') from error
+        raise OSError(f'--output={folder.url}: cannot write there ({error}); fix that and run the same command, '
+                      'it goes on where it stopped') from error
     return open_set(folder, cache)
 
 
-def prepare_once(given: tuple[str, ...], tokenizer: Tokenizer, validation_share: float, cache: str, where: str,
+def prepare_once(paths: tuple[str, ...], tokenizer: Tokenizer, validation_share: float, cache: str, where: str,
                  note=quiet, progress=NoMeter) -> Prepared:
-  """A set for text files of moderate size, a document each, in a folder of `cache` named by their content; every one that is not empty is kept.
+  """The set of some text files, a document each, prepared in a folder of `cache` named after their content.
+
+  Meant for inputs of moderate size; of faulty files only empty ones are skipped.
 
   Raises:
     BadInput: as `prepare`.
   """
-  inputs = files(given, where)
-  options = Options(Reading('text', keep=('invalid_utf8', 'lone_surrogate', 'nul'), max_document_bytes=2**62), validation_share, bad_share=1)
-  identity = [FORMAT, tokenizer.digest, validation_share, [(file.name, file.bytes, digest(file, where)) for file in inputs]]
-  directory = pathlib.Path(cache).expanduser() / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+  inputs = [dataclasses.replace(file, modified='') for file in files(paths, where)]
+  reading = Reading('text', keep=MAY_BE_KEPT, max_document_bytes=2**62)
+  options = Options(reading, validation_share, bad_share=1)
+  contents = [(file.name, file.bytes, digest(file, where)) for file in inputs]
+  key = hashlib.sha256(json.dumps([FORMAT, tokenizer.digest, validation_share, contents]).encode()).hexdigest()[:16]
+  directory = pathlib.Path(cache).expanduser() / key
   try:
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / INDEX).exists():
       return open_set(Folder(directory, 'config.data.cache'), cache)
-    inputs = [dataclasses.replace(file, modified='') for file in inputs]
     return prepare(inputs, tokenizer, options, directory, 0, where, note, progress, cache)
   except OSError as error:
     raise BadInput(f'config.data.cache={cache!r}: cannot write there ({error}); give a folder with space') from error
 
 
 @contextlib.contextmanager
-def _alone(folder: Folder, note):
-  """Holds a folder of this machine for one process at a time; the system lets go of it however that process ends."""
-  if not folder.here:
+def _locked(folder: Folder, note) -> Iterator[None]:
+  """Lets one process at a time work in a folder of this machine. The lock ends with the process, even if that is killed."""
+  if not folder.is_local:
     yield
     return
   try:
@@ -112,100 +120,115 @@ def _alone(folder: Folder, note):
     os.close(descriptor)
 
 
-def _begin(folder: Folder, work: Work, inputs: list[File]) -> bool:
-  """Whether the set is complete; else there is a plan now, this one.
+def _begin_or_resume(preparation: Preparation, inputs: list[File]) -> bool:
+  """Whether the set is complete already; if not, the folder holds its plan now.
 
   Raises:
-    BadInput: the folder holds another set, or files that are none.
+    BadInput: the folder holds another set, or other files.
   """
-  plan = {**work.identity, 'inputs': [[file.name, file.bytes, file.modified] for file in inputs]}
-  names = folder.sizes()
-  unfinished = [name for name in names if name.startswith(UNFINISHED)]
+  folder = preparation.folder
+  plan = {**preparation.identity, 'inputs': [[file.name, file.bytes, file.modified] for file in inputs]}
+  names = folder.sizes().keys()
+  unfinished = {name for name in names if name.startswith(UNFINISHED)}
   folder.remove(*unfinished)
-  names = {name: size for name, size in names.items() if name not in unfinished}
+  names -= unfinished
   if INDEX in names:
     index = open_set(folder, '').index
-    _same(plan | {'inputs': [row[:2] for row in plan['inputs']]},
-          {**index['identity'], 'inputs': [[file['name'], file['bytes']] for file in index['inputs']]}, folder, 'a set')
+    complete = {**index['identity'], 'inputs': [[file['name'], file['bytes']] for file in index['inputs']]}
+    _check_same(plan | {'inputs': [row[:2] for row in plan['inputs']]}, complete, folder, 'a set')
     folder.remove(PLAN, PARTS)
     return True
   if PLAN in names:
-    _same(plan, json.loads(folder.read(PLAN)), folder, 'unfinished work')
+    _check_same(plan, json.loads(folder.read(PLAN)), folder, 'unfinished work')
   elif names:
-    raise BadInput(f'--output={folder.url}: holds files that are no prepared set, such as {min(names)}; choose an empty folder')
+    raise BadInput(f'--output={folder.url}: holds files that are no prepared set, such as {min(names)}; '
+                   'choose an empty folder')
   else:
     folder.write(PLAN, json.dumps(plan).encode())
   return False
 
 
-def _same(mine: dict, theirs: dict, folder: Folder, what: str) -> None:
-  changed = [f'--{key} ({theirs.get(key)} -> {mine[key]})' for key in mine if key != 'inputs' and mine[key] != theirs.get(key)]
-  there, here = ({row[0]: row[1:] for row in plan['inputs']} for plan in (theirs, mine))
-  if there != here:
-    names = sorted(there.keys() ^ here.keys()) or [name for name in here if here[name] != there[name]]
-    changed.append(f'the inputs, such as {names[0]}')
-  if changed:
-    raise BadInput(f'--output={folder.url}: holds {what} that differs in {", ".join(changed)}; choose another folder or delete that one')
+def _check_same(plan: dict, old: dict, folder: Folder, what: str) -> None:
+  changes = [f'--{key} ({old.get(key)} -> {value})' for key, value in plan.items()
+             if key != 'inputs' and value != old.get(key)]
+  old_inputs, new_inputs = ({row[0]: row[1:] for row in rows} for rows in (old['inputs'], plan['inputs']))
+  if old_inputs != new_inputs:
+    names = sorted(old_inputs.keys() ^ new_inputs.keys())
+    names = names or [name for name in new_inputs if new_inputs[name] != old_inputs[name]]
+    changes.append(f'the inputs, such as {names[0]}')
+  if changes:
+    raise BadInput(f'--output={folder.url}: holds {what} that differs in {", ".join(changes)}; '
+                   'choose another folder or delete that one')
 
 
-def _run(work: Work, size: int, workers: int, note, progress) -> None:
+def _tokenize_missing(preparation: Preparation, size: int, workers: int, note, progress) -> None:
   """Tokenizes every part that has no report yet."""
-  complete, todo = work.ready(), []
-  records = skipped = ready = 0
-  for number, part in enumerate(work.parts):
-    if number in complete:
-      report = work.done(number)
-      records, skipped, ready = records + report['records'], skipped + report['skipped'], ready + sum(piece.bytes for piece in part)
+  done, missing = preparation.parts_done(), []
+  records = skipped = ready_bytes = 0
+  for number, part in enumerate(preparation.parts):
+    if number in done:
+      report = preparation.report(number)
+      records += report['records']
+      skipped += report['skipped']
+      ready_bytes += sum(piece.bytes for piece in part)
     else:
-      todo.append(number)
-  if ready:
-    note(f'{len(work.parts) - len(todo)} of {len(work.parts)} parts are done already')
-  with progress(size, ready) as meter:
-    with contextlib.closing(tokenized(work, todo, min(workers, len(todo)), meter)) as found:  # which stops the workers
-      for part_records, part_skipped, read in found:
-        records, skipped = records + part_records, skipped + part_skipped
-        _check_bad(work, records, skipped, records * size / max(1, ready + read))
-    _check_bad(work, records, skipped, records)
+      missing.append(number)
+  if ready_bytes:
+    note(f'{len(done)} of {len(preparation.parts)} parts are done already')
+  with progress(size, ready_bytes) as meter:
+    parts = tokenize_parts(preparation, missing, min(workers, len(missing)), meter)
+    with contextlib.closing(parts):
+      for part_records, part_skipped, read_bytes in parts:
+        records += part_records
+        skipped += part_skipped
+        _check_bad_share(preparation, records, skipped, records * size / max(1, ready_bytes + read_bytes))
+    _check_bad_share(preparation, records, skipped, records)
 
 
-def _check_bad(work: Work, records: int, skipped: int, expected: float) -> None:
-  """Stops when more are bad than may be of all the records to be expected, even if no further one is."""
-  if skipped > work.options.bad_share * expected:
-    bad = [fault for fault in _write_faults(work) if not fault['kept']]
-    kinds, first = collections.Counter(fault['kind'] for fault in bad), bad[0]
-    place = (f', line {first["line"]}' if first['line'] else '') + (f' ({first["detail"]}; --field={work.options.reading.field})' if first['detail'] else '')
-    raise BadInput(f'{work.where}: {skipped:,} of {records:,} records are bad ({", ".join(f"{n:,} {kind}" for kind, n in kinds.items())}), more than '
-                   f'--bad_share={work.options.bad_share}; the first is {first["kind"]} in {first["file"]}{place}; all are listed in '
-                   f'{work.folder.url}/{BAD}; mend them, or allow more and run again')
+def _check_bad_share(preparation: Preparation, records: int, skipped: int, expected: float) -> None:
+  """Stops as soon as more records are skipped than bad_share allows of all records expected."""
+  options = preparation.options
+  if skipped <= options.bad_share * expected:
+    return
+  bad = [fault for fault in _write_faults(preparation) if not fault['kept']]
+  kinds = ', '.join(f'{n:,} {kind}' for kind, n in collections.Counter(fault['kind'] for fault in bad).items())
+  first = bad[0]
+  line = f', line {first["line"]}' if first['line'] else ''
+  detail = f' ({first["detail"]}; --field={options.reading.field})' if first['detail'] else ''
+  raise BadInput(f'{preparation.where}: {skipped:,} of {records:,} records are bad ({kinds}), more than '
+                 f'--bad_share={options.bad_share}; the first is {first["kind"]} in {first["file"]}{line}{detail}; '
+                 f'all are listed in {preparation.folder.url}/{BAD_RECORDS}; fix them, or allow more and run again')
 
 
-def _faults(work: Work):
-  """Of all parts that are done, in order, with lines counted from the beginning of each file; nan where parts before are not done."""
-  before, complete = {}, work.ready()
-  for number, part in enumerate(work.parts):
-    if number not in complete:
-      before |= {piece.file.name: math.nan for piece in part}
+def _faults(preparation: Preparation) -> Iterator[dict]:
+  """Faults of all parts that are done, in order. Lines count from the start of a file; None where an earlier part is not done."""
+  lines_before, done = collections.defaultdict(int), preparation.parts_done()
+  for number, part in enumerate(preparation.parts):
+    if number not in done:
+      lines_before |= {piece.file.name: math.nan for piece in part}
       continue
-    report = work.done(number)
+    report = preparation.report(number)
     for fault in report['faults']:
-      line = fault['line'] + (before.get(fault['file'], 0) if fault['line'] else 0)
+      line = fault['line'] + (lines_before[fault['file']] if fault['line'] else 0)
       yield fault | {'line': None if math.isnan(line) else line}
     for piece in report['pieces']:
-      before[piece['file']] = before.get(piece['file'], 0) + piece['lines']
+      lines_before[piece['file']] += piece['lines']
 
 
-def _write_faults(work: Work) -> list[dict]:
-  """Lists them in a file of the set."""
-  faults = list(_faults(work))
-  work.folder.write(BAD, ''.join(json.dumps(fault) + '\n' for fault in faults).encode())
+def _write_faults(preparation: Preparation) -> list[dict]:
+  """Lists the faults in a file of the set."""
+  faults = list(_faults(preparation))
+  preparation.folder.write(BAD_RECORDS, ''.join(json.dumps(fault) + '\n' for fault in faults).encode())
   return faults
 
 
-def _finish(work: Work, inputs: list[File]) -> None:
+def _finish(preparation: Preparation, inputs: list[File]) -> None:
+  """Writes the list of faults, the tokenizer and the index, from the reports of all parts."""
+  folder, model = preparation.folder, preparation.tokenizer.model
   splits, digests, sizes = {'train': [], 'validation': []}, {file.name: [] for file in inputs}, collections.Counter()
-  bad, records = {}, 0
-  for number in range(len(work.parts)):
-    report = work.done(number)
+  records = 0
+  for number in range(len(preparation.parts)):
+    report = preparation.report(number)
     records += report['records']
     for split, entry in report['splits'].items():
       splits[split].append(entry)
@@ -214,20 +237,21 @@ def _finish(work: Work, inputs: list[File]) -> None:
       sizes[piece['file']] += piece['bytes']
   for file in inputs:
     if sizes[file.name] != file.bytes:
-      raise BadInput(f'{work.where}: {file.url!r} had {file.bytes:,} bytes, and {sizes[file.name]:,} when it was read; '
-                     f'delete {work.folder.url} and run again when it is at rest')
+      raise BadInput(f'{preparation.where}: {file.url!r} had {file.bytes:,} bytes, and {sizes[file.name]:,} when it was '
+                     f'read; delete {folder.url} and run again when nothing writes to that file')
   for split, entries in splits.items():
     if not entries:
-      raise BadInput(f'{work.where}: of {records:,} records none is left for the {split} split; give at least two documents, '
-                     f'and mind --validation_share={work.options.validation_share}')
-  for fault in _write_faults(work):
+      raise BadInput(f'{preparation.where}: of {records:,} records none is left for the {split} split; give at least two '
+                     f'documents, and check --validation_share={preparation.options.validation_share}')
+  bad = {}
+  for fault in _write_faults(preparation):
     counts = bad.setdefault(fault['kind'], {'skipped': 0, 'kept': 0})
     counts['kept' if fault['kept'] else 'skipped'] += 1
-  if work.tokenizer.model:
-    work.folder.write(MODEL, work.tokenizer.model)
-  listed = [{'name': file.name, 'bytes': file.bytes, 'sha256': digests[file.name]} for file in inputs]
-  write_index(work.folder, {
-      'fingerprint': hashlib.sha256(json.dumps([work.identity, listed]).encode()).hexdigest(), 'identity': work.identity,
-      'dtype': work.dtype, 'tokenizer': MODEL if work.tokenizer.model else 'bytes', 'records': records, 'bad': bad, 'splits': splits,
-      'inputs': listed})
-  work.folder.remove(PLAN, PARTS)
+  if model:
+    folder.write(MODEL, model)
+  input_entries = [{'name': file.name, 'bytes': file.bytes, 'sha256': digests[file.name]} for file in inputs]
+  fingerprint = hashlib.sha256(json.dumps([preparation.identity, input_entries]).encode()).hexdigest()
+  write_index(folder, {
+      'fingerprint': fingerprint, 'identity': preparation.identity, 'dtype': preparation.dtype,
+      'tokenizer': MODEL if model else 'bytes', 'records': records, 'bad': bad, 'splits': splits, 'inputs': input_entries})
+  folder.remove(PLAN, PARTS)

@@ -1,6 +1,7 @@
-"""A prepared set: a folder of shards and `index.json`, which tells sizes and digests of all of them, and its own.
+"""A prepared set: a folder of shards and `index.json`, which holds the sizes and digests of all of them, and its own.
 
-That a whole shard was put in place of another is found by `verify`.
+`open_set` checks the index and the sizes of all files; `Prepared.verify` reads every byte, so it also finds a whole
+shard that was replaced by another.
 """
 import dataclasses
 import hashlib
@@ -11,13 +12,14 @@ from mtp_jax.config import BadInput
 from mtp_jax.data.folder import RESTORE, Damaged, Folder
 from mtp_jax.data.shards import REMEDY, Shard, Stream
 
-FORMAT = 3  # fixes the layout, BLOCK included
-INDEX, PLAN = 'index.json', 'plan.json'  # of a set that is complete, and of one that is not
+FORMAT = 3  # version of the layout, BLOCK included
+INDEX = 'index.json'  # of a complete set
+PLAN = 'plan.json'  # of an unfinished one
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """A set of token shards, found complete. index: what its index.json says; fingerprint: of inputs, tokenizer and options."""
+  """A complete set of token shards. index: the content of index.json."""
   folder: Folder
   index: dict
   train: Stream
@@ -25,18 +27,20 @@ class Prepared:
 
   @property
   def fingerprint(self) -> str:
+    """Digest of inputs, tokenizer and options."""
     return self.index['fingerprint']
 
   def verify(self) -> list[str]:
-    """Reads every byte; what is wrong, a line each."""
-    wrong = []
+    """Reads every byte; returns what is wrong, a line a shard."""
+    errors = []
     for shard in (*self.train.shards, *self.validation.shards):
+      path = f'{self.folder.url}/{shard.file}'
       try:
         if hashlib.sha256(self.folder.read(shard.file)).hexdigest() != shard.sha256:
-          wrong.append(f'{self.folder.url}/{shard.file}: its digest is not that of the index; {RESTORE}')
+          errors.append(f'{path}: its digest is not that of the index; {RESTORE}')
       except OSError as error:
-        wrong.append(f'{self.folder.url}/{shard.file}: {error.strerror or error}')
-    return wrong
+        errors.append(f'{path}: {error.strerror or error}')
+    return errors
 
 
 def write_index(folder: Folder, index: dict) -> None:
@@ -45,24 +49,42 @@ def write_index(folder: Folder, index: dict) -> None:
 
 def _serialized(index: dict) -> bytes:
   """The index as JSON, with its own digest."""
-  return json.dumps(index | {'sha256': hashlib.sha256(json.dumps(index).encode()).hexdigest()}, indent=1).encode() + b'\n'
+  sha256 = hashlib.sha256(json.dumps(index).encode()).hexdigest()
+  return json.dumps(index | {'sha256': sha256}, indent=1).encode() + b'\n'
 
 
 def open_set(folder: Folder, cache: str, note: Callable[[str], None] | None = None) -> Prepared:
-  """A prepared set whose files are all there at full length.
+  """A prepared set, all files of which have the sizes of the index.
 
   Args:
-    note: where given, it is told of shards that are missing or cut off, and they are an error only when they are read.
+    cache: folder on this machine for copies of remote shards.
+    note: if given, missing or cut-off shards are reported to it, and are an error only when they are read.
 
   Raises:
-    BadInput: it is none, or of another format.
+    BadInput: it is not a prepared set, or of another format version.
     Damaged: its index is not what was written, or a shard is missing or cut off.
   """
   sizes = folder.sizes()
   if INDEX not in sizes:
-    mend = ('its preparation has not ended: run the same prepare again' if PLAN in sizes else
-            f'make one with: python -m mtp_jax prepare --input=... --output={folder.url}')
-    raise BadInput(f'{folder.where}: {folder.url!r} holds no prepared set; {mend}')
+    fix = ('its preparation has not ended: run the same prepare again' if PLAN in sizes else
+           f'make one with: python -m mtp_jax prepare --input=... --output={folder.url}')
+    raise BadInput(f'{folder.where}: {folder.url!r} holds no prepared set; {fix}')
+  index = _read_index(folder)
+  if (version := index.get('identity', {}).get('layout')) != FORMAT:
+    raise BadInput(f'{folder.where}: {folder.url!r} has layout {version}, this version reads {FORMAT}; '
+                   'prepare it again, in another folder')
+  if index['tokenizer'] not in ('bytes', *sizes):
+    raise Damaged(f'{folder.url}/{index["tokenizer"]}: is missing; {RESTORE}')
+  streams = {}
+  for split, entries in index['splits'].items():
+    shards = [Shard(**entry) for entry in entries]
+    for shard in shards:
+      _check_size(folder, shard, sizes.get(shard.file), note)
+    streams[split] = Stream(folder, shards, index['dtype'], cache)
+  return Prepared(folder, index, streams['train'], streams['validation'])
+
+
+def _read_index(folder: Folder) -> dict:
   content = folder.read(INDEX)
   try:
     index = {key: value for key, value in json.loads(content).items() if key != 'sha256'}
@@ -71,18 +93,13 @@ def open_set(folder: Folder, cache: str, note: Callable[[str], None] | None = No
     intact = False
   if not intact:
     raise Damaged(f'{folder.url}/{INDEX}: is damaged; {RESTORE}')
-  if (layout := index.get('identity', {}).get('layout')) != FORMAT:
-    raise BadInput(f'{folder.where}: {folder.url!r} has layout {layout}, this version reads {FORMAT}; prepare it again, in another folder')
-  if index['tokenizer'] not in ('bytes', *sizes):
-    raise Damaged(f'{folder.url}/{index["tokenizer"]}: is missing; {RESTORE}')
-  streams = {}
-  for split, entries in index['splits'].items():
-    shards = [Shard(**entry) for entry in entries]
-    for shard in shards:
-      if sizes.get(shard.file) != shard.bytes:
-        there = f'has {sizes[shard.file]:,} of {shard.bytes:,} bytes' if shard.file in sizes else 'is missing'
-        if not note:
-          raise Damaged(f'{folder.url}/{shard.file}: {there}; {REMEDY}')
-        note(f'quarantined: {folder.url}/{shard.file} {there}')
-    streams[split] = Stream(folder, shards, index['dtype'], cache)
-  return Prepared(folder, index, streams['train'], streams['validation'])
+  return index
+
+
+def _check_size(folder: Folder, shard: Shard, size: int | None, note: Callable[[str], None] | None) -> None:
+  if size == shard.bytes:
+    return
+  problem = 'is missing' if size is None else f'has {size:,} of {shard.bytes:,} bytes'
+  if not note:
+    raise Damaged(f'{folder.url}/{shard.file}: {problem}; {REMEDY}')
+  note(f'quarantined: {folder.url}/{shard.file} {problem}')

@@ -1,64 +1,70 @@
-"""Tokens on disk: ArrayRecord files of hash-checked blocks, read from any place as one stream.
+"""Tokens on disk: ArrayRecord files of checksummed blocks, read from any position as one stream.
 
     shard       records of BLOCK tokens, the last one shorter, then records of BLOCK document lengths, uint32, bos and eos counted
     stream      the tokens of all shards of a split, one after the other: <bos> ids <eos> of every document
 
-A block whose bytes are not those that were written does not come back as other tokens: it raises `Damaged`. (ArrayRecord keeps each
-record in a chunk of its own, with hashes of header and data.) A shard that is not on this machine is fetched when first read, and checked as a whole.
+A damaged block never comes back as other tokens: reading it raises `Damaged`. (ArrayRecord keeps each record in a chunk of
+its own, with hashes of header and data.) A remote shard is copied to this machine when it is first read, and checked whole.
 """
 import collections
 import contextlib
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterator
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from mtp_jax.data.folder import RESTORE, Damaged, Folder
 
-BLOCK = 4096
+BLOCK = 4096  # tokens
 OPEN_FILES = 256  # of a stream
-CACHE_BYTES = 2**27  # of a stream's blocks, the latest read, in memory: what a row needs is often a small part of them
-_WRITER, _READER = 'group_size:1,uncompressed', 'readahead_buffer_size:0,max_parallelism:0'
+CACHE_BYTES = 2**27  # of a stream's latest blocks, kept in memory, since a row often needs a small part of one
 REMEDY = f"{RESTORE}, or go on without such blocks: config.data.on_damage='quarantine'"
+_WRITER = 'group_size:1,uncompressed'
+_READER = 'readahead_buffer_size:0,max_parallelism:0'
 
 
 class ShardWriter:
-  """Writes one shard to a path. Documents come whole; `close` returns the shard's entry in the index. Raises OSError where it cannot write."""
+  """Writes one shard, document by document.
+
+  Raises:
+    OSError: it cannot write, such as on a full disk.
+  """
 
   def __init__(self, path: str, dtype: str):
     self._path, self._dtype, self._writer = path, dtype, ArrayRecordWriter(path, _WRITER)
-    self._waiting, self._size, self._lengths, self.tokens, self.document_bytes = [], 0, [], 0, 0
+    self._waiting, self._waiting_tokens, self._lengths = [], 0, []
+    self.tokens = self.document_bytes = 0
 
   def add(self, ids: np.ndarray, document_bytes: int) -> None:
-    """Args:
-      ids: bos and eos included.
-    """
+    """ids: int[n], with bos and eos; document_bytes: size of the text."""
     self._waiting.append(ids)
-    self._size += len(ids)
+    self._waiting_tokens += len(ids)
     self._lengths.append(len(ids))
     self.tokens += len(ids)
     self.document_bytes += document_bytes
-    if self._size >= 64 * BLOCK:
-      self._flush(self._size - self._size % BLOCK)
+    if self._waiting_tokens >= 64 * BLOCK:
+      self._flush(self._waiting_tokens - self._waiting_tokens % BLOCK)
 
   def _flush(self, size: int) -> None:
     tokens = np.concatenate(self._waiting).astype(self._dtype) if self._waiting else np.zeros(0, self._dtype)
     for start in range(0, size, BLOCK):
       self._write(tokens[start:min(start + BLOCK, size)])
-    self._waiting, self._size = [tokens[size:]], self._size - size
+    self._waiting, self._waiting_tokens = [tokens[size:]], self._waiting_tokens - size
 
   def _write(self, numbers: np.ndarray) -> None:
-    with _os_errors():
+    with _as_os_error():
       self._writer.write(numbers.tobytes())
 
   def close(self) -> dict:
-    self._flush(self._size)
+    """Finishes the file; returns the shard's entry in the index, without its name."""
+    self._flush(self._waiting_tokens)
     lengths = np.array(self._lengths, '<u4')
     for start in range(0, len(lengths), BLOCK):
       self._write(lengths[start:start + BLOCK])
-    with _os_errors():
+    with _as_os_error():
       self._writer.close()
     with open(self._path, 'rb') as file:
       sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -67,8 +73,8 @@ class ShardWriter:
 
 
 @contextlib.contextmanager
-def _os_errors():
-  """ArrayRecord says RuntimeError when a disk is full."""
+def _as_os_error():
+  """ArrayRecord raises RuntimeError when a disk is full."""
   try:
     yield
   except RuntimeError as error:
@@ -77,7 +83,7 @@ def _os_errors():
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """A file of a split: its name in the folder, its size and digest, and what it holds."""
+  """A file of a split: its name in the folder, size, digest and contents."""
   file: str
   bytes: int
   sha256: str
@@ -95,9 +101,9 @@ class Shard:
 
 
 class Stream:
-  """The tokens of a split. Opens a shard when it is first read; at most OPEN_FILES of them at a time. For one thread.
+  """The tokens of a split. Opens a shard when it is first read, at most OPEN_FILES at a time. Not thread-safe.
 
-  tokens, documents, bytes: how many, bytes being those of the documents themselves.
+  tokens, documents, bytes: how many; bytes are those of the text.
   """
 
   def __init__(self, folder: Folder, shards: list[Shard], dtype: str, cache: str):
@@ -105,31 +111,33 @@ class Stream:
     self._ends = np.cumsum([shard.tokens for shard in shards], dtype=np.int64)
     self._begins = [0, *self._ends.tolist()]
     self._document_ends = np.cumsum([shard.documents for shard in shards], dtype=np.int64)
-    self.tokens, self.documents = (int(ends[-1]) if len(ends) else 0 for ends in (self._ends, self._document_ends))
+    self.tokens, self.documents = self._begins[-1], sum(shard.documents for shard in shards)
     self.bytes = sum(shard.document_bytes for shard in shards)
-    self._open, self._blocks, self._offsets = collections.OrderedDict(), collections.OrderedDict(), (-1, None)
+    self._open, self._blocks = collections.OrderedDict(), collections.OrderedDict()  # least recently used first
+    self._document_starts = (-1, None)  # a shard, and where its documents begin in the stream
 
   @property
   def counts(self) -> dict[str, int]:
     return {'shards': len(self.shards), 'documents': self.documents, 'tokens': self.tokens, 'bytes': self.bytes}
 
   def start(self, s: int) -> int:
-    """Where shard s begins in the stream."""
+    """Position in the stream of shard s's first token."""
     return self._begins[s]
 
   def gather(self, starts: np.ndarray, stops: np.ndarray) -> list[np.ndarray]:
-    """tokens[start:stop] for each of them, as far as the stream goes.
+    """tokens[start:stop] of each pair, shorter where the stream ends.
 
     Raises:
-      Damaged: naming file and block.
+      Damaged: names file and block.
     """
-    found = []
-    for s, start, stop in zip(np.searchsorted(self._ends, starts, side='right').tolist(), starts.tolist(), stops.tolist()):
+    slices = []
+    first_shards = np.searchsorted(self._ends, starts, side='right')
+    for s, start, stop in zip(first_shards.tolist(), starts.tolist(), stops.tolist()):
       parts = [self._block(t, number)[a:b] for t, number, a, b in self._spans(s, start, stop)]
-      found.append(parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, self._dtype), *parts]))
+      slices.append(parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, self._dtype), *parts]))
     while len(self._blocks) * BLOCK * self._dtype.itemsize > CACHE_BYTES:
       self._blocks.popitem(last=False)
-    return found
+    return slices
 
   def _block(self, s: int, number: int) -> np.ndarray:
     block = self._blocks.get((s, number))
@@ -137,7 +145,7 @@ class Stream:
       block = self._blocks[s, number] = np.frombuffer(self._record(s, number), self._dtype)
     return block
 
-  def _spans(self, s: int, start: int, stop: int):
+  def _spans(self, s: int, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
     """(shard, block, from, to) of the stream's [start, stop), which begins in shard s."""
     while start < stop and s < len(self.shards):
       begin, end = self._begins[s], self._begins[s + 1]
@@ -149,10 +157,11 @@ class Stream:
       s += 1
 
   def read(self, start: int, stop: int) -> np.ndarray:
+    """tokens[start:stop], shorter where the stream ends."""
     return self.gather(np.array([start]), np.array([stop]))[0]
 
   def lengths(self, s: int) -> np.ndarray:
-    """int64: tokens of each document of shard s, bos and eos counted."""
+    """int64[documents]: tokens of each document of shard s, bos and eos counted."""
     shard = self.shards[s]
     records = [self._record(s, number) for number in range(shard.blocks, shard.records)]
     return np.frombuffer(b''.join(records), '<u4').astype(np.int64)
@@ -160,20 +169,21 @@ class Stream:
   def document(self, i: int) -> np.ndarray:
     """The ids of one document, int32[n], without bos and eos."""
     s = int(np.searchsorted(self._document_ends, i, side='right'))
-    if self._offsets[0] != s:
-      self._offsets = s, self.start(s) + np.concatenate([[0], np.cumsum(self.lengths(s))])
+    if self._document_starts[0] != s:
+      self._document_starts = s, self.start(s) + np.concatenate([[0], np.cumsum(self.lengths(s))])
     k = i - (int(self._document_ends[s]) - self.shards[s].documents)
-    start, stop = self._offsets[1][k:k + 2]
+    start, stop = self._document_starts[1][k:k + 2]
     return self.read(int(start) + 1, int(stop) - 1).astype(np.int32)
 
   def _record(self, s: int, number: int) -> bytes:
     shard, reader = self.shards[s], self._reader(s)
     try:
-      record, = reader.read([number])  # one at a time: ArrayRecord takes longer to hand several to its threads than to read them
+      record, = reader.read([number])  # one at a time: ArrayRecord's threads take longer than the reading itself
     except RuntimeError as error:
-      raise Damaged(f'{self.folder.url}/{shard.file}: block {number} is damaged ({str(error).partition(" (")[0]}); {REMEDY}') from error
+      reason = str(error).partition(' (')[0]
+      raise self._damaged(shard, f'block {number} is damaged ({reason})') from error
     if len(record) != self._record_bytes(shard, number):
-      raise Damaged(f'{self.folder.url}/{shard.file}: block {number} has {len(record)} bytes; {REMEDY}')
+      raise self._damaged(shard, f'block {number} has {len(record)} bytes')
     return record
 
   def _record_bytes(self, shard: Shard, number: int) -> int:
@@ -186,15 +196,18 @@ class Stream:
       self._open.move_to_end(s)
       return self._open[s]
     shard = self.shards[s]
-    path = self.folder.fetched(shard.file, shard.bytes, shard.sha256, self._cache)
+    path = self.folder.local_copy(shard.file, shard.bytes, shard.sha256, self._cache)
     try:
       reader = ArrayRecordReader(path, _READER)
       records = reader.num_records()
     except (RuntimeError, OSError) as error:
-      raise Damaged(f'{self.folder.url}/{shard.file}: cannot be opened ({" ".join(str(error).split())}); {REMEDY}') from error
+      raise self._damaged(shard, f'cannot be opened ({" ".join(str(error).split())})') from error
     if records != shard.records:
-      raise Damaged(f'{self.folder.url}/{shard.file}: has {records} blocks, the index says {shard.records}; {REMEDY}')
+      raise self._damaged(shard, f'has {records} blocks, but {shard.records} in the index')
     self._open[s] = reader
     if len(self._open) > OPEN_FILES:
       self._open.popitem(last=False)
     return reader
+
+  def _damaged(self, shard: Shard, reason: str) -> Damaged:
+    return Damaged(f'{self.folder.url}/{shard.file}: {reason}; {REMEDY}')
