@@ -1,7 +1,6 @@
 """prepare, train-tokenizer, inspect-data: from text to token shards."""
 import os
 import sys
-import time
 
 from mtp_jax import config as schema
 from mtp_jax.cli.command import JSON, Command, _need, _need_at_least, _report
@@ -56,37 +55,22 @@ def train_tokenizer(f) -> int:
     raise BadInput(f'--kind={f.kind}: must be bpe or unigram')
   if os.path.exists(f.output) or not os.path.isdir(os.path.dirname(f.output) or '.'):
     raise BadInput(f'--output={f.output}: must be a new file, in a folder that is there')
-  from mtp_jax import tokenizer
-  from mtp_jax.data.files import files, name_hash
-  from mtp_jax.data.records import Fault
-  from mtp_jax.data.train_tokenizer import sample
-  documents, held_out, skipped = [], [], []
-  for found in sample(files(_inputs(f), '--input'), _reading(f), f.sample_bytes, '--input'):
-    if isinstance(found, Fault):
-      skipped += [] if found.kept else [found]
-    else:
-      (held_out if name_hash(found.name) % 10 == 0 else documents).append(found.text)
-  records = len(documents) + len(held_out) + len(skipped)
-  if len(skipped) > f.bad_share * records:
-    first = f'{skipped[0].kind} in {skipped[0].file}' + (f' ({skipped[0].detail}; --field={f.field})' if skipped[0].detail else '')
-    raise BadInput(f'--input={f.input}: {len(skipped):,} of {records:,} records are bad, more than --bad_share={f.bad_share}; the first is {first}')
-  if not documents or not held_out:
-    raise BadInput(f'--input={f.input}: {records - len(skipped)} documents are too few, for one of ten is held out; give more')
-  size = lambda texts: sum(map(len, texts))
-  print(f'training {f.kind} on {len(documents):,} documents, {size(documents) / 1e6:,.1f} MB', file=sys.stderr, flush=True)
-  model = tokenizer.train(documents, f.vocab, f.kind)
-  tokens = tokenizer.SentencePiece(model)
-  began = time.perf_counter()
-  count = sum(len(tokens.encode(text)) for text in held_out)
-  seconds = time.perf_counter() - began
+  from mtp_jax.data.files import files
+  from mtp_jax.data.train_tokenizer import train_tokenizer
+  from mtp_jax.report.display import say
+  inputs = files(_inputs(f), '--input')
+  trained = train_tokenizer(inputs, _reading(f), f.vocab, '--input', f.kind, f.sample_bytes, f.bad_share, say)
   with open(f.output + '.unfinished', 'wb') as file:
-    file.write(model)
+    file.write(trained.model)
   os.replace(f.output + '.unfinished', f.output)
-  values = {'vocab': tokens.size, 'bytes_per_token': size(held_out) / count, 'held_out_documents': len(held_out), 'held_out_bytes': size(held_out),
-            'bytes_per_second': size(held_out) / seconds, 'digest': tokens.digest}
-  _report(f, values, [f'{f.output}: {tokens.size:,} ids; {values["bytes_per_token"]:.3f} bytes per token on {len(held_out):,} held-out documents '
-                      f'({size(held_out) / 1e6:,.1f} MB), {values["bytes_per_second"] / 1e6:.1f} MB/s',
-                      f'use it with: --tokenizer={f.output}, and --config.data.tokenizer={f.output} --config.model.vocab={tokens.size}'])
+  size = trained.tokenizer.size
+  values = {'vocab': size, 'bytes_per_token': trained.bytes_per_token, 'held_out_documents': trained.held_out_documents,
+            'held_out_bytes': trained.held_out_bytes, 'bytes_per_second': trained.bytes_per_second,
+            'digest': trained.tokenizer.digest}
+  _report(f, values, [
+      f'{f.output}: {size:,} ids; {trained.bytes_per_token:.3f} bytes per token on {trained.held_out_documents:,} '
+      f'held-out documents ({trained.held_out_bytes / 1e6:,.1f} MB), {trained.bytes_per_second / 1e6:.1f} MB/s',
+      f'use it with: --tokenizer={f.output}, and --config.data.tokenizer={f.output} --config.model.vocab={size}'])
   return 0
 
 
