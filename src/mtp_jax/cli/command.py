@@ -1,4 +1,4 @@
-"""What every command needs: its flags, the config, the report, the exit code."""
+"""What every command needs: its flags, the config, the model, a way to print results, the exit code."""
 import time
 
 STARTED = time.perf_counter()
@@ -7,14 +7,9 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
-import ml_collections
-from absl import flags
-from ml_collections import config_flags
-
-from mtp_jax import config as schema
-from mtp_jax.config import BadInput, Config
+from mtp_jax.config import BadInput, Config, files
 
 CONFIG = ('config', None, 'the experiment, such as configs/tiny.py; --config.section.field=value changes a field')
 WORKDIR = ('workdir', None, 'folder of the run')
@@ -24,16 +19,20 @@ JSON = ('json', False, 'print one JSON object on the last line')
 
 @dataclasses.dataclass(frozen=True)
 class Command:
+  """A command: what it calls, one line for the overview, its flags (name, default, meaning), and a line to copy.
+
+  run: takes absl's FlagValues, returns the exit code. Its docstring is shown by --help.
+  """
   run: Callable
   summary: str
   flags: tuple
   example: str
 
 
-def _exit_code(work: Callable[[], int]) -> int:
-  """That of the work, or of what it raised, which is told in a line."""
+def exit_code_of(run: Callable[[], int]) -> int:
+  """The exit code that `run` returns; an error a user can fix is printed as one line instead of a traceback."""
   try:
-    return work()
+    return run()
   except BadInput as error:
     print(f'mtp_jax: {error}', file=sys.stderr)
     return 2
@@ -45,73 +44,51 @@ def _exit_code(work: Callable[[], int]) -> int:
     return 130
 
 
-def _check_file(flag: str, value: str) -> None:
-  path = value.partition(':')[0]
-  if not os.path.isfile(path):
-    folder = os.path.dirname(path) or '.'
-    there = sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith('.py')) if os.path.isdir(folder) else []
-    raise BadInput(f'--{flag}={path}: no such file' + (f'; {schema.nearest(path, there)}' if there else ''))
+def need(flags, name: str) -> None:
+  """Raises BadInput if a flag that has no default was not given."""
+  if flags[name].value is None:
+    raise BadInput(f'--{name}: missing; see --help')
 
 
-def _config(f) -> Config:
-  _need(f, 'config')
-  try:
-    values = f.config
-  except OSError as error:
-    raise BadInput(f'--config: {" ".join(str(error).split())}') from None
-  if not isinstance(values, ml_collections.ConfigDict):
-    raise BadInput(f'--config: get_config() returned {type(values).__name__}, but must return Config(...).to_config_dict()')
-  return Config.from_dict(values.to_dict())
+def need_at_least(flags, **minima) -> None:
+  """Raises BadInput if a flag is below its minimum."""
+  for name, minimum in minima.items():
+    if flags[name].value < minimum:
+      raise BadInput(f'--{name}={flags[name].value}: must be at least {minimum}')
 
 
-def _load_config(path: str) -> Config:
-  """A second config file, without overrides."""
-  _check_file('against', path)
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file('config', None, '', flag_values=values, lock_config=True, sys_argv=['', f'--config={path}'])
-  try:
-    values(['', f'--config={path}'])
-  except Exception as error:  # whatever a config file, which is a program, may raise
-    raise BadInput(' '.join(f'--against={path}: {type(error).__name__}: {error}'.split())) from None
-  return _config(values)
+def config_of(flags) -> Config:
+  """The config of --config=FILE and its overrides."""
+  need(flags, 'config')
+  return files.load(flags.config)
 
 
-def _path(f) -> str:
-  return config_flags.get_config_filename(f['config'])
-
-
-def _fake_devices(count: int) -> None:
-  """Has JAX, which has not started yet, see so many CPU devices, unless the user has said how many."""
-  if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-    os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={count} {os.environ.get("XLA_FLAGS", "")}'
-
-
-def _need(f, flag: str) -> None:
-  if f[flag].value is None:
-    raise BadInput(f'--{flag}: missing; see --help')
-
-
-def _need_at_least(f, **least) -> None:
-  for flag, number in least.items():
-    if f[flag].value < number:
-      raise BadInput(f'--{flag}={f[flag].value}: must be at least {number}')
-
-
-def _load(f):
-  _need(f, 'workdir')
-  _need_at_least(f, step=-1)
+def model_of(flags):
+  """The `LanguageModel` of --workdir and --step."""
+  need(flags, 'workdir')
+  need_at_least(flags, step=-1)
+  step = None if flags.step < 0 else flags.step
   from mtp_jax.checkpoint.record import metadata
-  metadata(f.workdir, None if f.step < 0 else f.step)  # complains before JAX starts
+  metadata(flags.workdir, step)  # refuses a wrong folder before JAX starts
   from mtp_jax.lm import load
-  return load(f.workdir, None if f.step < 0 else f.step)
+  return load(flags.workdir, step)
 
 
-def _report(f, values: dict, lines: list[str]) -> None:
+def use_cpu_devices(count: int) -> None:
+  """Makes JAX, which must not have started yet, split the CPU into `count` devices, unless XLA_FLAGS already does."""
+  flag = 'xla_force_host_platform_device_count'
+  if flag not in os.environ.get('XLA_FLAGS', ''):
+    os.environ['XLA_FLAGS'] = f'--{flag}={count} {os.environ.get("XLA_FLAGS", "")}'
+
+
+def print_result(flags, values: dict, lines: Iterable[str]) -> None:
+  """Prints `values` as one JSON object with --json, else the lines."""
   from mtp_jax.report.log import finite
-  print(json.dumps(finite(values)) if f.json else '\n'.join(lines))
+  print(json.dumps(finite(values)) if flags.json else '\n'.join(lines))
 
 
-def _table(head, rows) -> list[str]:
+def table(head: Sequence, rows: Iterable[Sequence]) -> list[str]:
+  """Lines of a table in columns as wide as their widest cell."""
   cells = [[str(cell) for cell in row] for row in [head, *rows]]
-  widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+  widths = [max(map(len, column)) for column in zip(*cells)]
   return ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]

@@ -3,35 +3,33 @@ import dataclasses
 import os
 
 from mtp_jax.cli.command import (
-  CONFIG,
-  JSON,
-  STARTED,
-  STEP,
-  WORKDIR,
-  Command,
-  _config,
-  _fake_devices,
-  _load,
-  _load_config,
-  _need,
-  _need_at_least,
-  _path,
-  _report,
-  _table,
+    CONFIG,
+    JSON,
+    STARTED,
+    STEP,
+    WORKDIR,
+    Command,
+    config_of,
+    model_of,
+    need,
+    need_at_least,
+    print_result,
+    table,
+    use_cpu_devices,
 )
-from mtp_jax.cli.run import _drafter
-from mtp_jax.config import BadInput, Config
+from mtp_jax.cli.run import drafter_of
+from mtp_jax.config import BadInput, Config, files
 
 
-def inspect(f) -> int:
+def inspect(flags) -> int:
   """What a checkpoint, or a config, holds and costs: parameters and FLOPs by part, beside its next-token twin's."""
-  if (f.workdir is None) == (f.config is None):
+  if (flags.workdir is None) == (flags.config is None):
     raise BadInput('inspect: pass either --workdir=DIR or --config=FILE')
   import jax
 
   from mtp_jax.model import costs, model
-  lm = _load(f) if f.workdir else None
-  config = lm.config if lm else _config(f)
+  lm = model_of(flags) if flags.workdir else None
+  config = lm.config if lm else config_of(flags)
   shapes = lambda c: jax.eval_shape(lambda key: model.Model(c, key), jax.random.key(0))
   own, twin = shapes(config.model), shapes(dataclasses.replace(config.model, futures=1, head_batch=1, share_modules=False))
   values = {'step': lm.step if lm else 0, 'parameters': costs.parameters(own), 'flops_per_token': costs.flops_per_token(own, config.data.length),
@@ -40,81 +38,81 @@ def inspect(f) -> int:
             'config': config.to_dict()}
   parts = [(part, f'{values["parameters"][part]:,}', f'{values["flops_per_token"].get(part, 0):,}', f'{values["twin"]["parameters"][part]:,}',
             f'{values["twin"]["flops_per_token"].get(part, 0):,}') for part in values['parameters']]
-  lines = [f'step {values["step"]}', *_table(('part', 'parameters', 'FLOPs/token', 'twin parameters', 'twin FLOPs/token'), parts),
+  lines = [f'step {values["step"]}', *table(('part', 'parameters', 'FLOPs/token', 'twin parameters', 'twin FLOPs/token'), parts),
            'FLOPs of the forward and backward pass; the twin is the same model with one future', '',
            *(f'{key}: {value}' for key, value in values['conventions'].items())]
-  _report(f, values, lines + ([f'parameters SHA-256: {values["parameters_sha256"]}'] if lm else []))
+  print_result(flags, values, lines + ([f'parameters SHA-256: {values["parameters_sha256"]}'] if lm else []))
   return 0
 
 
-def benchmark_train(f) -> int:
+def benchmark_train(flags) -> int:
   """Steps of a config: seconds, tokens/s, and model-FLOP utilisation against the machine's own matmul, measured in the same run."""
-  config = _config(f)
-  _need_at_least(f, steps=1)
-  other = None if f.against in (None, 'dense') else _load_config(f.against)
+  config = config_of(flags)
+  need_at_least(flags, steps=1)
+  other = None if flags.against in (None, 'dense') else files.load([f'--config={flags.against}'], 'against')
   from mtp_jax.measure import benchmark
-  if f.against is None:
-    found = benchmark.train(config, f.steps, STARTED)
-    _report(f, found, [f'{key}: {value:,.4g}' for key, value in found.items()])
+  if flags.against is None:
+    found = benchmark.train(config, flags.steps, STARTED)
+    print_result(flags, found, [f'{key}: {value:,.4g}' for key, value in found.items()])
     return 0
-  found = benchmark.against(config, other, f.steps)
+  found = benchmark.against(config, other, flags.steps)
   rows = [(key, f'{value:,.4g}', f'{found["other"][key]:,.4g}') for key, value in found['config'].items()]
   ratio = found['time_ratio'] / found['flops_ratio']
-  _report(f, found, [
-      *_table(('', f'--config={_path(f)}', f.against), rows), '',
-      f'time ratio {found["time_ratio"]:.3f}, the median over {f.steps} pairs of steps; FLOPs ratio {found["flops_ratio"]:.3f}; '
+  print_result(flags, found, [
+      *table(('', f'--config={files.path(flags.config)}', flags.against), rows), '',
+      f'time ratio {found["time_ratio"]:.3f}, the median over {flags.steps} pairs of steps; FLOPs ratio {found["flops_ratio"]:.3f}; '
       f'one over the other {ratio:.3f}; memory ratio {found["memory_ratio"]:.3f}'])
   return 0
 
 
-def certify(f) -> int:
+def certify(flags) -> int:
   """On a small twin of the config: gradients equal in every way of running, no token leaks, FLOPs as counted. Exit code 1 on any breach."""
-  config = _config(f)
+  config = config_of(flags)
   os.environ['JAX_PLATFORMS'] = 'cpu'
-  _fake_devices(8)
+  use_cpu_devices(8)
   from mtp_jax.measure import certify as certificate
   findings, verdict = [], {True: 'holds', False: 'BREACH'}
   for finding in certificate.certify(config):
     findings.append(finding)
-    if not f.json:
+    if not flags.json:
       print(f'{verdict[finding.holds]:7} {finding.check:44} {finding.found:36} allowed {finding.allowed}', flush=True)
   breaches = sum(not finding.holds for finding in findings)
   pictures = certificate.pictures(certificate.small(config))
-  _report(f, {'holds': not breaches, 'findings': [dataclasses.asdict(finding) for finding in findings], 'influence': pictures},
+  print_result(flags, {'holds': not breaches, 'findings': [dataclasses.asdict(finding) for finding in findings], 'influence': pictures},
           ['', *pictures, '', f'{len(findings) - breaches} of {len(findings)} checks hold'])
   return 1 if breaches else 0
 
 
-def plan(f) -> int:
+def plan(flags) -> int:
   """Compiles the train step for a TPU slice, on a machine without one: memory of a chip, FLOPs, collectives, the least time of a step and of the run.
 
   A config whose mesh is of one device is spread over all chips. Several topologies, with commas, show weak scaling: as many rows a chip on each as
   on the first, the mesh growing along its data axis. All times are lower bounds, at the chips' published peaks.
   """
-  config = _config(f)
-  _need(f, 'topology')
-  topologies = f.topology.split(',')
-  if f.sweep and len(topologies) > 1:
-    raise BadInput(f'--topology={f.topology}: --sweep takes one')
+  config = config_of(flags)
+  need(flags, 'topology')
+  topologies = flags.topology.split(',')
+  if flags.sweep and len(topologies) > 1:
+    raise BadInput(f'--topology={flags.topology}: --sweep takes one')
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-  _fake_devices(max((int(name[4:]) for name in topologies if name.startswith('cpu:') and name[4:].isdigit()), default=1))
+  use_cpu_devices(max((int(name[4:]) for name in topologies if name.startswith('cpu:') and name[4:].isdigit()), default=1))
   from mtp_jax.measure import plan as planning
   from mtp_jax.report.display import say
   for name in topologies:
     planning.devices(name)  # refuses it
-  say(f'compiling for {f.topology}; a step of a large model takes a minute or two')
-  plans = (planning.sweep(config, f.topology, say) if f.sweep else planning.weak_scaling(config, topologies, say) if len(topologies) > 1
-           else [planning.plan(config, f.topology)])
-  if f.plot:
-    planning.plot(plans, f.plot)
+  say(f'compiling for {flags.topology}; a step of a large model takes a minute or two')
+  plans = (planning.sweep(config, flags.topology, say) if flags.sweep else planning.weak_scaling(config, topologies, say) if len(topologies) > 1
+           else [planning.plan(config, flags.topology)])
+  if flags.plot:
+    planning.plot(plans, flags.plot)
   found = [{key: value for key, value in vars(each).items() if key != 'hlo'} for each in plans]
   lines = _plan_lines(found[0], planning.shape(found[0]['mesh']))
   if len(plans) > 1:
     head = ('topology', 'mesh', 'accumulate', 'remat', 'HBM GiB', 'fits', 'step s', 'bound', 'MFU at most')
-    lines = _table(head, [(d['topology'], planning.shape(d['mesh']), d['accumulate'], d['remat'],
+    lines = table(head, [(d['topology'], planning.shape(d['mesh']), d['accumulate'], d['remat'],
                            f'{d["hbm_bytes"] / 2**30:.2f}', 'yes' if d['fits'] else 'no', f'{d["step_seconds"]:.3f}', d['bound'], f'{d["mfu_bound"]:.1%}')
-                          for d in found]) + (['', 'the first of them:', *lines] if f.sweep else [])
-  _report(f, {**found[0], 'plans': found} if len(plans) > 1 else found[0], lines)
+                          for d in found]) + (['', 'the first of them:', *lines] if flags.sweep else [])
+  print_result(flags, {**found[0], 'plans': found} if len(plans) > 1 else found[0], lines)
   return 0 if any(each.fits for each in plans) else 1
 
 
@@ -130,20 +128,20 @@ def _plan_lines(d: dict, mesh: str) -> list[str]:
       f'results that take no argument\'s place {gib(d["output_bytes"])}' + (f', in the host {gib(d["host_bytes"])}' if d['host_bytes'] else ''),
       f'FLOPs of a token: {d["flops_per_token"]:.4g} multiplied; {d["model_flops_per_token"]:.4g} by the count of MFU, which has nothing twice and '
       'attention over the whole length', '',
-      'sent by a chip in a step:', *('  ' + row for row in _table(('collective', 'mesh axes', ''), sent)[1:]), '',
+      'sent by a chip in a step:', *('  ' + row for row in table(('collective', 'mesh axes', ''), sent)[1:]), '',
       'least seconds of a step: ' + ', '.join(f'{kind} {seconds(t)}' for kind, t in d['seconds'].items() if t > 0),
       f'  bound by {d["bound"]}: {seconds(d["step_seconds"])} s, {d["tokens_per_second"]:,.0f} tokens/s, MFU at most {d["mfu_bound"]:.1%}',
       f'the run of {d["run_tokens"]:,} tokens: at least {d["run_days"]:.2f} days, {d["chip_hours"]:,.0f} chip-hours']
 
 
-def benchmark_data(f) -> int:
+def benchmark_data(flags) -> int:
   """Rows to batches on the device, preparation with the byte tokenizer, and with SentencePiece against its own raw encoding."""
-  config = _config(f) if f['config'].value is not None else Config()
-  if not f.seconds > 0:
-    raise BadInput(f'--seconds={f.seconds}: must be positive')
+  config = config_of(flags) if flags['config'].value is not None else Config()
+  if not flags.seconds > 0:
+    raise BadInput(f'--seconds={flags.seconds}: must be positive')
   from mtp_jax.measure import benchmark
-  found = benchmark.data(config, f.seconds)
-  _report(f, found, [
+  found = benchmark.data(config, flags.seconds)
+  print_result(flags, found, [
       f'rows to batches on the device: {found["tokens_per_second"]:,.0f} tokens/s, {found["rows_per_second"]:,.0f} rows/s of {config.data.length} tokens; '
       f'{found["share_of_memory_speed"]:.2f} x the same from an array in memory',
       f'prepare, byte tokenizer: {found["prepare_bytes_per_second"] / 1e6:,.1f} MB/s in one process',
@@ -152,26 +150,27 @@ def benchmark_data(f) -> int:
   return 0
 
 
-def benchmark_decode(f) -> int:
+def benchmark_decode(flags) -> int:
   """Held-out prompts, every draft length and batch size in alternation: tokens per forward and speed-up over plain autoregression."""
-  _need_at_least(f, prompts=1, prompt_tokens=1, max_tokens=1, repeats=1, draft=-1)
-  sizes = f.batch.split(',')
+  need_at_least(flags, prompts=1, prompt_tokens=1, max_tokens=1, repeats=1, draft=-1)
+  sizes = flags.batch.split(',')
   if not all(size.isdigit() and int(size) > 0 for size in sizes):
-    raise BadInput(f'--batch={f.batch}: must be numbers of prompts decoded at once, such as 1,8')
-  if f.against not in ('', 'transformers'):
-    raise BadInput(f"--against={f.against}: must be 'transformers', or nothing")
-  lm = _load(f)
+    raise BadInput(f'--batch={flags.batch}: must be numbers of prompts decoded at once, such as 1,8')
+  if flags.against not in ('', 'transformers'):
+    raise BadInput(f"--against={flags.against}: must be 'transformers', or nothing")
+  lm = model_of(flags)
   from mtp_jax.measure import benchmark
-  found = benchmark.decode(lm, f.prompts, f.prompt_tokens, f.max_tokens, f.repeats, tuple(map(int, sizes)), None if f.draft < 0 else f.draft,
-                           _drafter(f, lm), f.temperature, f.against == 'transformers')
-  if f.plot:
-    benchmark.plot(found, f.plot)
+  found = benchmark.decode(
+      lm, flags.prompts, flags.prompt_tokens, flags.max_tokens, flags.repeats, tuple(map(int, sizes)),
+      None if flags.draft < 0 else flags.draft, drafter_of(flags, lm), flags.temperature, flags.against == 'transformers')
+  if flags.plot:
+    benchmark.plot(found, flags.plot)
   head = ('batch', 'drafts', 'speed-up', 'tokens/forward', 'overhead/step', 'tokens/s', 'drafting', 'acceptance by depth')
-  lines = _table(head, [(d['batch'], d['draft'], f'{d["speed_up"]:.2f}', f'{d["tokens_per_forward"]:.2f}', f'{d["overhead"]:.2f}',
+  lines = table(head, [(d['batch'], d['draft'], f'{d["speed_up"]:.2f}', f'{d["tokens_per_forward"]:.2f}', f'{d["overhead"]:.2f}',
                          f'{d["tokens_per_second"]:,.0f}', f'{d["drafting"]:.0%}', ' '.join(f'{a:.2f}' for a in d['acceptance'])) for d in found['rows']])
-  way = 'greedy' if f.temperature == 0 else f'temperature {f.temperature:g}'
-  about = f'{f.prompts} held-out prompts of {f.prompt_tokens} tokens, {f.max_tokens} new tokens each, {way}, drafts by {f.drafter}'
-  if f.temperature == 0:
+  way = 'greedy' if flags.temperature == 0 else f'temperature {flags.temperature:g}'
+  about = f'{flags.prompts} held-out prompts of {flags.prompt_tokens} tokens, {flags.max_tokens} new tokens each, {way}, drafts by {flags.drafter}'
+  if flags.temperature == 0:
     differing = sum(d['differing'] for d in found['rows'])
     about += f'; {differing} texts differ from plain decoding' if differing else '; every text is that of plain decoding'
   for theirs in found['transformers']:
@@ -181,7 +180,7 @@ def benchmark_decode(f) -> int:
     lines.append(f'transformers, batch {theirs["batch"]}: {theirs["tokens_per_second"]:,.0f} tokens/s, {theirs["differing"]} texts differ; '
                  f'plain decoding here is {times(rows[0])} that, with {best["draft"]} drafts {times(best)}')
   sample = found['sample']
-  _report(f, found, [about, *lines, '', 'a sample, from the bar on:', sample['prompt'][-200:] + '|' + sample['text'][:300]])
+  print_result(flags, found, [about, *lines, '', 'a sample, from the bar on:', sample['prompt'][-200:] + '|' + sample['text'][:300]])
   return 0
 
 

@@ -2,49 +2,62 @@
 import dataclasses
 import sys
 
-from mtp_jax.cli.command import CONFIG, JSON, STEP, WORKDIR, Command, _config, _exit_code, _load, _need, _need_at_least, _report, _table
+from mtp_jax.cli.command import (
+    CONFIG,
+    JSON,
+    STEP,
+    WORKDIR,
+    Command,
+    config_of,
+    exit_code_of,
+    model_of,
+    need,
+    need_at_least,
+    print_result,
+    table,
+)
 from mtp_jax.config import BadInput, Config
 
 
-def train(f) -> int:
+def train(flags) -> int:
   """Starts, or resumes where the newest checkpoint in --workdir stands."""
-  config = _config(f)
-  _need(f, 'workdir')
-  first, _, last = f.profile_steps.partition(':')
-  if f.profile_steps and not (first.isdigit() and last.isdigit() and 0 < int(first) < int(last)):
-    raise BadInput(f'--profile_steps={f.profile_steps}: must be a:b with 0 < a < b, the steps a to b-1')
+  config = config_of(flags)
+  need(flags, 'workdir')
+  first, _, last = flags.profile_steps.partition(':')
+  if flags.profile_steps and not (first.isdigit() and last.isdigit() and 0 < int(first) < int(last)):
+    raise BadInput(f'--profile_steps={flags.profile_steps}: must be a:b with 0 < a < b, the steps a to b-1')
   from mtp_jax.train import processes
-  profiled = range(int(first), int(last)) if f.profile_steps else range(0)
-  return processes.run(lambda: _exit_code(lambda: _fit(f, config, profiled)), config.train.heartbeat_seconds)
+  profiled = range(int(first), int(last)) if flags.profile_steps else range(0)
+  return processes.run(lambda: exit_code_of(lambda: _fit(flags, config, profiled)), config.train.heartbeat_seconds)
 
 
-def _fit(f, config: Config, profile_steps: range) -> int:
+def _fit(flags, config: Config, profile_steps: range) -> int:
   import jax
 
   from mtp_jax.train.fit import NotFinite, fit
   try:
-    outcome = fit(config, f.workdir, profile_steps)
+    outcome = fit(config, flags.workdir, profile_steps)
   except NotFinite as error:
     print(f'mtp_jax: {error}', file=sys.stderr)
     return 1
   stopped = f'; stopped by signal {outcome.signal}, run the same command to resume' if outcome.signal else ''
   if jax.process_index() == 0:
-    _report(f, {'step': outcome.step, 'validation': outcome.validation, 'signal': outcome.signal},
-            [f'step {outcome.step} of {config.train.steps}, checkpoint in {f.workdir}{stopped}'])
+    print_result(flags, {'step': outcome.step, 'validation': outcome.validation, 'signal': outcome.signal},
+            [f'step {outcome.step} of {config.train.steps}, checkpoint in {flags.workdir}{stopped}'])
   return 128 + outcome.signal if outcome.signal else 0
 
 
-def evaluate(f) -> int:
+def evaluate(flags) -> int:
   """On held-out documents: nats, accuracy and count of each future, bits per byte of future 0; how many drafts future 0 accepts."""
-  _need_at_least(f, rows=0)
-  lm = _load(f)
+  need_at_least(flags, rows=0)
+  lm = model_of(flags)
   if lm.corpus.identity['sources'] != lm.record['identity'].get('sources'):
     print("note: the documents here differ from those of the training run, so some held-out ones may have been trained on", file=sys.stderr)
-  found = lm.evaluate(f.rows or None)
-  table = [(m, f'{nats:.4f}', f'{accuracy:.4f}', count) for m, (nats, accuracy, count) in enumerate(zip(found['nats'], found['accuracy'], found['count']))]
-  lines = [*_table(('future', 'nats', 'accuracy', 'count'), table), f'bits per byte of future 0: {found["bits_per_byte"]:.4f}']
+  found = lm.evaluate(flags.rows or None)
+  by_future = [(m, f'{nats:.4f}', f'{accuracy:.4f}', count) for m, (nats, accuracy, count) in enumerate(zip(found['nats'], found['accuracy'], found['count']))]
+  lines = [*table(('future', 'nats', 'accuracy', 'count'), by_future), f'bits per byte of future 0: {found["bits_per_byte"]:.4f}']
   if lm.config.model.futures > 1:
-    costs = lm.seconds_per_forward() if f.speed else None
+    costs = lm.seconds_per_forward() if flags.speed else None
     head, rows = ['draft'], [[draft] for draft in range(lm.config.model.futures)]
     for way, said in (('greedy', 'greedy'), ('sampled', 'speculative sampling')):
       per_forward = found[f'tokens_per_forward_{way}']
@@ -57,75 +70,77 @@ def evaluate(f) -> int:
         for row, gain in zip(rows, found[f'speed_up_{way}']):
           row.append(f'{gain:.2f}')
     lines += ['', 'what decoding the held-out documents would take, by draft length; acceptance: of the draft of this depth, all before it accepted',
-              *_table(head, rows)]
+              *table(head, rows)]
     if costs:
       found['seconds_per_forward'] = costs
       lines.append('speed-up: tokens per forward over the cost of a forward, measured here on one prompt: '
                    + ' '.join(f'{cost / costs[0]:.2f}' for cost in costs))
-  _report(f, {'step': lm.step, **found}, lines)
+  print_result(flags, {'step': lm.step, **found}, lines)
   return 0
 
 
-def generate(f) -> int:
+def generate(flags) -> int:
   """Continues --prompt. Greedily, or with --same_seed, the text does not depend on the drafts, in float32; else its law does not."""
-  if f.prompt is None:
+  if flags.prompt is None:
     raise BadInput("--prompt: missing; such as --prompt='def main():'")
-  if not f.prompt:
+  if not flags.prompt:
     raise BadInput('--prompt: empty; say what to continue')
-  _need_at_least(f, draft=-1, max_tokens=0, max_length=0)
+  need_at_least(flags, draft=-1, max_tokens=0, max_length=0)
   from mtp_jax.decode.requests import Criterion, choices
-  choices(1, f.temperature, f.seed, f.top_k, f.top_p)
-  criterion = Criterion(f.criterion, f.threshold, f.min_block)
-  lm = _load(f)
-  said = [f.prompt]  # before the first new text, so that nothing is printed when a number turns out to be wrong
-  stream = (lambda row, ids, text: print((said.pop() if said else '') + text, end='', flush=True)) if f.stream and not f.json else None
-  found = lm.generate(f.prompt, f.max_tokens or None, None if f.draft < 0 else f.draft, f.temperature, f.seed, top_k=f.top_k, top_p=f.top_p,
-                      drafter=_drafter(f, lm), adaptive=f.adaptive, same_seed=f.same_seed, criterion=criterion, stop=f.stop or (),
-                      max_length=f.max_length or None, stream=stream)
+  choices(1, flags.temperature, flags.seed, flags.top_k, flags.top_p)
+  criterion = Criterion(flags.criterion, flags.threshold, flags.min_block)
+  lm = model_of(flags)
+  said = [flags.prompt]  # before the first new text, so that nothing is printed when a number turns out to be wrong
+  stream = (lambda row, ids, text: print((said.pop() if said else '') + text, end='', flush=True)) if flags.stream and not flags.json else None
+  found = lm.generate(
+      flags.prompt, flags.max_tokens or None, None if flags.draft < 0 else flags.draft, flags.temperature, flags.seed,
+      top_k=flags.top_k, top_p=flags.top_p, drafter=drafter_of(flags, lm), adaptive=flags.adaptive,
+      same_seed=flags.same_seed, criterion=criterion, stop=flags.stop or (), max_length=flags.max_length or None,
+      stream=stream)
   mean_draft = sum(k * n for k, n in enumerate(found.passes)) / max(1, sum(found.passes) - 1)  # the pass over the prompt drafts nothing
   values = {'text': found.text[0], 'tokens': found.tokens, 'forwards': found.forwards, 'tokens_per_forward': found.tokens_per_forward,
             'seconds': found.seconds, 'acceptance': found.acceptance, 'mean_draft': mean_draft, 'lossless': found.lossless,
             'criterion': dataclasses.asdict(criterion)}
   lines = ['', f'{found.tokens} tokens in {found.forwards} forwards: {found.tokens_per_forward:.2f} tokens per forward, {found.seconds:.2f} s with compilation']
   if found.acceptance:
-    lines.append('acceptance by depth: ' + ' '.join(f'{a:.2f}' for a in found.acceptance) + (f'; {mean_draft:.1f} drafts a pass' if f.adaptive else ''))
+    lines.append('acceptance by depth: ' + ' '.join(f'{a:.2f}' for a in found.acceptance) + (f'; {mean_draft:.1f} drafts a pass' if flags.adaptive else ''))
   trained = lm.config.model.futures - 1
-  if f.drafter == 'futures' and len(found.acceptance) > trained:
+  if flags.drafter == 'futures' and len(found.acceptance) > trained:
     lines.append(f'drafts beyond depth {trained} are those of a module applied more often than it was trained for')
   if not found.lossless:
     lines.append(f'lossy: {criterion.name}, threshold {criterion.threshold:g}, blocks of {criterion.min_block} at least; '
                  'the text does not follow the law of the model')
-  _report(f, values, lines if stream else [f.prompt + found.text[0], *lines])
+  print_result(flags, values, lines if stream else [flags.prompt + found.text[0], *lines])
   return 0
 
 
-def goodput(f) -> int:
+def goodput(flags) -> int:
   """Where the time of a run went, over all its restarts; goodput is the share spent in steps that were not lost."""
-  _need(f, 'workdir')
+  need(flags, 'workdir')
   from mtp_jax.report import goodput as log
-  events = log.read(f.workdir)
+  events = log.read(flags.workdir)
   found = log.account(events)
-  if f.plot:
-    log.plot(events, f.plot)
+  if flags.plot:
+    log.plot(events, flags.plot)
   rows = [(kind, f'{seconds:,.1f}', f'{seconds / max(found["wall_seconds"], 1e-9):.1%}') for kind, seconds in found['seconds'].items() if seconds]
-  _report(f, found, [*_table(('', 'seconds', 'share'), rows), '',
+  print_result(flags, found, [*table(('', 'seconds', 'share'), rows), '',
                      f'goodput {found["goodput"]:.1%} of {found["wall_seconds"]:,.1f} s; {found["runs"]} runs, {found["steps"]:,} steps, '
                      f'{found["lost_steps"]:,} steps lost'])
   return 0
 
 
-def _drafter(f, lm):
+def drafter_of(flags, lm):
   """--drafter as `LanguageModel.generate` takes it: its name, or the model, refused before it is loaded when its tokenizer is another."""
-  if f.drafter in ('futures', 'lookup'):
-    return f.drafter
+  if flags.drafter in ('futures', 'lookup'):
+    return flags.drafter
   from mtp_jax.checkpoint.record import check_same, metadata
   from mtp_jax.lm import load
   try:
-    record = metadata(f.drafter, None)
+    record = metadata(flags.drafter, None)
   except BadInput as error:
-    raise BadInput(f"--drafter={f.drafter}: neither 'futures' nor 'lookup', nor the workdir of a model: {error}") from None
-  check_same('--drafter=' + f.drafter, lm.tokenizer.digest, record, 'tokenizer', 'a draft model must share the tokenizer of the model')
-  return load(f.drafter)
+    raise BadInput(f"--drafter={flags.drafter}: neither 'futures' nor 'lookup', nor the workdir of a model: {error}") from None
+  check_same('--drafter=' + flags.drafter, lm.tokenizer.digest, record, 'tokenizer', 'a draft model must share the tokenizer of the model')
+  return load(flags.drafter)
 
 
 COMMANDS = {

@@ -1,0 +1,97 @@
+"""Config files, and the command-line arguments that choose one and change its fields.
+
+    --config=FILE[:ARGUMENT]          FILE is a Python program; its get_config(ARGUMENT) returns Config(...).to_config_dict()
+    --config.section.field=value      changes a field; --noconfig.section.field sets one to False
+
+With schema.py the door to ml_collections.
+"""
+import os
+from collections.abc import Sequence
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from mtp_jax.config.errors import BadInput, nearest
+from mtp_jax.config.schema import Config, check_name
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+  """The arguments that choose or change a config, checked before any program runs; and all others.
+
+  Raises:
+    BadInput: there is no such file or field, a field is given twice, or a flag is not written --name=value.
+  """
+  ours = [argument for argument in arguments if _is_about_config(argument)]
+  names = [_name(argument) for argument in ours]
+  for argument, name in zip(ours, names):
+    if name == 'config':
+      if '=' not in argument:
+        raise BadInput(f'{argument}: flags are written --name=value, such as --config=configs/tiny.py')
+      _check_exists('config', argument.partition('=')[2])
+      continue
+    if names.count(name) > 1:
+      raise BadInput(f'--{name}: given {names.count(name)} times; give it once')
+    check_name(name.removeprefix('no').removeprefix('config.'))
+  return ours, [argument for argument in arguments if not _is_about_config(argument)]
+
+
+def load(arguments: Sequence[str], flag: str = 'config') -> Config:
+  """The config that `--config=FILE` and overrides describe, such as ['--config=configs/tiny.py', '--config.train.steps=200'].
+
+  Args:
+    flag: the name of --config in messages.
+
+  Raises:
+    BadInput: there is no such file, it fails or returns something else, or a value does not fit its field.
+  """
+  where = f'--{flag}={path(arguments)}'
+  _check_exists(flag, path(arguments))
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', None, '', flag_values=values, lock_config=True, sys_argv=['', *arguments])
+  try:
+    values(['', *arguments])
+    config = values.config
+  except flags.Error as error:  # names the flag itself
+    raise BadInput(_one_line(error)) from None
+  except Exception as error:  # whatever a config file, which is a program, may raise
+    raise BadInput(_one_line(f'{where}: {type(error).__name__}: {error}')) from None
+  if not isinstance(config, ml_collections.ConfigDict):
+    returned = type(config).__name__
+    raise BadInput(f'{where}: get_config() returned {returned}, but must return Config(...).to_config_dict()')
+  return Config.from_dict(config.to_dict())
+
+
+def path(arguments: Sequence[str]) -> str:
+  """FILE[:ARGUMENT] of --config=FILE[:ARGUMENT].
+
+  Raises:
+    BadInput: it is missing.
+  """
+  for argument in arguments:
+    if _name(argument) == 'config':
+      return argument.partition('=')[2]
+  raise BadInput('--config: missing; see --help')
+
+
+def _name(argument: str) -> str:
+  return argument.lstrip('-').partition('=')[0]
+
+
+def _is_about_config(argument: str) -> bool:
+  name = _name(argument)
+  return argument.startswith('-') and (name == 'config' or name.removeprefix('no').startswith('config.'))
+
+
+def _check_exists(flag: str, value: str) -> None:
+  file = value.partition(':')[0]
+  if os.path.isfile(file):
+    return
+  folder = os.path.dirname(file) or '.'
+  names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+  configs = [os.path.join(folder, name) for name in names if name.endswith('.py')]
+  raise BadInput(f'--{flag}={file}: no such file' + (f'; {nearest(file, configs)}' if configs else ''))
+
+
+def _one_line(text) -> str:
+  return ' '.join(str(text).split())
