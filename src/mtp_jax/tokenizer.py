@@ -1,10 +1,12 @@
-"""Text to token ids and back without loss: raw bytes, or a SentencePiece model (Kudo and Richardson 2018, arXiv:1808.06226).
+"""Text to token ids and back without loss: raw bytes, or a SentencePiece model (Kudo and Richardson
+2018, arXiv:1808.06226).
 
-Every id stands for a fixed string of bytes, the empty one for bos, eos and pad, so that for any bytes x at all
+Every id stands for a fixed string of bytes (bos, eos and pad for the empty one), so for any bytes x
 
     decode(encode(x)) == x,    decode(a + b) == decode(a) + decode(b),    sum(byte_lengths[encode(x)]) == len(x).
 
-That makes bits per byte exact, whatever the tokenizer. Ids are int32[n], n the number of tokens; there is no <unk>.
+Bits per byte are therefore exact with any tokenizer. Ids are int32[n], n the number of tokens;
+there is no <unk>.
 """
 import dataclasses
 import functools
@@ -22,10 +24,12 @@ from mtp_jax.config import BadInput, Config
 
 
 class Tokenizer(typing.Protocol):
-  """The face of both tokenizers.
+  """What both tokenizers offer.
 
-  size counts all ids, bos, eos and pad included; digest is the sha256 of what fixes the mapping; byte_lengths, int32[size],
-  says how many bytes each id stands for; model is the file it comes from, b'' for none.
+  size: number of ids, bos, eos and pad included.
+  digest: sha256 of what the mapping depends on.
+  byte_lengths: int32[size], how many bytes each id stands for.
+  model: content of the model file; b'' for bytes.
   """
   size: int
   bos: int
@@ -39,20 +43,21 @@ class Tokenizer(typing.Protocol):
     """int32[n], without bos and eos."""
 
   def decode(self, ids: Sequence[int]) -> bytes:
-    """The exact bytes; bos, eos, pad and numbers that are no ids stand for none."""
+    """The exact bytes; bos, eos, pad and numbers that are not ids give none."""
 
   def text(self, ids: Sequence[int]) -> str:
-    """For the eye: `decode`, with what is not UTF-8 shown as U+FFFD."""
+    """`decode` for display, with U+FFFD for what is not UTF-8."""
 
 
 def load(name: str, where: str = 'config.data.tokenizer') -> Tokenizer:
-  """'bytes', or the path of a SentencePiece model file.
+  """The tokenizer of a name.
 
   Args:
-    where: the flag or field that names it, for messages.
+    name: 'bytes', or the path of a SentencePiece model file.
+    where: the flag or field that gave it, for messages.
 
   Raises:
-    BadInput: the file is missing, is no SentencePiece model, or cannot give all bytes back.
+    BadInput: the file is missing, is not a SentencePiece model, or loses bytes.
   """
   if name == 'bytes':
     return Bytes()
@@ -60,41 +65,46 @@ def load(name: str, where: str = 'config.data.tokenizer') -> Tokenizer:
     with open(os.path.expanduser(name), 'rb') as file:
       return SentencePiece(file.read())
   except OSError as error:
-    raise BadInput(f"{where}={name!r}: {error.strerror}; give 'bytes' or the path of a SentencePiece model") from error
+    raise BadInput(f"{where}={name!r}: {error.strerror}; "
+                   "give 'bytes' or the path of a SentencePiece model") from error
   except BadInput as error:
     raise BadInput(f'{where}={name!r}: {error}') from error
 
 
 def train(documents: Iterable[bytes], size: int, kind: str = 'bpe') -> bytes:
-  """A SentencePiece model file, made for code as well as prose: nothing is normalised, spaces and tabs are kept and runs of spaces are pieces,
-  digits stand alone, and there are pieces for all bytes, so that `SentencePiece` gives every byte back.
+  """The content of a new SentencePiece model file, for code as well as prose.
+
+  Nothing is normalised; spaces and tabs are kept, and several spaces may be one piece; every digit
+  is a piece of its own; all bytes have pieces, so that `SentencePiece` gives every byte back.
 
   Args:
-    documents: the sample. What is not UTF-8 in it counts as U+FFFD.
+    documents: the sample; what is not UTF-8 in it is read as U+FFFD.
     size: of the vocabulary, bos, eos and pad included.
     kind: 'bpe' or 'unigram'.
 
   Raises:
-    BadInput: the sample is too small for so many pieces, or size for the 256 bytes.
+    BadInput: the sample is too small for that many pieces, or size too small for the 256 bytes.
   """
   model = io.BytesIO()
   texts = (document.decode('utf-8', errors='replace').replace('\0', ' ') for document in documents)
+  sentences = (chunk for text in texts for chunk in _chunks(text, _SENTENCE))
   try:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(stretch for text in texts for stretch in _stretches(text, _STRETCH)), model_writer=model,
-        model_type=kind, vocab_size=size, byte_fallback=True, split_digits=True,
-        normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=False, allow_whitespace_only_pieces=True,
-        pad_id=3, max_sentence_length=8 * _STRETCH, train_extremely_large_corpus=True, minloglevel=3)
+        sentence_iterator=sentences, model_writer=model, model_type=kind, vocab_size=size,
+        byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
+        normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=False,
+        pad_id=3, max_sentence_length=8 * _SENTENCE, train_extremely_large_corpus=True, minloglevel=3)
   except RuntimeError as error:
     raise BadInput(f'vocabulary of {size}: {" ".join(str(error).split()).rpartition("] ")[2]}') from error
   return model.getvalue()
 
 
-_STRETCH, _LONG = 4096, 2**20  # characters of a sentence to train on, and of what is segmented at once
+_SENTENCE = 4096  # characters of a sentence to train on
+_SEGMENTED = 2**20  # characters segmented at once; SentencePiece needs about 65 bytes of memory for each
 
 
-def _stretches(text: str, size: int) -> Iterator[str]:
-  """The text in stretches of at most `size` characters, of whole lines where lines are no longer than that."""
+def _chunks(text: str, size: int) -> Iterator[str]:
+  """The text in chunks of at most `size` characters, of whole lines where these are not longer."""
   start = 0
   while start < len(text):
     stop = start + size
@@ -130,17 +140,18 @@ class Bytes:
 
 
 class SentencePiece:
-  """A trained model, read as a fixed table of id -> bytes.
+  """A trained model, used as a fixed table of id -> bytes.
 
-  The model's own normaliser (dummy prefix, squeezed spaces, NFKC) loses what it changes, so it is switched off: the model then
-  segments the text as it is, and bytes it cannot hold (not UTF-8, U+2581) are spelled with its 256 pieces <0x00>..<0xFF>.
-  bos, eos and pad are the model's; those it lacks are appended after its last id.
+  The model's normaliser (dummy prefix, merged spaces, NFKC) would lose information, so it is
+  switched off: the model segments the text as it is. What its pieces cannot hold (bytes that are
+  not UTF-8, U+2581) is encoded byte by byte with its 256 pieces <0x00>..<0xFF>. bos, eos and pad
+  are the model's; those it lacks get new ids after its last one.
 
   Args:
-    model: the bytes of the model file.
+    model: content of the model file.
 
   Raises:
-    BadInput: they are no model, or one without byte pieces.
+    BadInput: it is not a model, or has no byte pieces.
   """
 
   def __init__(self, model: bytes):
@@ -148,35 +159,42 @@ class SentencePiece:
     try:
       self._model = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_NORMALISER)
     except RuntimeError as error:
-      raise BadInput("not a SentencePiece model; give 'bytes' or the file that SentencePieceTrainer wrote") from error
+      raise BadInput("not a SentencePiece model; "
+                     "give 'bytes' or the file that SentencePieceTrainer wrote") from error
     pieces = [self._model.id_to_piece(i) for i in range(self._model.get_piece_size())]
-    bytes_at = {int(piece[1:-1], 16): i for i, piece in enumerate(pieces) if self._model.is_byte(i)}
-    if len(bytes_at) < 256:
-      raise BadInput("has no byte pieces, so it loses characters it does not know; train it with byte_fallback=True, "
-                     "normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=False")
-    self._bytes_at = [bytes_at[b] for b in range(256)]
+    byte_ids = {int(piece[1:-1], 16): i for i, piece in enumerate(pieces) if self._model.is_byte(i)}
+    if len(byte_ids) < 256:
+      raise BadInput("has no byte pieces, so it loses characters it does not know; "
+                     "train it with byte_fallback=True, normalization_rule_name='identity', "
+                     "remove_extra_whitespaces=False, add_dummy_prefix=False")
+    self._byte_ids = [byte_ids[b] for b in range(256)]
     self._strings = [piece.replace(_SPACE, ' ').encode() for piece in pieces]
-    for b, i in bytes_at.items():
+    for b, i in byte_ids.items():
       self._strings[i] = bytes([b])
     for i in range(len(pieces)):
       if self._model.is_control(i) or self._model.is_unknown(i):
         self._strings[i] = b''
     special = []
     for i in (self._model.bos_id(), self._model.eos_id(), self._model.pad_id()):
-      special.append(i if i >= 0 else len(self._strings))
-      self._strings[special[-1]:special[-1] + 1] = [b'']  # in place, or one more
+      if i < 0:
+        i = len(self._strings)
+        self._strings.append(b'')
+      self._strings[i] = b''
+      special.append(i)
     self.bos, self.eos, self.pad = special
     self.size = len(self._strings)
     self.byte_lengths = np.array([len(string) for string in self._strings], np.int32)
-    self.digest = hashlib.sha256(model + f'bos {self.bos}, eos {self.eos}, pad {self.pad}'.encode()).hexdigest()
+    special_ids = f'bos {self.bos}, eos {self.eos}, pad {self.pad}'
+    self.digest = hashlib.sha256(model + special_ids.encode()).hexdigest()
 
   def encode(self, text: str | bytes) -> np.ndarray:
     text = _bytes(text).decode('utf-8', errors='surrogateescape')
     parts = [text] if text.isascii() else _FOREIGN.split(text)
     ids = []
     for i, part in enumerate(parts):
-      for stretch in _stretches(part, _LONG):  # SentencePiece needs some 65 bytes of memory for each of text
-        ids += self._spell(stretch) if i % 2 else self._segment(stretch)
+      encode = self._encode_bytes if i % 2 else self._segment
+      for chunk in _chunks(part, _SEGMENTED):
+        ids += encode(chunk)
     return np.array(ids, np.int32)
 
   def decode(self, ids: Sequence[int]) -> bytes:
@@ -185,22 +203,25 @@ class SentencePiece:
   def text(self, ids: Sequence[int]) -> str:
     return self.decode(ids).decode('utf-8', errors='replace')
 
-  def _segment(self, part: str) -> list[int]:
-    """The model's own ids, checked: should it change the text after all, the text is spelled."""
-    ids = self._model.encode(part)
-    return ids if b''.join(map(self._strings.__getitem__, ids)) == part.encode() else self._spell(part)
+  def _segment(self, text: str) -> list[int]:
+    """The model's ids; if the model changed the text after all, those of its bytes."""
+    ids = self._model.encode(text)
+    intact = b''.join(map(self._strings.__getitem__, ids)) == text.encode()
+    return ids if intact else self._encode_bytes(text)
 
-  def _spell(self, part: str) -> list[int]:
-    return [self._bytes_at[b] for b in part.encode('utf-8', errors='surrogateescape')]
+  def _encode_bytes(self, text: str) -> list[int]:
+    return [self._byte_ids[b] for b in text.encode('utf-8', errors='surrogateescape')]
 
 
-# SentencePiece writes a space as U+2581 inside its pieces, so a U+2581 of the text is foreign to it, as are bytes that are not
-# UTF-8, which 'surrogateescape' shows as U+DC80..U+DCFF. The group keeps them: odd parts of a split are foreign.
+# SentencePiece writes a space as U+2581 inside its pieces, so they cannot hold a U+2581 of the text,
+# nor bytes that are not UTF-8, which 'surrogateescape' turns into U+DC80..U+DCFF. Because of the
+# group, a split has these as every second part.
 _SPACE = '\u2581'
 _FOREIGN = re.compile('([\u2581\udc80-\udcff]+)')
 
-# Protocol buffers merge when they are concatenated, the last value winning: ModelProto.normalizer_spec (field 3) with
-# precompiled_charsmap (2) empty, add_dummy_prefix (3) and remove_extra_whitespaces (4) false.
+# Concatenated protocol buffers are merged, and the last value counts: ModelProto.normalizer_spec
+# (field 3) with precompiled_charsmap (2) empty, add_dummy_prefix (3) and remove_extra_whitespaces (4)
+# false.
 _NO_NORMALISER = bytes([3 << 3 | 2, 6, 2 << 3 | 2, 0, 3 << 3, 0, 4 << 3, 0])
 
 
@@ -209,17 +230,19 @@ def _bytes(text: str | bytes) -> bytes:
 
 
 def decodable(config: Config, tokens) -> np.ndarray:
-  """bool[V]: ids that a decoder may emit, whatever stands for bytes, and eos."""
+  """bool[V]: the ids that may be generated: those that stand for bytes, and eos."""
   allowed_V = byte_lengths(config, tokens) > 0
   allowed_V[tokens.eos] = True
   return allowed_V
 
 
 def check_vocabulary(config: Config, tokens) -> None:
+  """Raises BadInput if the model has fewer ids than the tokenizer."""
   if config.model.vocab < tokens.size:
-    raise BadInput(f'config.model.vocab={config.model.vocab}: the tokenizer {config.data.tokenizer} has {tokens.size} ids; set at least that')
+    raise BadInput(f'config.model.vocab={config.model.vocab}: the tokenizer {config.data.tokenizer} has '
+                   f'{tokens.size} ids; set at least that')
 
 
 def byte_lengths(config: Config, tokens) -> np.ndarray:
-  """int32[V]: the bytes each id stands for, 0 for rows of the embedding past the tokenizer's ids."""
+  """int32[V]: how many bytes each id stands for; 0 for ids that only the embedding has."""
   return np.pad(tokens.byte_lengths, (0, config.model.vocab - tokens.size))

@@ -1,6 +1,8 @@
-"""What a config trains on: its prepared sets, opened and of one tokenizer, and the rows made of them.
+"""What a config trains on: its prepared sets, opened and of one tokenizer, and the rows made of
+them.
 
-`Corpus.identity` holds all that the batches of a run depend on, so that a resumed run can report what has changed.
+`Corpus.identity` holds all that the batches of a run depend on, so that a resumed run can report
+what has changed.
 """
 import dataclasses
 
@@ -27,10 +29,11 @@ class Corpus:
 
   @property
   def identity(self) -> dict:
-    """What a checkpoint keeps of the data, as JSON: runs of equal identity get the same batches, from (seed, step) alone."""
+    """What a checkpoint keeps of the data, as JSON: runs of equal identity get the same batches."""
     c = self.config
-    return {'sources': [_source_identity(source) for source in self.sources], 'weights': list(c.weights), 'length': c.length,
-            'packing': c.packing, 'boundary': c.boundary, 'seed': c.seed}
+    sources = [_source_identity(source) for source in self.sources]
+    return {'sources': sources, 'weights': list(c.weights), 'length': c.length, 'packing': c.packing,
+            'boundary': c.boundary, 'seed': c.seed}
 
   @property
   def weights(self) -> tuple[float, ...]:
@@ -38,54 +41,64 @@ class Corpus:
     return self.config.weights or tuple(float(source.train.tokens) for source in self.sources)
 
   def rows(self, futures: int, note=quiet) -> SourceRows:
-    """Training rows, packed as the config says; makes the best-fit packing if it is not in config.cache.
+    """Training rows, packed as the config says; makes the best-fit packing if it is not in
+    config.cache.
 
     Args:
       futures: M.
       note: see data/progress.py.
     """
-    c = self.config
+    c, streams = self.config, [source.train for source in self.sources]
     if c.packing == 'best_fit':
-      packings = [pack(source.train, c.length, c.cache, source.fingerprint) for source in self.sources]
-      note('best_fit: ' + ', '.join(f'{len(packing):,} rows, {packing.padding:.2%} padding' for packing in packings))
+      packings = [pack(s.train, c.length, c.cache, s.fingerprint) for s in self.sources]
+      sizes = [f'{len(packing):,} rows, {packing.padding:.2%} padding' for packing in packings]
+      note('best_fit: ' + ', '.join(sizes))
     else:
-      packings = [Consecutive(source.train, c.length) for source in self.sources]
-    return SourceRows([self._rows(source.train, packing, futures, note) for source, packing in zip(self.sources, packings)])
+      packings = [Consecutive(stream, c.length) for stream in streams]
+    return self._source_rows(streams, packings, futures, note)
 
   def held_out(self, futures: int, note=quiet) -> SourceRows:
-    """Rows of the held-out documents, always packed consecutively, so that runs of both packings can be compared."""
+    """Rows of the held-out documents, packed consecutively, so that both packings are compared alike."""
     streams = [source.validation for source in self.sources]
-    return SourceRows([self._rows(stream, Consecutive(stream, self.config.length), futures, note) for stream in streams])
+    packings = [Consecutive(stream, self.config.length) for stream in streams]
+    return self._source_rows(streams, packings, futures, note)
 
-  def _rows(self, stream: Stream, packing, futures: int, note) -> Rows:
+  def _source_rows(self, streams: list[Stream], packings: list, futures: int, note) -> SourceRows:
     c, t = self.config, self.tokenizer
-    return Rows(stream, packing, c.length, futures, t.bos, t.pad, across=c.boundary == 'across',
-                quarantine=c.on_damage == 'quarantine', note=note)
+    across, quarantine = c.boundary == 'across', c.on_damage == 'quarantine'
+    return SourceRows([Rows(stream, packing, c.length, futures, t.bos, t.pad, across, quarantine, note)
+                       for stream, packing in zip(streams, packings)])
 
-  def batches(self, rows: SourceRows, batch: int, process_index: int = 0, process_count: int = 1, **options) -> Batches:
-    return Batches(rows, self.weights, batch, self.config.seed, process_index, process_count, **options)
+  def batches(self, rows: SourceRows, batch: int, process_index: int = 0, process_count: int = 1,
+              **options) -> Batches:
+    """The batches of some of its rows; options as of `Batches`."""
+    seed = self.config.seed
+    return Batches(rows, self.weights, batch, seed, process_index, process_count, **options)
 
 
 def _source_identity(source: Prepared) -> dict:
-  return {'fingerprint': source.fingerprint, 'tokenizer': source.index['identity']['tokenizer'],
-          'files': len(source.index['inputs']), 'documents': source.train.documents, 'tokens': source.train.tokens,
-          'held_out_documents': source.validation.documents}
+  train, validation, index = source.train, source.validation, source.index
+  return {'fingerprint': source.fingerprint, 'tokenizer': index['identity']['tokenizer'],
+          'files': len(index['inputs']), 'documents': train.documents, 'tokens': train.tokens,
+          'held_out_documents': validation.documents}
 
 
 def open_corpus(config: DataConfig, tokenizer: Tokenizer, note=quiet, progress=NoMeter) -> Corpus:
   """Opens config.sources; or config.paths, prepared in config.cache unless that was done before.
 
   Args:
-    note, progress: see data/progress.py; they report the preparation, and shards that are quarantined.
+    note, progress: see data/progress.py; for the preparation and quarantined shards.
 
   Raises:
     BadInput: a source is not a prepared set, is damaged, or was prepared with another tokenizer.
   """
   if not config.sources:
-    source = prepare_once(config.paths, tokenizer, config.validation_share, config.cache, 'config.data.paths', note, progress)
+    source = prepare_once(config.paths, tokenizer, config.validation_share, config.cache, 'config.data.paths',
+                          note, progress)
     return Corpus(config, tokenizer, (source,))
   quarantine = note if config.on_damage == 'quarantine' else None
-  sources = tuple(open_set(Folder(url, 'config.data.sources'), config.cache, quarantine) for url in config.sources)
+  folders = [Folder(url, 'config.data.sources') for url in config.sources]
+  sources = tuple(open_set(folder, config.cache, quarantine) for folder in folders)
   for source in sources:
     if source.index['identity']['tokenizer'] != tokenizer.digest:
       name = source.index['tokenizer']
@@ -102,7 +115,10 @@ def tokenizer_of(source: Prepared) -> Tokenizer:
     Damaged: its model file is not the one of the set.
   """
   name = source.index['tokenizer']
-  tokenizer = tokenizers.load('bytes') if name == 'bytes' else tokenizers.SentencePiece(source.folder.read(name))
+  if name == 'bytes':
+    tokenizer = tokenizers.Bytes()
+  else:
+    tokenizer = tokenizers.SentencePiece(source.folder.read(name))
   if tokenizer.digest != source.index['identity']['tokenizer']:
     raise Damaged(f'{source.folder.url}/{name}: is not the tokenizer of this set; restore the file')
   return tokenizer

@@ -1,7 +1,7 @@
 """Paths, directories and globs to files, on this machine or anywhere fsspec reaches.
 
-A file's name, 'folder/file', does not depend on where a corpus is stored. Files are ordered by a hash of their names, so
-that any consecutive files are a random sample.
+A file's name, 'folder/file', does not depend on where a corpus is stored. Files are ordered by a
+hash of their names, so that any consecutive files are a random sample.
 """
 import contextlib
 import dataclasses
@@ -20,7 +20,8 @@ from mtp_jax.config import BadInput
 
 _JSONL = re.compile(r'\.(jsonl|ndjson|json(?=\.(gz|zst)$))(\.gz|\.zst)?$', re.IGNORECASE)
 _COMPRESSED = {'.gz': 'gzip', '.zst': 'zstd'}
-_MODIFIED = ('mtime', 'updated', 'LastModified', 'last_modified', 'etag', 'ETag', 'created')  # keys of fsspec's file systems
+# Keys of fsspec's file systems.
+_MODIFIED = ('mtime', 'updated', 'LastModified', 'last_modified', 'etag', 'ETag', 'created')
 _WILDCARD = re.compile(r'[*?\[]')
 
 
@@ -28,7 +29,8 @@ _WILDCARD = re.compile(r'[*?\[]')
 class File:
   """One input file.
 
-  modified: time or tag of the last change, where the file system knows it; interrupted work resumes only if it is equal.
+  modified: time or tag of the last change, where the file system knows it; interrupted work resumes
+    only if it is equal.
   """
   name: str
   url: str
@@ -36,7 +38,7 @@ class File:
   modified: str = ''
 
   def kind(self, format: str) -> str:
-    """'text', 'jsonl' or 'parquet': the given format, or by the end of the name where that is 'auto'."""
+    """'text', 'jsonl' or 'parquet': the given format; for 'auto' by the end of the name."""
     if format != 'auto':
       return format
     if _JSONL.search(self.name):
@@ -61,9 +63,10 @@ def name_hash(name: str) -> int:
 def files(paths: Iterable[str], where: str) -> list[File]:
   """The files of paths, directories and globs, ordered by the hashes of their names.
 
-  Directories are walked recursively, without hidden files and folders, and without links to directories. A name begins
-  with the directory given, or with the last folder before the first wildcard of a glob. A file reached twice is listed
-  once; a different file of the same name gets a '~'.
+  Directories are walked recursively, without hidden files and folders, and without links to
+  directories. A name begins with the directory given, or with the last folder before the first
+  wildcard of a glob. A file reached twice is listed once; a different file of the same name gets a
+  '~'.
 
   Args:
     paths: () is the Python source of the running interpreter's standard library.
@@ -85,7 +88,8 @@ def files(paths: Iterable[str], where: str) -> list[File]:
 
 def _library() -> Iterator[tuple]:
   root = sysconfig.get_path('stdlib')
-  for path in _walk(root, lambda folder: folder in ('site-packages', 'dist-packages'), 'the standard library'):
+  installed = ('site-packages', 'dist-packages')
+  for path in _walk(root, lambda folder: folder in installed, 'the standard library'):
     if path.endswith('.py'):
       yield (_name(path, root), path, *_size(path))
 
@@ -94,7 +98,8 @@ def _entries(path: str, where: str) -> Iterator[tuple]:
   """(name, url, bytes, modified) of each file of a path, directory, glob or URL."""
   entries = _remote(path, where) if '://' in path else _local(path, where)
   if not entries:
-    raise BadInput(f'{where}: {path!r} holds no file; give text files, JSON lines, Parquet, or directories or globs of them')
+    raise BadInput(f'{where}: {path!r} holds no file; give text files, JSON lines, Parquet, '
+                   'or directories or globs of them')
   yield from entries
 
 
@@ -119,7 +124,8 @@ def _remote(url: str, where: str) -> list[tuple]:
   try:
     infos = fs.glob(path, detail=True) if is_glob else fs.find(path, detail=True)
   except OSError as error:
-    raise BadInput(f'{where}: cannot list {url!r} ({error}); check the address and the credentials') from error
+    raise BadInput(f'{where}: cannot list {url!r} ({error}); '
+                   'check the address and the credentials') from error
   root = (_before_wildcards(path) if is_glob else path).rstrip('/')
   above = root.rpartition('/')[0]
   entries = []
@@ -169,11 +175,13 @@ def _size(path: str) -> tuple[int, str]:
 
 def _name(path: str, root: str) -> str:
   """The path below root, with '/', as valid UTF-8 whatever the file system holds."""
-  return os.fsencode(pathlib.Path(path).relative_to(root).as_posix()).decode('utf-8', errors='backslashreplace')
+  relative = pathlib.Path(path).relative_to(root).as_posix()
+  return os.fsencode(relative).decode('utf-8', errors='backslashreplace')
 
 
 def _unreadable(path: str, error: OSError, where: str) -> BadInput:
-  return BadInput(f'{where}: cannot read {path!r} ({error.strerror or error}); make it readable or leave it out')
+  return BadInput(f'{where}: cannot read {path!r} ({error.strerror or error}); '
+                  'make it readable or leave it out')
 
 
 def digest(file: File, where: str) -> str:

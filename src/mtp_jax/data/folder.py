@@ -81,7 +81,8 @@ class Folder:
         self._fs.rm(self.path(name), recursive=True)
 
   def local_copy(self, name: str, size: int, sha256: str, cache: str) -> str:
-    """Path of a file on this machine; a remote one is copied into `cache` unless a copy of that size is there.
+    """Path of a file on this machine; a remote one is copied into `cache` unless a copy of that
+    size is there.
 
     Raises:
       Damaged: the copy has another digest.

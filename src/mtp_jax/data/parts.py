@@ -1,10 +1,11 @@
 """The inputs cut into parts, and a part tokenized: its shards, then its report.
 
     train-00007.array_record, validation-00007.array_record
-    parts/00007.json     report of part 7, written after its shards; a part that has a report is not tokenized again
+    parts/00007.json     report of part 7, written after its shards; a part with a report is done
 
-A document is held out iff hash(name) < validation_share, or if it is the very first of all. Apart from that one, a document's
-split depends on its name alone: adding files never moves another document to the other split.
+A document is held out iff hash(name) < validation_share, or if it is the very first of all. Apart
+from that one, a document's split depends on its name alone: adding files never moves another
+document to the other split.
 """
 import contextlib
 import dataclasses
@@ -44,11 +45,15 @@ class Options:
     if not 0 <= self.bad_share <= 1:
       raise BadInput(f'--bad_share={self.bad_share}: must be at least 0 and at most 1')
     if self.shard_bytes < 0:
-      raise BadInput(f'--shard_bytes={self.shard_bytes}: must not be negative; 0 chooses by the size of the inputs')
+      raise BadInput(f'--shard_bytes={self.shard_bytes}: must not be negative; '
+                     '0 chooses by the size of the inputs')
 
 
 def cut_into_parts(inputs: list[File], format: str, part_bytes: int) -> list[list[Piece]]:
-  """Parts of about `part_bytes`, in order; only uncompressed JSON-lines files are cut. Depends on names and sizes alone."""
+  """Parts of about `part_bytes`, in order. Only uncompressed JSON-lines files are cut.
+
+  The parts depend on names and sizes of the inputs alone.
+  """
   parts, size = [], part_bytes
   for file in inputs:
     can_be_cut = file.kind(format) == 'jsonl' and not file.compression
@@ -78,16 +83,17 @@ class Preparation:
   @functools.cached_property
   def identity(self) -> dict:
     """Everything but the inputs that the bytes of the set depend on, as JSON."""
-    return {'layout': FORMAT, 'tokenizer': self.tokenizer.digest, 'validation_share': self.options.validation_share,
-            'shard_bytes': self.options.shard_bytes, **dataclasses.asdict(self.options.reading),
-            'keep': sorted(self.options.reading.keep)}
+    o = self.options
+    return {'layout': FORMAT, 'tokenizer': self.tokenizer.digest,
+            'validation_share': o.validation_share, 'shard_bytes': o.shard_bytes,
+            **dataclasses.asdict(o.reading), 'keep': sorted(o.reading.keep)}
 
   def parts_done(self) -> set[int]:
     names = Folder(f'{self.folder.url}/{PARTS}', '--output').sizes()
     return {number for number in range(len(self.parts)) if f'{number:05}.json' in names}
 
   def report(self, number: int) -> dict:
-    """The report of a part that is done: counts and faults of its records, digests of its pieces, entries of its shards."""
+    """Of a part that is done: records and their faults, digests of its pieces, entries of its shards."""
     return json.loads(self.folder.read(_report_name(number)))
 
   def tokenize(self, number: int, count: Callable[[int, int, int], None]) -> tuple[int, int]:
@@ -119,15 +125,19 @@ class Preparation:
           documents += 1
           count(read, 1, len(ids))
         count(unread, 0, 0)
-        pieces.append({'file': piece.file.name, 'sha256': reader.sha256, 'bytes': reader.bytes, 'lines': reader.lines})
-      splits = {split: {'file': _shard_name(split, number), **writer.close()} for split, writer in writers.items()}
+        pieces.append({'file': piece.file.name, 'sha256': reader.sha256, 'bytes': reader.bytes,
+                       'lines': reader.lines})
+      splits = {split: {'file': _shard_name(split, number), **writer.close()}
+                for split, writer in writers.items()}
     skipped = sum(not fault['kept'] for fault in faults)
-    report = {'records': documents + skipped, 'skipped': skipped, 'pieces': pieces, 'splits': splits, 'faults': faults}
+    report = {'records': documents + skipped, 'skipped': skipped, 'pieces': pieces, 'splits': splits,
+              'faults': faults}
     self.folder.write(_report_name(number), json.dumps(report).encode())
     return report['records'], skipped
 
   def _split(self, name: str, is_first: bool) -> str:
-    return 'validation' if is_first or name_hash(name) < self.options.validation_share * 2**64 else 'train'
+    held_out = is_first or name_hash(name) < self.options.validation_share * 2**64
+    return 'validation' if held_out else 'train'
 
 
 def _report_name(number: int) -> str:

@@ -1,7 +1,9 @@
-"""Inputs to a prepared set: read once, tokenized in parallel; the same bytes however often it was interrupted.
+"""Inputs to a prepared set: read once, tokenized in parallel; the same bytes however often it was
+interrupted.
 
-The inputs, in order, are cut into parts of about `shard_bytes`; the cuts depend on names and sizes alone. A part becomes one
-shard of each split, so the result depends neither on the number of workers nor on interruptions:
+The inputs, in order, are cut into parts of about `shard_bytes`; the cuts depend on names and sizes
+alone. A part becomes one shard of each split, so the result depends neither on the number of
+workers nor on interruptions:
 
     plan.json            inputs and options; deleted when the set is complete
     parts/00007.json     report of part 7, written after its shards; deleted when the set is complete
@@ -41,15 +43,16 @@ def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, 
 
   Args:
     inputs: from `files`.
-    output: a folder that is empty, or holds this very set or an unfinished part of it: the same names and sizes of inputs, and
-      the same options.
+    output: a folder that is empty, or holds this very set or an unfinished part of it: the same
+      names and sizes of inputs, and the same options.
     workers: processes; 0 works in this one.
     where: the flag or field that names the inputs, for messages.
     note, progress: see data/progress.py.
     cache: folder on this machine for copies of the shards of a remote set.
 
   Raises:
-    BadInput: an input is damaged or missing, too many records are bad, a split is empty, or the folder holds something else.
+    BadInput: an input is damaged or missing, too many records are bad, a split is empty, or the
+      folder holds something else.
     ChildProcessError: a worker was killed.
     OSError: the folder cannot be written.
   """
@@ -69,16 +72,17 @@ def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, 
       except ChildProcessError:
         raise
       except OSError as error:
-        raise OSError(f'--output={folder.url}: cannot write there ({error}); fix that and run the same command, '
-                      'it goes on where it stopped') from error
+        raise OSError(f'--output={folder.url}: cannot write there ({error}); fix that and '
+                      'run the same command, it goes on where it stopped') from error
     return open_set(folder, cache)
 
 
-def prepare_once(paths: tuple[str, ...], tokenizer: Tokenizer, validation_share: float, cache: str, where: str,
-                 note=quiet, progress=NoMeter) -> Prepared:
-  """The set of some text files, a document each, prepared in a folder of `cache` named after their content.
+def prepare_once(paths: tuple[str, ...], tokenizer: Tokenizer, validation_share: float, cache: str,
+                 where: str, note=quiet, progress=NoMeter) -> Prepared:
+  """The set of some text files, a document each, prepared once in a folder of `cache`.
 
-  Meant for inputs of moderate size; of faulty files only empty ones are skipped.
+  The name of that folder depends on names and contents of the files, the tokenizer and
+  validation_share. Meant for moderate sizes. Only empty files are skipped.
 
   Raises:
     BadInput: as `prepare`.
@@ -87,20 +91,24 @@ def prepare_once(paths: tuple[str, ...], tokenizer: Tokenizer, validation_share:
   reading = Reading('text', keep=MAY_BE_KEPT, max_document_bytes=2**62)
   options = Options(reading, validation_share, bad_share=1)
   contents = [(file.name, file.bytes, digest(file, where)) for file in inputs]
-  key = hashlib.sha256(json.dumps([FORMAT, tokenizer.digest, validation_share, contents]).encode()).hexdigest()[:16]
-  directory = pathlib.Path(cache).expanduser() / key
+  key = json.dumps([FORMAT, tokenizer.digest, validation_share, contents])
+  directory = pathlib.Path(cache).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
   try:
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / INDEX).exists():
       return open_set(Folder(directory, 'config.data.cache'), cache)
     return prepare(inputs, tokenizer, options, directory, 0, where, note, progress, cache)
   except OSError as error:
-    raise BadInput(f'config.data.cache={cache!r}: cannot write there ({error}); give a folder with space') from error
+    raise BadInput(f'config.data.cache={cache!r}: cannot write there ({error}); '
+                   'give a folder with space') from error
 
 
 @contextlib.contextmanager
 def _locked(folder: Folder, note) -> Iterator[None]:
-  """Lets one process at a time work in a folder of this machine. The lock ends with the process, even if that is killed."""
+  """Lets one process at a time work in a folder of this machine.
+
+  The lock ends with the process, even if that is killed.
+  """
   if not folder.is_local:
     yield
     return
@@ -108,7 +116,8 @@ def _locked(folder: Folder, note) -> Iterator[None]:
     os.makedirs(folder.url, exist_ok=True)
     descriptor = os.open(folder.url, os.O_RDONLY)
   except OSError as error:
-    raise BadInput(f'--output={folder.url}: cannot be a folder ({error.strerror}); choose another') from error
+    raise BadInput(f'--output={folder.url}: cannot be a folder ({error.strerror}); '
+                   'choose another') from error
   try:
     try:
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,7 +143,7 @@ def _begin_or_resume(preparation: Preparation, inputs: list[File]) -> bool:
   names -= unfinished
   if INDEX in names:
     index = open_set(folder, '').index
-    complete = {**index['identity'], 'inputs': [[file['name'], file['bytes']] for file in index['inputs']]}
+    complete = index['identity'] | {'inputs': [[f['name'], f['bytes']] for f in index['inputs']]}
     _check_same(plan | {'inputs': [row[:2] for row in plan['inputs']]}, complete, folder, 'a set')
     folder.remove(PLAN, PARTS)
     return True
@@ -191,17 +200,23 @@ def _check_bad_share(preparation: Preparation, records: int, skipped: int, expec
   if skipped <= options.bad_share * expected:
     return
   bad = [fault for fault in _write_faults(preparation) if not fault['kept']]
-  kinds = ', '.join(f'{n:,} {kind}' for kind, n in collections.Counter(fault['kind'] for fault in bad).items())
+  counts = collections.Counter(fault['kind'] for fault in bad)
+  kinds = ', '.join(f'{n:,} {kind}' for kind, n in counts.items())
   first = bad[0]
   line = f', line {first["line"]}' if first['line'] else ''
   detail = f' ({first["detail"]}; --field={options.reading.field})' if first['detail'] else ''
-  raise BadInput(f'{preparation.where}: {skipped:,} of {records:,} records are bad ({kinds}), more than '
-                 f'--bad_share={options.bad_share}; the first is {first["kind"]} in {first["file"]}{line}{detail}; '
-                 f'all are listed in {preparation.folder.url}/{BAD_RECORDS}; fix them, or allow more and run again')
+  raise BadInput(f'{preparation.where}: {skipped:,} of {records:,} records are bad ({kinds}), '
+                 f'more than --bad_share={options.bad_share}; '
+                 f'the first is {first["kind"]} in {first["file"]}{line}{detail}; '
+                 f'all are listed in {preparation.folder.url}/{BAD_RECORDS}; '
+                 'fix them, or allow more and run again')
 
 
 def _faults(preparation: Preparation) -> Iterator[dict]:
-  """Faults of all parts that are done, in order. Lines count from the start of a file; None where an earlier part is not done."""
+  """Faults of all parts that are done, in order.
+
+  A line counts from the start of its file; it is None where an earlier part of the file is not done.
+  """
   lines_before, done = collections.defaultdict(int), preparation.parts_done()
   for number, part in enumerate(preparation.parts):
     if number not in done:
@@ -218,15 +233,16 @@ def _faults(preparation: Preparation) -> Iterator[dict]:
 def _write_faults(preparation: Preparation) -> list[dict]:
   """Lists the faults in a file of the set."""
   faults = list(_faults(preparation))
-  preparation.folder.write(BAD_RECORDS, ''.join(json.dumps(fault) + '\n' for fault in faults).encode())
+  lines = ''.join(json.dumps(fault) + '\n' for fault in faults)
+  preparation.folder.write(BAD_RECORDS, lines.encode())
   return faults
 
 
 def _finish(preparation: Preparation, inputs: list[File]) -> None:
   """Writes the list of faults, the tokenizer and the index, from the reports of all parts."""
   folder, model = preparation.folder, preparation.tokenizer.model
-  splits, digests, sizes = {'train': [], 'validation': []}, {file.name: [] for file in inputs}, collections.Counter()
-  records = 0
+  splits, records = {'train': [], 'validation': []}, 0
+  digests, sizes = {file.name: [] for file in inputs}, collections.Counter()
   for number in range(len(preparation.parts)):
     report = preparation.report(number)
     records += report['records']
@@ -237,21 +253,24 @@ def _finish(preparation: Preparation, inputs: list[File]) -> None:
       sizes[piece['file']] += piece['bytes']
   for file in inputs:
     if sizes[file.name] != file.bytes:
-      raise BadInput(f'{preparation.where}: {file.url!r} had {file.bytes:,} bytes, and {sizes[file.name]:,} when it was '
-                     f'read; delete {folder.url} and run again when nothing writes to that file')
+      raise BadInput(f'{preparation.where}: {file.url!r} had {file.bytes:,} bytes, and '
+                     f'{sizes[file.name]:,} when it was read; delete {folder.url} and run again '
+                     'when nothing writes to that file')
   for split, entries in splits.items():
     if not entries:
-      raise BadInput(f'{preparation.where}: of {records:,} records none is left for the {split} split; give at least two '
-                     f'documents, and check --validation_share={preparation.options.validation_share}')
+      share = preparation.options.validation_share
+      raise BadInput(f'{preparation.where}: of {records:,} records none is left for the {split} split; '
+                     f'give at least two documents, and check --validation_share={share}')
   bad = {}
   for fault in _write_faults(preparation):
     counts = bad.setdefault(fault['kind'], {'skipped': 0, 'kept': 0})
     counts['kept' if fault['kept'] else 'skipped'] += 1
   if model:
     folder.write(MODEL, model)
-  input_entries = [{'name': file.name, 'bytes': file.bytes, 'sha256': digests[file.name]} for file in inputs]
-  fingerprint = hashlib.sha256(json.dumps([preparation.identity, input_entries]).encode()).hexdigest()
+  identity = preparation.identity
+  listed = [{'name': f.name, 'bytes': f.bytes, 'sha256': digests[f.name]} for f in inputs]
   write_index(folder, {
-      'fingerprint': fingerprint, 'identity': preparation.identity, 'dtype': preparation.dtype,
-      'tokenizer': MODEL if model else 'bytes', 'records': records, 'bad': bad, 'splits': splits, 'inputs': input_entries})
+      'fingerprint': hashlib.sha256(json.dumps([identity, listed]).encode()).hexdigest(),
+      'identity': identity, 'dtype': preparation.dtype, 'tokenizer': MODEL if model else 'bytes',
+      'records': records, 'bad': bad, 'splits': splits, 'inputs': listed})
   folder.remove(PLAN, PARTS)

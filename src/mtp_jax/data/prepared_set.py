@@ -1,7 +1,8 @@
-"""A prepared set: a folder of shards and `index.json`, which holds the sizes and digests of all of them, and its own.
+"""A prepared set: a folder of shards and `index.json`, which holds the sizes and digests of all of
+them, and its own.
 
-`open_set` checks the index and the sizes of all files; `Prepared.verify` reads every byte, so it also finds a whole
-shard that was replaced by another.
+`open_set` checks the index and the sizes of all files; `Prepared.verify` reads every byte, so it
+also finds a whole shard that was replaced by another.
 """
 import dataclasses
 import hashlib
@@ -58,7 +59,7 @@ def open_set(folder: Folder, cache: str, note: Callable[[str], None] | None = No
 
   Args:
     cache: folder on this machine for copies of remote shards.
-    note: if given, missing or cut-off shards are reported to it, and are an error only when they are read.
+    note: if given, it is called for missing and cut-off shards, which then raise only when read.
 
   Raises:
     BadInput: it is not a prepared set, or of another format version.
@@ -96,7 +97,8 @@ def _read_index(folder: Folder) -> dict:
   return index
 
 
-def _check_size(folder: Folder, shard: Shard, size: int | None, note: Callable[[str], None] | None) -> None:
+def _check_size(folder: Folder, shard: Shard, size: int | None,
+                note: Callable[[str], None] | None) -> None:
   if size == shard.bytes:
     return
   problem = 'is missing' if size is None else f'has {size:,} of {shard.bytes:,} bytes'

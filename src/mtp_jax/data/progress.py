@@ -1,8 +1,9 @@
 """What a caller may hand in to follow the work on a set; by default nothing is shown.
 
-    note(line)                       a line of text, such as 'another process prepares data/web; waiting for it'
-    progress(total, ready)           opens a meter, a context manager: bytes of input, and those that earlier work has done
-    meter.show(size, documents, tokens)      what this work has read and written so far; may be called often
+    note(line)                   a line of text, such as 'another process prepares data/web; waiting for it'
+    progress(total, ready)       makes a meter, a context manager, for `total` bytes of input,
+                                 `ready` of which earlier work has done
+    meter.show(size, documents, tokens)    what this work has read and written so far; called often
 
 `mtp_jax.report.display` has `say` and `Meter` for a terminal.
 """

@@ -1,11 +1,12 @@
 """Files to documents: text files, JSON lines and Parquet, compressed or not.
 
-A document is bytes with a name: 'folder/file', 'folder/file@byte' (where its line begins) or 'folder/file@row' (Parquet).
+A document is bytes with a name: 'folder/file', 'folder/file@byte' (where its line begins) or
+'folder/file@row' (Parquet).
 
 What can be wrong with a record:
 
     broken_json, missing_field, empty, too_long      it is skipped
-    invalid_utf8, lone_surrogate, nul                it is skipped, or kept unchanged where `Reading.keep` names its kind
+    invalid_utf8, lone_surrogate, nul                it is skipped, or kept unchanged if in `Reading.keep`
 """
 import dataclasses
 import gzip
@@ -27,10 +28,12 @@ FORMATS = ('auto', 'text', 'jsonl', 'parquet')
 class Reading:
   """How files are read. A prepared set depends on all of it.
 
-  format: 'auto' goes by the end of the name: .jsonl, .ndjson, .json.gz, .json.zst, .parquet; everything else is text.
+  format: 'auto' goes by the end of the name: .jsonl, .ndjson, .json.gz, .json.zst, .parquet;
+    everything else is text.
   field: key of a JSON object, or column of a Parquet file, that holds the text.
   keep: kinds of faulty records that are kept as they are.
-  max_document_bytes: longer documents are too_long; so is, unread, a line of more than 6 * max_document_bytes + 2**20 bytes.
+  max_document_bytes: longer documents are too_long; so is, unread, a line of more than 6 *
+    max_document_bytes + 2**20 bytes.
 
   Raises:
     BadInput: an unknown format or kind, or a limit below 1.
@@ -53,7 +56,7 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """What is read at once: a file, or the lines of an uncompressed JSON-lines file that begin in [start, stop)."""
+  """What is read at once: a file, or those lines of a JSON-lines file that begin in [start, stop)."""
   file: File
   start: int = 0
   stop: int = -1  # -1: to the end
@@ -73,7 +76,8 @@ class Document:
 class Fault:
   """What is wrong with a record.
 
-  line: counted from 1, in the piece while it is read and in the file in the list of a set; of Parquet the row; 0 for text.
+  line: counted from 1, in the piece while it is read and in the file in the list of a set; of
+    Parquet the row; 0 for text.
   detail: where the field with the text is missing, the fields that the record has.
   """
   kind: str
@@ -102,13 +106,14 @@ class _HashingFile:
 
 
 class Reader:
-  """The documents of one piece, in order. Afterwards: `sha256` and the number of `bytes` read, and of `lines` in them.
+  """The documents of one piece, in order. Afterwards: `sha256` and the number of `bytes` read, and
+  of `lines` in them.
 
-  Iterating yields `Document` and `Fault`. A faulty record that is kept yields both, the fault first. Memory holds one
-  record, or one batch of a Parquet file.
+  Iterating yields `Document` and `Fault`. A faulty record that is kept yields both, the fault
+  first. Memory holds one record, or one batch of a Parquet file.
 
   Raises:
-    BadInput: the file cannot be read or is damaged, or its package is missing; names the file and the line.
+    BadInput: the file cannot be read or is damaged, or its package is missing; names file and line.
   """
 
   def __init__(self, piece: Piece, reading: Reading, where: str):
@@ -117,13 +122,16 @@ class Reader:
 
   def __iter__(self) -> Iterator[Document | Fault]:
     file = self._piece.file
-    read = {'text': self._text, 'jsonl': self._jsonl, 'parquet': self._parquet}[file.kind(self._reading.format)]
+    readers = {'text': self._text, 'jsonl': self._jsonl, 'parquet': self._parquet}
+    read = readers[file.kind(self._reading.format)]
     try:
       with open_file(file, self._where) as stream:
         yield from read(stream)
     except (EOFError, OSError, zlib.error) as error:
-      raise BadInput(f'{self._where}: {file.url!r} is damaged or cut off after line {self.lines}, or not in the format of '
-                     f'its name or of --format ({" ".join(str(error).split())}); fetch it again or leave it out') from error
+      reason = ' '.join(str(error).split())
+      raise BadInput(f'{self._where}: {file.url!r} is damaged or cut off after line {self.lines}, '
+                     f'or not in the format of its name or of --format ({reason}); '
+                     'fetch it again or leave it out') from error
 
   def _text(self, stream) -> Iterator[Document | Fault]:
     hashing, limit = _HashingFile(stream), self._reading.max_document_bytes
@@ -139,7 +147,8 @@ class Reader:
       stream.seek(piece.start - 1)
       place = piece.start - 1 + _skip_line(stream)
     hashing = _HashingFile(stream)
-    for line, size in _lines(self._decompressed(hashing), limit) if piece.stop < 0 or place < piece.stop else ():
+    is_empty = 0 <= piece.stop <= place
+    for line, size in () if is_empty else _lines(self._decompressed(hashing), limit):
       self.lines += 1
       if size > limit:
         yield self._fault('too_long')
@@ -163,16 +172,19 @@ class Reader:
       return
     text = record.get(self._reading.field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-      is_object = isinstance(record, dict)
-      fields = f'fields: {", ".join(record)[:200]}' if is_object else f'a {type(record).__name__}, no object'
-      yield self._fault('missing_field', fields.encode('utf-8', errors='backslashreplace').decode())
+      if isinstance(record, dict):
+        detail = f'fields: {", ".join(record)[:200]}'
+      else:
+        detail = f'a {type(record).__name__}, no object'
+      yield self._fault('missing_field', detail.encode('utf-8', errors='backslashreplace').decode())
       return
     try:
       content = text.encode('utf-8')
     except UnicodeEncodeError:
       fault = fault or 'lone_surrogate'
+      errors = 'surrogateescape' if fault == 'invalid_utf8' else 'surrogatepass'
       try:
-        content = text.encode('utf-8', errors='surrogateescape' if fault == 'invalid_utf8' else 'surrogatepass')
+        content = text.encode('utf-8', errors)
       except UnicodeEncodeError:
         content = text.encode('utf-8', errors='surrogatepass')
     yield from self._checked(name, self.lines, content, fault)
@@ -200,7 +212,8 @@ class Reader:
           if value is None:
             yield self._fault('missing_field')
           else:
-            yield from self._checked(f'{file.name}@{self.lines - 1}', self.lines, value, _utf8_fault(value))
+            name = f'{file.name}@{self.lines - 1}'
+            yield from self._checked(name, self.lines, value, _utf8_fault(value))
     except pyarrow.ArrowException as error:
       raise OSError(error) from error
 
@@ -210,17 +223,19 @@ class Reader:
       return gzip.GzipFile(fileobj=hashing)
     if compression == 'zstd':
       pyarrow = self._import('pyarrow')
-      return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(hashing, 'r'), 'zstd'), 2**20)
+      decompressed = pyarrow.CompressedInputStream(pyarrow.PythonFile(hashing, 'r'), 'zstd')
+      return io.BufferedReader(decompressed, 2**20)
     return hashing
 
   def _import(self, package: str):
     try:
       return __import__(package)
     except ImportError as error:
-      raise BadInput(f"{self._where}: {self._piece.file.name!r} needs {package}; pip install -e '.[data]'") from error
+      raise BadInput(f"{self._where}: {self._piece.file.name!r} needs {package}; "
+                     "pip install -e '.[data]'") from error
 
   def _end(self, hashing: _HashingFile) -> None:
-    while self._piece.stop < 0 and hashing.read(2**20):  # what a long text or a compressed stream left unread
+    while self._piece.stop < 0 and hashing.read(2**20):  # the rest of a long text or compressed stream
       pass
     self.sha256, self.bytes = hashing.sha256.hexdigest(), hashing.bytes
 
@@ -263,7 +278,7 @@ def _read_beyond(file, limit: int) -> bytes:
 
 
 def _lines(file, limit: int) -> Iterator[tuple[bytes, int]]:
-  """(line, its size with the line end). Of a line above `limit` bytes only the size; memory never holds more than `limit`."""
+  """(line, its size with the line end); of a line above `limit` bytes only the size, without holding it."""
   while line := file.readline(limit + 1):
     size = len(line)
     if size > limit and not line.endswith(b'\n'):

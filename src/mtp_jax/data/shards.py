@@ -1,10 +1,12 @@
 """Tokens on disk: ArrayRecord files of checksummed blocks, read from any position as one stream.
 
-    shard       records of BLOCK tokens, the last one shorter, then records of BLOCK document lengths, uint32, bos and eos counted
-    stream      the tokens of all shards of a split, one after the other: <bos> ids <eos> of every document
+    shard       records of BLOCK tokens, the last one shorter; then records of BLOCK document
+                lengths, uint32, bos and eos counted
+    stream      the tokens of all shards of a split in turn: <bos> ids <eos> of every document
 
-A damaged block never comes back as other tokens: reading it raises `Damaged`. (ArrayRecord keeps each record in a chunk of
-its own, with hashes of header and data.) A remote shard is copied to this machine when it is first read, and checked whole.
+A damaged block never comes back as other tokens: reading it raises `Damaged`. (ArrayRecord keeps
+each record in a chunk of its own, with hashes of header and data.) A remote shard is copied to this
+machine when it is first read, and checked whole.
 """
 import collections
 import contextlib
@@ -20,7 +22,7 @@ from mtp_jax.data.folder import RESTORE, Damaged, Folder
 
 BLOCK = 4096  # tokens
 OPEN_FILES = 256  # of a stream
-CACHE_BYTES = 2**27  # of a stream's latest blocks, kept in memory, since a row often needs a small part of one
+CACHE_BYTES = 2**27  # of a stream's latest blocks in memory; a row often needs a small part of one
 REMEDY = f"{RESTORE}, or go on without such blocks: config.data.on_damage='quarantine'"
 _WRITER = 'group_size:1,uncompressed'
 _READER = 'readahead_buffer_size:0,max_parallelism:0'
@@ -68,8 +70,8 @@ class ShardWriter:
       self._writer.close()
     with open(self._path, 'rb') as file:
       sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
-    return {'bytes': os.path.getsize(self._path), 'sha256': sha256, 'tokens': self.tokens, 'documents': len(lengths),
-            'document_bytes': self.document_bytes}
+    return {'bytes': os.path.getsize(self._path), 'sha256': sha256, 'tokens': self.tokens,
+            'documents': len(lengths), 'document_bytes': self.document_bytes}
 
 
 @contextlib.contextmanager
@@ -101,7 +103,8 @@ class Shard:
 
 
 class Stream:
-  """The tokens of a split. Opens a shard when it is first read, at most OPEN_FILES at a time. Not thread-safe.
+  """The tokens of a split. Opens a shard when it is first read, at most OPEN_FILES at a time. Not
+  thread-safe.
 
   tokens, documents, bytes: how many; bytes are those of the text.
   """
@@ -113,12 +116,13 @@ class Stream:
     self._document_ends = np.cumsum([shard.documents for shard in shards], dtype=np.int64)
     self.tokens, self.documents = self._begins[-1], sum(shard.documents for shard in shards)
     self.bytes = sum(shard.document_bytes for shard in shards)
-    self._open, self._blocks = collections.OrderedDict(), collections.OrderedDict()  # least recently used first
+    self._open, self._blocks = collections.OrderedDict(), collections.OrderedDict()  # latest last
     self._document_starts = (-1, None)  # a shard, and where its documents begin in the stream
 
   @property
   def counts(self) -> dict[str, int]:
-    return {'shards': len(self.shards), 'documents': self.documents, 'tokens': self.tokens, 'bytes': self.bytes}
+    return {'shards': len(self.shards), 'documents': self.documents, 'tokens': self.tokens,
+            'bytes': self.bytes}
 
   def start(self, s: int) -> int:
     """Position in the stream of shard s's first token."""
@@ -178,7 +182,7 @@ class Stream:
   def _record(self, s: int, number: int) -> bytes:
     shard, reader = self.shards[s], self._reader(s)
     try:
-      record, = reader.read([number])  # one at a time: ArrayRecord's threads take longer than the reading itself
+      record, = reader.read([number])  # one at a time: ArrayRecord's threads cost more than reading
     except RuntimeError as error:
       reason = str(error).partition(' (')[0]
       raise self._damaged(shard, f'block {number} is damaged ({reason})') from error

@@ -1,4 +1,4 @@
-"""A SentencePiece model trained on a sample of the inputs, and measured on documents held out from it."""
+"""A SentencePiece model trained on a sample of the inputs, and measured on held-out documents."""
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -38,7 +38,8 @@ class TrainedTokenizer:
 
 def train_tokenizer(inputs: list[File], reading: Reading, vocab: int, where: str, kind: str = 'bpe',
                     sample_bytes: int = 100_000_000, bad_share: float = 0.05, note=quiet) -> TrainedTokenizer:
-  """A SentencePiece model of what `prepare` would read; no text loses a byte in it (see `mtp_jax.tokenizer.train`).
+  """A SentencePiece model of what `prepare` would read; no text loses a byte in it (see
+  `mtp_jax.tokenizer.train`).
 
   Args:
     inputs: from `files`.
@@ -50,7 +51,8 @@ def train_tokenizer(inputs: list[File], reading: Reading, vocab: int, where: str
     note: see data/progress.py.
 
   Raises:
-    BadInput: an input cannot be read, too many records are bad, or there are too few documents for a vocabulary of that size.
+    BadInput: an input cannot be read, too many records are bad, or there are too few documents for
+    a vocabulary of that size.
   """
   documents, held_out, skipped = [], [], []
   for record in sample(inputs, reading, sample_bytes, where):
@@ -68,15 +70,15 @@ def train_tokenizer(inputs: list[File], reading: Reading, vocab: int, where: str
   return TrainedTokenizer(model, trained, len(held_out), sum(map(len, held_out)), tokens, seconds)
 
 
-def _check_sample(documents: list[bytes], held_out: list[bytes], skipped: list[Fault], reading: Reading, bad_share: float,
-                  where: str) -> None:
+def _check_sample(documents: list[bytes], held_out: list[bytes], skipped: list[Fault],
+                  reading: Reading, bad_share: float, where: str) -> None:
   good = len(documents) + len(held_out)
   records = good + len(skipped)
   if len(skipped) > bad_share * records:
     first = skipped[0]
     detail = f' ({first.detail}; --field={reading.field})' if first.detail else ''
-    raise BadInput(f'{where}: {len(skipped):,} of {records:,} records are bad, more than --bad_share={bad_share}; '
-                   f'the first is {first.kind} in {first.file}{detail}')
+    raise BadInput(f'{where}: {len(skipped):,} of {records:,} records are bad, '
+                   f'more than --bad_share={bad_share}; the first is {first.kind} in {first.file}{detail}')
   if not documents or not held_out:
     raise BadInput(f'{where}: {good} documents are too few, since one of ten is held out; give more')
 
@@ -84,7 +86,8 @@ def _check_sample(documents: list[bytes], held_out: list[bytes], skipped: list[F
 def sample(inputs: list[File], reading: Reading, size: int, where: str) -> Iterator[Document | Fault]:
   """Documents and faults from all over the inputs, about `size` bytes of text or all there is.
 
-  They are the beginnings of files, and of every MiB of uncompressed JSON lines, in the order of the hashes of those places.
+  They are the beginnings of files, and of every MiB of uncompressed JSON lines, in the order of the
+  hashes of those places.
   """
   pieces = [piece for part in cut_into_parts(inputs, reading.format, 2**20) for piece in part]
   bytes_a_piece = max(2**16, size // len(pieces))

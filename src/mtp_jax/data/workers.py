@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from mtp_jax.data.parts import Preparation
 
 
-def tokenize_parts(preparation: Preparation, numbers: list[int], workers: int, meter) -> Iterator[tuple[int, int, int]]:
-  """For each part, as it is done: its records, those of them skipped, and the bytes of input read so far, of all parts.
+def tokenize_parts(preparation: Preparation, numbers: list[int], workers: int,
+                   meter) -> Iterator[tuple[int, int, int]]:
+  """For each part, as it is done: its records, those of them skipped, and the bytes of input read
+  so far, of all parts.
 
   Close the iterator to stop the workers.
 
@@ -59,7 +61,7 @@ def _in_workers(preparation: Preparation, numbers: list[int], workers: int, mete
 
 
 def _start_worker(preparation: Preparation, totals) -> None:
-  """Makes this process a worker. It ends when its parent does, even if that was killed; the parent handles Ctrl-C."""
+  """Makes this process a worker, which ends when its parent does. Ctrl-C is left to the parent."""
   global _worker
   _worker = preparation, totals
   signal.signal(signal.SIGINT, signal.SIG_IGN)
