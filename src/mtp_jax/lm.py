@@ -23,7 +23,7 @@ from mtp_jax.decode.verify import Sampler
 from mtp_jax.evaluation.held_out import evaluate
 from mtp_jax.mesh import make_mesh, process_share
 from mtp_jax.model.model import Model, conventions
-from mtp_jax.report.display import Meter, say
+from mtp_jax.report.display import Meter, print_stderr
 from mtp_jax.tokenizer import byte_lengths, decodable
 from mtp_jax.train import step as training
 
@@ -185,7 +185,7 @@ class LanguageModel:
     """nats, accuracy and count of each future, bits_per_byte of future 0, over the held-out documents, or `rows` rows of them at even distances."""
     batch = self.config.train.evaluate_rows
     with jax.set_mesh(self.mesh):
-      held_out = self.corpus.held_out(self.config.model.futures, say)
+      held_out = self.corpus.held_out(self.config.model.futures, print_stderr)
       batches = validation_batches(held_out, batch, rows, *process_share(self.mesh))
       return evaluate(self.config, self.model, batches, byte_lengths(self.config, self.tokenizer),
                             decodable(self.config, self.tokenizer), self.mesh)
@@ -199,7 +199,7 @@ class LanguageModel:
   @functools.cached_property
   def corpus(self) -> Corpus:
     """The data of the config, on this machine; `identity` tells whether they are those of the training run."""
-    return open_corpus(self.config.data, self.tokenizer, say, Meter)
+    return open_corpus(self.config.data, self.tokenizer, print_stderr, Meter)
 
   def held_out_prompts(self, n: int, length: int) -> list[np.ndarray]:
     """The first `length` ids of the first n held-out documents that go on for as long again."""

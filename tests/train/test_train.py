@@ -37,6 +37,7 @@ from mtp_jax.mesh import make_mesh, put
 from mtp_jax.model import costs
 from mtp_jax.objective.targets import target_bytes
 from mtp_jax.report import goodput
+from mtp_jax.report.events import read_events, split_runs
 from mtp_jax.train import step as training
 from mtp_jax.train.fit import NotFinite, Outcome, fit
 
@@ -321,8 +322,8 @@ def test_a_run_and_its_resumption_tell_where_their_time_went(uninterrupted, tmp_
   config, _ = uninterrupted('parallel')
   fit(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4)), tmp_path, note=lambda line: None)
   fit(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=6)), tmp_path, note=lambda line: None)
-  events = goodput.read(tmp_path)
-  assert [(run[0]['step'], run[-1]['step']) for run in goodput.runs(events)] == [(0, 4), (4, 6)]
+  events = read_events(tmp_path)
+  assert [(run[0]['step'], run[-1]['step']) for run in split_runs(events)] == [(0, 4), (4, 6)]
   found = goodput.account(events)
   assert {kind for kind, seconds in found['seconds'].items() if seconds} >= {'step', 'data_wait', 'evaluation', 'save', 'compile', 'restore', 'setup'}
   assert (found['runs'], found['steps'], found['lost_steps'], found['seconds']['lost']) == (2, 6, 0, 0) and 0 < found['goodput'] < 1

@@ -28,13 +28,13 @@ def prepare(flags) -> int:
   from mtp_jax.data.files import files
   from mtp_jax.data.parts import Options
   from mtp_jax.data.prepare import prepare
-  from mtp_jax.report.display import Meter, say
+  from mtp_jax.report.display import Meter, print_stderr
   _check_outside_inputs(flags)
   options = Options(_reading(flags), flags.validation_share, flags.shard_bytes, flags.bad_share)
   tokens = tokenizer.load(flags.tokenizer, '--tokenizer')
   workers = os.cpu_count() if flags.workers < 0 else flags.workers
   try:
-    prepared = prepare(files(_inputs(flags), '--input'), tokens, options, flags.output, workers, '--input', say, Meter)
+    prepared = prepare(files(_inputs(flags), '--input'), tokens, options, flags.output, workers, '--input', print_stderr, Meter)
   except KeyboardInterrupt:
     print('mtp_jax: interrupted; run the same command to continue', file=sys.stderr)
     return 130
@@ -66,10 +66,10 @@ def train_tokenizer(flags) -> int:
     raise BadInput(f'--output={flags.output}: must be a new file in an existing folder')
   from mtp_jax.data.files import files
   from mtp_jax.data.train_tokenizer import train_tokenizer
-  from mtp_jax.report.display import say
+  from mtp_jax.report.display import print_stderr
   inputs = files(_inputs(flags), '--input')
   trained = train_tokenizer(inputs, _reading(flags), flags.vocab, '--input', flags.kind, flags.sample_bytes,
-                            flags.bad_share, say)
+                            flags.bad_share, print_stderr)
   with open(flags.output + '.unfinished', 'wb') as file:
     file.write(trained.model)
   os.replace(flags.output + '.unfinished', flags.output)
@@ -102,7 +102,7 @@ def inspect_data(flags) -> int:
   damaged = prepared.verify() if flags.verify else []
   from mtp_jax.data.corpus import Corpus, tokenizer_of
   from mtp_jax.evaluation import inspection
-  from mtp_jax.report.display import say
+  from mtp_jax.report.display import print_stderr
   tokenizer, values = tokenizer_of(prepared), inspection.summary(prepared)
   if flags.plot:
     inspection.plot(values, flags.plot)
@@ -113,7 +113,7 @@ def inspect_data(flags) -> int:
     lines += ['', f'{split}: {_counts(n)}, {n["bytes_per_token"]:.3f} bytes per token, {n["shards"]} shards',
               *inspection.bars(n['lengths'])]
   if flags.rows and not damaged:
-    rows = Corpus(config, tokenizer, (prepared,)).rows(flags.futures, say)
+    rows = Corpus(config, tokenizer, (prepared,)).rows(flags.futures, print_stderr)
     lines += ['', *inspection.shown(rows, tokenizer, flags.futures, flags.rows, flags.positions, sys.stdout.isatty())]
   if flags.verify:
     values['damaged'] = damaged

@@ -97,12 +97,16 @@ def plan(flags) -> int:
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   use_cpu_devices(max((int(name[4:]) for name in topologies if name.startswith('cpu:') and name[4:].isdigit()), default=1))
   from mtp_jax.measure import plan as planning
-  from mtp_jax.report.display import say
+  from mtp_jax.report.display import print_stderr
   for name in topologies:
     planning.devices(name)  # refuses it
-  say(f'compiling for {flags.topology}; a step of a large model takes a minute or two')
-  plans = (planning.sweep(config, flags.topology, say) if flags.sweep else planning.weak_scaling(config, topologies, say) if len(topologies) > 1
-           else [planning.plan(config, flags.topology)])
+  print_stderr(f'compiling for {flags.topology}; a step of a large model takes a minute or two')
+  if flags.sweep:
+    plans = planning.sweep(config, flags.topology, print_stderr)
+  elif len(topologies) > 1:
+    plans = planning.weak_scaling(config, topologies, print_stderr)
+  else:
+    plans = [planning.plan(config, flags.topology)]
   if flags.plot:
     planning.plot(plans, flags.plot)
   found = [{key: value for key, value in vars(each).items() if key != 'hlo'} for each in plans]

@@ -115,17 +115,24 @@ def generate(flags) -> int:
 
 
 def goodput(flags) -> int:
-  """Where the time of a run went, over all its restarts; goodput is the share spent in steps that were not lost."""
+  """Where the time of a run went, over all its restarts.
+
+  Goodput is the fraction of the time spent in steps that were kept.
+  """
   need(flags, 'workdir')
-  from mtp_jax.report import goodput as log
-  events = log.read(flags.workdir)
-  found = log.account(events)
+  from mtp_jax.report import goodput
+  from mtp_jax.report.events import read_events
+  events = read_events(flags.workdir)
+  account = goodput.account(events)
   if flags.plot:
-    log.plot(events, flags.plot)
-  rows = [(kind, f'{seconds:,.1f}', f'{seconds / max(found["wall_seconds"], 1e-9):.1%}') for kind, seconds in found['seconds'].items() if seconds]
-  print_result(flags, found, [*table(('', 'seconds', 'share'), rows), '',
-                     f'goodput {found["goodput"]:.1%} of {found["wall_seconds"]:,.1f} s; {found["runs"]} runs, {found["steps"]:,} steps, '
-                     f'{found["lost_steps"]:,} steps lost'])
+    goodput.plot(events, flags.plot)
+  wall = account['wall_seconds']
+  rows = [(kind, f'{seconds:,.1f}', f'{seconds / max(wall, 1e-9):.1%}')
+          for kind, seconds in account['seconds'].items() if seconds]
+  print_result(flags, account, [
+      *table(('', 'seconds', 'share'), rows), '',
+      f'goodput {account["goodput"]:.1%} of {wall:,.1f} s; {account["runs"]} runs, {account["steps"]:,} steps, '
+      f'{account["lost_steps"]:,} steps lost'])
   return 0
 
 

@@ -5,7 +5,7 @@
                                  `ready` of which earlier work has done
     meter.show(size, documents, tokens)    what this work has read and written so far; called often
 
-`mtp_jax.report.display` has `say` and `Meter` for a terminal.
+`mtp_jax.report.display` has `print_stderr` and `Meter` for a terminal.
 """
 
 

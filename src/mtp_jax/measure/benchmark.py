@@ -25,7 +25,7 @@ from mtp_jax.formats.llama import _transformers
 from mtp_jax.lm import LanguageModel
 from mtp_jax.mesh import make_mesh, put
 from mtp_jax.model import costs
-from mtp_jax.report.display import Meter, say
+from mtp_jax.report.display import Meter, print_stderr
 from mtp_jax.report.picture import picture
 from mtp_jax.tokenizer import byte_lengths, check_vocabulary
 from mtp_jax.train import step as training
@@ -40,9 +40,9 @@ class Steps:
   def __init__(self, config: Config, loss=objective.loss):
     tokens = tokenizer.load(config.data.tokenizer)
     check_vocabulary(config, tokens)
-    corpus = open_corpus(config.data, tokens, say, Meter)
+    corpus = open_corpus(config.data, tokens, print_stderr, Meter)
     self.config, self.mesh = config, make_mesh(config.mesh)
-    self.batches = corpus.batches(corpus.rows(config.model.futures, say), config.train.batch)
+    self.batches = corpus.batches(corpus.rows(config.model.futures, print_stderr), config.train.batch)
     M, o = config.model.futures, config.objective
     with jax.set_mesh(self.mesh):
       self.state = jax.jit(lambda key: training.init(config, key))(jax.random.key(config.train.seed))
@@ -121,8 +121,8 @@ def data(config: Config, seconds: float) -> dict:
     library itself needs to encode the same text in memory, timed in alternation.
   """
   tokens = tokenizer.load(config.data.tokenizer)
-  corpus, mesh = open_corpus(config.data, tokens, say, Meter), make_mesh(config.mesh)
-  rows, B, L = corpus.rows(config.model.futures, say), config.train.batch, config.data.length
+  corpus, mesh = open_corpus(config.data, tokens, print_stderr, Meter), make_mesh(config.mesh)
+  rows, B, L = corpus.rows(config.model.futures, print_stderr), config.train.batch, config.data.length
   T = L + config.model.futures
   whole = np.concatenate([source.train.read(0, 2**24) for source in corpus.sources]).astype(np.int32)
   starts = np.random.default_rng(0).permutation(max(1, (len(whole) - T) // L)) * L

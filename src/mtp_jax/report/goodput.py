@@ -1,109 +1,55 @@
-"""Where the time of a run went: an event log that every run writes, and its account over all restarts.
+"""Where the time of a run went, over all its restarts: an account of the event log (events.py).
 
-    workdir/events.jsonl   one line an event: {'time': seconds since 1970, when it began, 'kind', 'seconds', 'step'}
-
-A run begins with the event `start`; `step` and `data_wait` events stand for all steps since the last record. A run that was killed and began again
-lost the steps after its checkpoint: their time is moved to `lost`. `down` is the time between runs, and that of the steps since the last record
-of a run that was killed, of which nothing is known; `other` what no event covers. Goodput is the share of `step`. Nothing here needs JAX, or a cloud.
+A run that was killed and began again lost the steps after its checkpoint: their time is counted as `lost`.
+`down` is the time between two runs; it includes the steps since the last record of a run that was killed, which nothing
+recorded. `other` is time within a run that no event covers. Goodput is the fraction of the time in kept steps.
 """
-import contextlib
-import json
-import pathlib
-import time
-
-from mtp_jax.config import BadInput
+from mtp_jax.report.events import KINDS, split_runs
 from mtp_jax.report.picture import picture
 
-FILE = 'events.jsonl'
-KINDS = ('step', 'data_wait', 'evaluation', 'save', 'compile', 'restore', 'setup', 'lost', 'other', 'down')
-
-
-class Events:
-  """Appends to the event log of a workdir. Each line is whole: what a crash cut off is dropped when it is read."""
-
-  def __init__(self, workdir: pathlib.Path):
-    self._file = (workdir / FILE).open('a', buffering=1)
-
-  def write(self, kind: str, began: float, seconds: float, step: int) -> None:
-    self._file.write(json.dumps({'time': round(began, 3), 'kind': kind, 'seconds': round(seconds, 6), 'step': step}) + '\n')
-
-  @contextlib.contextmanager
-  def span(self, kind: str, step: int):
-    began, start = time.time(), time.perf_counter()
-    try:
-      yield
-    finally:
-      self.write(kind, began, time.perf_counter() - start, step)
-
-  def close(self) -> None:
-    self._file.close()
-
-
-def read(workdir) -> list[dict]:
-  """The events of a workdir, in order.
-
-  Raises:
-    BadInput: there are none.
-  """
-  path = pathlib.Path(workdir).expanduser() / FILE
-  try:
-    lines = path.read_text(errors='replace').splitlines()
-  except OSError as error:
-    raise BadInput(f'--workdir={workdir}: no {FILE} there ({error.strerror}); give the workdir of a run') from None
-  events = []
-  for line in lines:
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-      event = json.loads(line)
-      events.append({'time': float(event['time']), 'kind': str(event['kind']), 'seconds': float(event['seconds']), 'step': int(event['step'])})
-  if not events or events[0]['kind'] != 'start':
-    raise BadInput(f'--workdir={workdir}: {FILE} holds no run; it begins with another event than start')
-  return events
-
-
-def runs(events: list[dict]) -> list[list[dict]]:
-  """The events of each run, from its `start` on."""
-  found = []
-  for event in events:
-    if event['kind'] == 'start':
-      found.append([])
-    found[-1].append(event)
-  return found
+ACCOUNTS = (*KINDS, 'lost', 'other', 'down')
 
 
 def account(events: list[dict]) -> dict:
-  """Seconds by kind over all runs, which sum up to `wall_seconds`; and runs, steps, lost_steps, goodput."""
-  seconds, lost_steps, each = dict.fromkeys(KINDS, 0.0), 0, runs(events)
-  for i, run in enumerate(each):
+  """Seconds by kind over all runs, which sum to `wall_seconds`; also runs, steps, lost_steps, goodput."""
+  seconds, lost_steps, runs = dict.fromkeys(ACCOUNTS, 0.0), 0, split_runs(events)
+  for run, later in zip(runs, [*runs[1:], None]):
     began, ended = run[0]['time'], max(event['time'] + event['seconds'] for event in run)
-    resumed = each[i + 1][0]['step'] if i + 1 < len(each) else None
-    covered, last = 0.0, run[0]['step']
+    last_step = run[0]['step']
     for event in run[1:]:
-      kind, covered = event['kind'], covered + event['seconds']
-      if kind == 'step':
-        steps, last = event['step'] - last, event['step']
-        gone = max(0, min(steps, last - resumed)) if resumed is not None else 0
-        lost_steps += gone
-        lost = event['seconds'] * gone / max(1, steps)
-        seconds['lost'] += lost
-        seconds['step'] += event['seconds'] - lost
+      if event['kind'] == 'step':
+        steps, last_step = event['step'] - last_step, event['step']
+        lost = _lost_steps(steps, last_step, later)
+        lost_seconds = event['seconds'] * lost / max(1, steps)
+        lost_steps += lost
+        seconds['lost'] += lost_seconds
+        seconds['step'] += event['seconds'] - lost_seconds
       else:
-        seconds[kind if kind in seconds else 'other'] += event['seconds']
+        seconds[event['kind'] if event['kind'] in KINDS else 'other'] += event['seconds']
+    covered = sum(event['seconds'] for event in run[1:])
     seconds['other'] += max(0.0, ended - began - covered)
-    if i + 1 < len(each):
-      seconds['down'] += max(0.0, each[i + 1][0]['time'] - ended)
+    if later:
+      seconds['down'] += max(0.0, later[0]['time'] - ended)
   wall = sum(seconds.values())
-  return {'runs': len(each), 'steps': each[-1][0]['step'] if len(each[-1]) == 1 else max(event['step'] for event in each[-1]),
-          'lost_steps': lost_steps, 'wall_seconds': wall, 'goodput': seconds['step'] / wall if wall else 0.0, 'seconds': seconds}
+  return {'runs': len(runs), 'steps': max(event['step'] for event in runs[-1]), 'lost_steps': lost_steps,
+          'wall_seconds': wall, 'goodput': seconds['step'] / wall if wall else 0.0, 'seconds': seconds}
+
+
+def _lost_steps(steps: int, last_step: int, later: list[dict] | None) -> int:
+  """How many of the `steps` steps up to `last_step` the later run repeats."""
+  return max(0, min(steps, last_step - later[0]['step'])) if later else 0
 
 
 def plot(events: list[dict], path: str) -> None:
-  """A bar a run, time to the right, coloured by kind."""
-  each = runs(events)
-  with picture(path, 9, 1.5 + 0.4 * len(each)) as axes:
-    for k, kind in enumerate(kind for kind in KINDS if kind not in ('lost', 'other', 'down')):
-      bars = [(i, event['time'] - events[0]['time'], event['seconds']) for i, run in enumerate(each) for event in run if event['kind'] == kind]
+  """Draws one bar per run, time to the right, coloured by kind."""
+  runs = split_runs(events)
+  with picture(path, 9, 1.5 + 0.4 * len(runs)) as axes:
+    for k, kind in enumerate(KINDS):
+      bars = [(i, event['time'] - events[0]['time'], event['seconds'])
+              for i, run in enumerate(runs) for event in run if event['kind'] == kind]
       if bars:
-        axes.barh([i for i, _, _ in bars], [seconds for *_, seconds in bars], left=[began for _, began, _ in bars], color=f'C{k}', label=kind)
-    axes.set(xlabel='seconds', ylabel='run', yticks=range(len(each)))
+        rows, begins, widths = zip(*bars)
+        axes.barh(rows, widths, left=begins, color=f'C{k}', label=kind)
+    axes.set(xlabel='seconds', ylabel='run', yticks=range(len(runs)))
     axes.invert_yaxis()
     axes.legend(loc='upper left', bbox_to_anchor=(1, 1))

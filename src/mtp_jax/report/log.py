@@ -1,20 +1,24 @@
-"""report/log."""
+"""The metrics log: workdir/metrics.jsonl, and the same numbers for TensorBoard; the door to tensorboardX."""
 import json
 import math
 import pathlib
 
 
 class Log:
-  """One JSON line a record in workdir/metrics.jsonl, and TensorBoard scalars beside it.
+  """Writes one JSON line per record to workdir/metrics.jsonl, and TensorBoard scalars beside it.
 
-  On resume, records past the checkpoint are dropped, and so is the validation at it, which the run repeats: the file reads as if
-  the run had never stopped.
+  On resume, records after the checkpoint are dropped, and so is the validation at its step, which the run repeats: the
+  file then holds what a run without interruption would have written.
+
+  Args:
+    step: of the checkpoint; 0 for a new run.
   """
 
   def __init__(self, workdir: pathlib.Path, step: int, tensorboard: bool):
     self.path = workdir / 'metrics.jsonl'
     if self.path.exists():
-      kept = [line for line in self.path.read_text(errors='replace').splitlines() if _place_of(line) <= (step, False)]
+      lines = self.path.read_text(errors='replace').splitlines()
+      kept = [line for line in lines if _position(line) <= (step, False)]
       temporary = self.path.with_suffix('.tmp')
       temporary.write_text(''.join(line + '\n' for line in kept))
       temporary.replace(self.path)
@@ -25,12 +29,15 @@ class Log:
       self.board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
 
   def write(self, step: int, kind: str, values: dict) -> None:
-    """values: numbers, or lists of one number a future; one that is not finite is null in the file."""
+    """Writes numbers, or lists of one number per future; one that is not finite is null in the file."""
     self.file.write(json.dumps(finite({'step': step, 'kind': kind, **values})) + '\n')
     if self.board:
       for key, value in values.items():
-        for m, number in enumerate(value) if isinstance(value, list) else [(None, value)]:
-          self.board.add_scalar(f'{kind}/{key}' if m is None else f'{kind}/{key}/{m}', number, step)
+        if isinstance(value, list):
+          for m, number in enumerate(value):
+            self.board.add_scalar(f'{kind}/{key}/{m}', number, step)
+        else:
+          self.board.add_scalar(f'{kind}/{key}', value, step)
 
   def close(self) -> None:
     self.file.close()
@@ -39,16 +46,16 @@ class Log:
 
 
 def finite(value):
-  """The same, with None, JSON's null, for every number that is not finite."""
+  """The value with None, JSON's null, in place of every number that is not finite."""
   if isinstance(value, dict):
-    return {key: finite(v) for key, v in value.items()}
+    return {key: finite(item) for key, item in value.items()}
   if isinstance(value, (list, tuple)):
-    return [finite(v) for v in value]
+    return [finite(item) for item in value]
   return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _place_of(line: str) -> tuple[float, bool]:
-  """The step of a record, and whether it is the validation there; a line cut off by a crash counts as past everything."""
+def _position(line: str) -> tuple[float, bool]:
+  """(step, whether it is a validation) of a record; a line that a crash cut off comes after all others."""
   try:
     record = json.loads(line)
     return record['step'], record['kind'] == 'validation'

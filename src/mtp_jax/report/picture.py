@@ -1,4 +1,4 @@
-"""A PNG to look at; matplotlib is asked for only when one is drawn."""
+"""Pictures: PNG files drawn by matplotlib, which is needed only for them."""
 import contextlib
 
 from mtp_jax.config import BadInput
@@ -6,7 +6,10 @@ from mtp_jax.config import BadInput
 
 @contextlib.contextmanager
 def picture(path: str, width: float, height: float, columns: int = 1):
-  """Axes to draw on, or an array of them where there are several columns, in inches; saved to `path` when the block ends.
+  """Yields axes to draw on (an array of them for several columns) and saves the figure to `path` when the block ends.
+
+  Args:
+    width, height: of the figure, in inches.
 
   Raises:
     BadInput: matplotlib is missing, or the file cannot be written.

@@ -29,8 +29,8 @@ from mtp_jax.evaluation.held_out import evaluate
 from mtp_jax.mesh import make_mesh, process_share, put
 from mtp_jax.model import costs
 from mtp_jax.model.model import conventions
-from mtp_jax.report.display import Display, Meter, numbers, say
-from mtp_jax.report.goodput import Events
+from mtp_jax.report.display import Display, Meter, format_numbers, print_stderr
+from mtp_jax.report.events import Events
 from mtp_jax.report.log import Log
 from mtp_jax.report.speed import Speed
 from mtp_jax.tokenizer import byte_lengths, check_vocabulary, decodable
@@ -51,7 +51,7 @@ class NotFinite(RuntimeError):
   """Too many steps in a row had a loss or gradient that is not finite."""
 
 
-def fit(config: Config, workdir, profile_steps: range = range(0), note=say) -> Outcome:
+def fit(config: Config, workdir, profile_steps: range = range(0), note=print_stderr) -> Outcome:
   """Trains to config.train.steps, starting anew or from the newest checkpoint in workdir, bitwise as if never stopped.
 
   SIGTERM or Ctrl-C save a checkpoint and return. Everything is recorded in workdir/metrics.jsonl. Of several processes the first one writes
@@ -109,7 +109,7 @@ def _open(config: Config, workdir: pathlib.Path, note):
   if record:
     check_same(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record, 'tokenizer',
                           'use the same tokenizer, or another --workdir')
-  corpus = open_corpus(config.data, tokens, say, Meter)
+  corpus = open_corpus(config.data, tokens, print_stderr, Meter)
   differing = difference(corpus.identity, record['identity']) if record else []
   if differing and not config.data.accept_changed:
     raise BadInput(f'config.data: not what the checkpoint in {workdir} was trained on: {"; ".join(differing)}; restore that, choose another --workdir, '
@@ -127,7 +127,7 @@ class _Run:
     self.config, self.own, self.mesh, self.validation, self.unrecorded, self.profiling = config, own, mesh, {}, None, False
     self.display, self.share = None, process_share(mesh)
     line = lambda text: (self.display.line if self.display else note)(text)
-    damage = line if first else lambda text: say(f'{own.name}: {text}')  # which no other process sees
+    damage = line if first else lambda text: print_stderr(f'{own.name}: {text}')  # which no other process sees
     rows = corpus.rows(config.model.futures, damage)
     self.held_out = corpus.held_out(config.model.futures, damage)
     self.batches = corpus.batches(rows, t.batch, *self.share, place=lambda batch: put(batch, mesh))
@@ -224,8 +224,8 @@ class _Run:
       found = self.validation = found | {'quarantined_rows': processes.total(self.held_out.quarantined)}
     self.log.write(self.step, 'validation', found)
     self.display.line(f'step {self.step} validation: {found["bits_per_byte"]:.4f} bits per byte, '
-                      f'nats {numbers(found["nats"])}, accuracy {numbers(found["accuracy"])}'
-                      + (f', acceptance {numbers(found["acceptance_greedy"])}' if found['acceptance_greedy'] else ''))
+                      f'nats {format_numbers(found["nats"])}, accuracy {format_numbers(found["accuracy"])}'
+                      + (f', acceptance {format_numbers(found["acceptance_greedy"])}' if found['acceptance_greedy'] else ''))
 
   def save(self) -> None:
     """Starts to write a checkpoint of this step, unless it has one."""

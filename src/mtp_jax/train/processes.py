@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable, Mapping
 
 from mtp_jax.config import BadInput
-from mtp_jax.report.display import say
+from mtp_jax.report.display import print_stderr
 from mtp_jax.train.watch import Interrupts
 
 VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
@@ -93,11 +93,11 @@ def _watch(child: int) -> int:
   if code == -signal.SIGTERM:  # before JAX listened to it: nothing was done yet that could be lost
     return 128 + signal.SIGTERM
   if code == -signal.SIGABRT:
-    say('mtp_jax: another process of this job has ended or hangs, so this one ended too; run the same command on all of them to resume')
+    print_stderr('mtp_jax: another process of this job has ended or hangs, so this one ended too; run the same command on all of them to resume')
   elif code == 1:  # what a dead process makes fail in this one is told in many words, by JAX, Gloo and Orbax
-    say('mtp_jax: failed as told above; another process of this job may have ended and be the reason: run the same command on all of them to resume')
+    print_stderr('mtp_jax: failed as told above; another process of this job may have ended and be the reason: run the same command on all of them to resume')
   elif code < 0:
-    say(f'mtp_jax: ended by signal {-code}' + ('; the kernel sends it when memory runs out' if code == -signal.SIGKILL else ''))
+    print_stderr(f'mtp_jax: ended by signal {-code}' + ('; the kernel sends it when memory runs out' if code == -signal.SIGKILL else ''))
   return 1 if code < 0 else code
 
 
@@ -120,7 +120,7 @@ def _work(work: Callable[[], int], where: str, heartbeat_seconds: int) -> int:
     if code in SAVED:
       jax.distributed.shutdown()
   except jax.errors.JaxRuntimeError as error:
-    say(f'mtp_jax: {str(error).splitlines()[0][:300]}')
+    print_stderr(f'mtp_jax: {str(error).splitlines()[0][:300]}')
   except BaseException:
     traceback.print_exc()
   with contextlib.suppress(OSError):
