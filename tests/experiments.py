@@ -43,7 +43,7 @@ def write(workdir, config: Config, state: training.State, step: int = 3, identit
   record = {'step': step, 'config': config.to_dict(), 'conventions': conventions(config.model), 'tokenizer': tokenizer.load('bytes').digest,
             'identity': identity or {}, 'data': {'global_next_index': 0}} | changes
   ours = writer or store.Writer(workdir, 3)
-  ours.save(step, state.model, {'step': state.step, 'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row, 'optax': state.optimizer}, record)
+  ours.save(step, state.model, state.without_model(), record)
   if not writer:
     ours.close()
 

@@ -76,7 +76,7 @@ def test_parameters_and_moments_are_typed_to_live_where_their_names_say(tiny, va
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     state = training.abstract(config, mesh)
-  for tree in (state.model, state.optimizer[1].mu, state.optimizer[1].nu):
+  for tree in (state.model, state.optimizer['adam'].mu, state.optimizer['adam'].nu):
     assert_placed(tree, mesh)
     for (_, last, leaf), wanted in zip(names(tree), jax.tree.leaves(shardings(tree, mesh))):
       assert leaf.sharding.is_equivalent_to(wanted, len(leaf.shape)), last
@@ -87,7 +87,7 @@ def test_a_fresh_state_lives_where_it_is_typed_to(tiny):
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     state = jax.jit(functools.partial(training.init, config))(jax.random.key(0))
-  for tree in (state.model, state.optimizer[1].mu, state.optimizer[1].nu):
+  for tree in (state.model, state.optimizer['adam'].mu, state.optimizer['adam'].nu):
     assert_placed(tree, mesh)
 
 

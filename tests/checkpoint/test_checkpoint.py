@@ -85,6 +85,15 @@ def test_other_names_and_shapes_are_refused(eight, model, message):
     training.restore(config, workdir, 3, mesh)
 
 
+def test_a_checkpoint_of_another_layout_is_refused(run):
+  config, workdir = run
+  folder = workdir / FOLDER / '3'
+  (folder / 'training').rename(folder / 'optimizer')
+  mesh = make_mesh(ONE)
+  with jax.set_mesh(mesh), pytest.raises(BadInput, match='has no folder training; it was written by another version'):
+    training.restore(config, workdir, 3, mesh)
+
+
 def test_another_type_is_refused_and_never_cast(tmp_path):
   config = experiment(tmp_path)
   state = random_state(config)

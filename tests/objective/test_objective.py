@@ -246,7 +246,7 @@ def one_step(tiny, random_model, batch, family, weights, accumulate):
   model, zero = random_model(config.model), jnp.zeros((), jnp.int32)
   state = training.State(zero, zero, zero, model, optimizer.make(config.optimizer, config.train.steps).init(model))
   state, metrics = jax.jit(functools.partial(training.step, config, active=tuple(weight > 0 for weight in weights)))(state, batch, jnp.ones(24, jnp.int32), np.float32(weights))
-  return state.model, state.optimizer[1].mu, metrics
+  return state.model, state.optimizer['adam'].mu, metrics
 
 
 ACCUMULATED = {'parallel': ({}, (1.0, 0.5)), 'parallel, future 0': ({}, (1.0, 0.0)), 'parallel, future 1': ({}, (0.0, 1.0)),

@@ -73,9 +73,9 @@ def test_every_parameter_learns_and_stands_in_the_group_of_its_kind(tiny, random
   M = model.config.futures
   run = jax.jit(jax.grad(lambda model, batch: objective.loss(model, batch, jnp.ones(M), ObjectiveConfig(chunk=8))[0]))
   grads = run(model, packed(model.config, 2, 8))
-  groups = jax.tree_util.tree_leaves_with_path(optimizer.groups(model))
-  assert len(groups) == len(jax.tree.leaves(model)) > 0
-  for (path, group), g in zip(groups, jax.tree.leaves(grads)):
-    assert group == ('decayed' if name(path) in DECAYED else 'plain') and name(path) in DECAYED | PLAIN
+  decayed = jax.tree_util.tree_leaves_with_path(optimizer.decayed(model))
+  assert len(decayed) == len(jax.tree.leaves(model)) > 0
+  for (path, decays), g in zip(decayed, jax.tree.leaves(grads)):
+    assert decays == (name(path) in DECAYED) and name(path) in DECAYED | PLAIN
     stacked = g if '.trunk' in jax.tree_util.keystr(path) or '.futures' in jax.tree_util.keystr(path) else g[None]
     assert all(np.any(layer) for layer in stacked), jax.tree_util.keystr(path)

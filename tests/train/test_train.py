@@ -107,7 +107,7 @@ def test_a_run_writes_what_it_says(uninterrupted):
       (1, 'train'), (2, 'train'), (2, 'validation'), (3, 'train'), (4, 'train'), (4, 'validation'), (5, 'train'), (6, 'train'), (6, 'validation')]
   assert Config.from_dict(json.loads((workdir / 'config.json').read_text())) == config
   state = state_of(config, workdir)
-  assert [int(x) for x in (state.step, state.skipped, state.skipped_in_a_row, state.optimizer[1].count, state.optimizer[3].count)] == [6, 0, 0, 6, 6]
+  assert [int(x) for x in (state.step, state.skipped, state.skipped_in_a_row, state.optimizer['adam'].count, state.optimizer['learning_rate'].count)] == [6, 0, 0, 6, 6]
 
 
 @pytest.mark.parametrize('family, cuts', [('parallel', [3]), ('parallel', [5]), ('parallel', [2, 4, 6]), ('sequential', [2, 5]),

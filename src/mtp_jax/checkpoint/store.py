@@ -1,10 +1,10 @@
 """Checkpoints: one folder a step, written aside and renamed, holding all that a run or a reader needs.
 
-    workdir/checkpoints/STEP/parameters   a plain nested dict of float32 arrays: {'trunk': {'wq_DHK': ...}, ...}
-    workdir/checkpoints/STEP/optimizer    moments, counters
-    its JSON metadata                     step, config, conventions, tokenizer digest, identity of the data and position in them
+    workdir/checkpoints/STEP/parameters   a nested dict of float32 arrays: {'trunk': {'wq_DHK': ...}, ...}
+    workdir/checkpoints/STEP/training     step, skipped, skipped_in_a_row, optimizer: {'adam': {'mu': ...}, ...}
+    its JSON metadata                     the record: see record.py
 
-Orbax writes them asynchronously; a folder that a crash left incomplete is never read. This is the only door to Orbax.
+Orbax writes them in the background; a folder that a crash left incomplete is never read. Nothing else imports Orbax.
 """
 import difflib
 import itertools
@@ -64,12 +64,18 @@ class Writer:
         preservation_policy=self.training.preservation_policies.LatestN(self.kept),
         save_decision_policy=self.training.save_decision_policies.FixedIntervalPolicy(1))
 
-  def save(self, step: int, parameters, optimizer, record: dict) -> None:
-    """Starts to write; the arrays may be donated or overwritten at once. Raises OSError when the save before this one failed."""
+  def save(self, step: int, parameters, training, record: dict) -> None:
+    """Starts to write; the arrays may be donated or overwritten at once. Raises OSError when the save before failed.
+
+    Args:
+      parameters: what a reader loads.
+      training: what only a resumed run needs.
+      record: JSON, see record.py.
+    """
     self.wait()
     self.checkpointer = self.checkpointer or self._open()
     self.pending = self.checkpointer.save_checkpointables_async(
-        step, {'parameters': as_dict(parameters), 'optimizer': as_dict(optimizer)}, custom_metadata=record)
+        step, {'parameters': as_dict(parameters), 'training': as_dict(training)}, custom_metadata=record)
 
   def wait(self) -> None:
     """Until the save under way is complete. Raises OSError when it failed; a later save then starts afresh."""
@@ -92,7 +98,7 @@ def restore(workdir: pathlib.Path, step: int, **abstract) -> dict:
   """Arrays of a checkpoint, placed as asked.
 
   Args:
-    abstract: 'parameters' and, or, 'optimizer': a tree of `jax.ShapeDtypeStruct` with shardings.
+    abstract: 'parameters' and, or, 'training': a tree of `jax.ShapeDtypeStruct` with shardings.
 
   Returns:
     A dict of trees of the same structure.
@@ -103,6 +109,8 @@ def restore(workdir: pathlib.Path, step: int, **abstract) -> dict:
   from orbax.checkpoint import v1 as ocp
   path = (pathlib.Path(workdir) / FOLDER / str(step)).absolute()
   for name, tree in abstract.items():
+    if not (path / name).is_dir():
+      raise BadInput(f'{path}: has no folder {name}; it was written by another version of mtp_jax, so use that one')
     held = ocp.metadata(path, checkpointable_name=name).metadata
     _check_arrays(path / name, _flat(held), _flat(as_dict(tree)))
   loaded = ocp.load_checkpointables(path, {name: as_dict(tree) for name, tree in abstract.items()})

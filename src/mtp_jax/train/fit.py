@@ -234,9 +234,8 @@ class _Run:
       return
     self.saved = self.step
     with self.speed.paused('save', self.step):
-      s = self.state
-      rest = {'step': s.step, 'skipped': s.skipped, 'skipped_in_a_row': s.skipped_in_a_row, 'optax': s.optimizer}
-      self.writer.save(self.step, s.model, rest, {'step': self.step, 'data': self.batches.get_state(), **self.record})
+      record = {'step': self.step, 'data': self.batches.get_state(), **self.record}
+      self.writer.save(self.step, self.state.model, self.state.without_model(), record)
 
   def close(self) -> None:
     self.profile(range(0))

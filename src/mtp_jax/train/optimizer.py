@@ -1,9 +1,14 @@
-"""AdamW with a schedule, as one Optax transform (decoupled decay: Loshchilov & Hutter, arXiv:1711.05101).
+"""AdamW with a learning-rate schedule, as one Optax transform (decoupled decay: Loshchilov & Hutter, arXiv:1711.05101).
 
-    g <- g * min(1, clip / |g|)        m, v <- moments(g)        p <- p - rate(step) * (m / (sqrt(v) + epsilon) + decay * p)
+    g <- g * min(1, clip / |g|)
+    m, v <- moments(g)
+    p <- p - rate(step) * (m / (sqrt(v) + epsilon) + decay * p)
 
-A parameter's name chooses its group: two letters or more (a matrix, however many axes are stacked before it) decay, vectors do not.
+Its state is a dict by the name of each part: state['adam'].mu, state['adam'].nu, state['learning_rate'].count.
+Weight decay applies to parameters with at least two axes of their own (matrices, stacked or not), never to vectors.
 """
+import collections
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,67 +17,104 @@ from mtp_jax.config import OptimizerConfig
 from mtp_jax.sharding import letters
 
 
-def groups(model):
-  """'decayed' or 'plain' for every parameter."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: 'decayed' if len(letters(path)) > 1 else 'plain', model)
+def make(c: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+  """The whole update as one transform, for a run of `steps` steps."""
+  return optax.named_chain(*_parts(c, steps).items())
 
 
-def to_rest(c: OptimizerConfig, state):
-  """The optimizer's state where it stays between steps: on the device, or, with config.optimizer.moments='host', in its host's memory."""
-  return state if c.moments == 'device' else _moved(state, jax.memory.Space.Host)
+def _parts(c: OptimizerConfig, steps: int) -> dict[str, optax.GradientTransformation]:
+  return {
+      'clip': optax.clip_by_global_norm(c.clip),
+      'adam': optax.scale_by_adam(c.b1, c.b2, c.epsilon),
+      'weight_decay': optax.add_decayed_weights(c.weight_decay, mask=decayed),
+      'learning_rate': optax.scale_by_learning_rate(schedule(c, steps)),
+  }
 
 
-def _moved(state, space):
-  return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
+def decayed(model):
+  """A tree of bools: whether weight decay applies to each parameter."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: len(letters(path)) > 1, model)
 
 
 def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Learning rate at each step: linear warm-up from 0, then a cosine, or a plateau and a linear decay, to final_ratio * peak."""
+  """Learning rate at each step: linear warm-up from 0, then a cosine, or a plateau and a linear decay.
+
+  The last value is config.optimizer.final_ratio times the peak.
+  """
   peak, final = c.learning_rate, c.learning_rate * c.final_ratio
   if c.schedule == 'cosine':
-    rest = optax.cosine_decay_schedule(peak, steps - c.warmup_steps, c.final_ratio)
+    after_warmup = optax.cosine_decay_schedule(peak, steps - c.warmup_steps, c.final_ratio)
   else:
-    decay = round(c.decay_share * steps)
-    rest = optax.linear_schedule(peak, final, max(1, decay), steps - c.warmup_steps - decay)
+    decay_steps = round(c.decay_share * steps)
+    plateau_steps = steps - c.warmup_steps - decay_steps
+    after_warmup = optax.linear_schedule(peak, final, max(1, decay_steps), plateau_steps)
   if c.warmup_steps == 0:
-    return rest
-  return optax.join_schedules([optax.linear_schedule(0.0, peak, c.warmup_steps), rest], [c.warmup_steps])
+    return after_warmup
+  warmup = optax.linear_schedule(0.0, peak, c.warmup_steps)
+  return optax.join_schedules([warmup, after_warmup], [c.warmup_steps])
 
 
-def make(c: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  return optax.chain(*_transforms(c, steps))
+def learning_rate(c: OptimizerConfig, steps: int, state) -> jax.Array:
+  """float32: the rate of the next update."""
+  return jnp.asarray(schedule(c, steps)(state['learning_rate'].count), jnp.float32)
 
 
-def _transforms(c: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, ...]:
-  return (optax.clip_by_global_norm(c.clip),
-          optax.scale_by_adam(c.b1, c.b2, c.epsilon),
-          optax.add_decayed_weights(c.weight_decay, mask=lambda model: jax.tree.map(lambda group: group == 'decayed', groups(model))),
-          optax.scale_by_learning_rate(schedule(c, steps)))
+def to_storage(c: OptimizerConfig, state):
+  """The state in the memory that keeps it between steps: the device's, or with config.optimizer.moments='host' the host's."""
+  return state if c.moments == 'device' else _move(state, jax.memory.Space.Host)
+
+
+def _move(state, space):
+  return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
 
 
 def update(c: OptimizerConfig, steps: int, grads, state, model, ok):
-  """(updates, next state) of `make`; where not `ok` the state stays what it was. The states are `to_rest`."""
-  keep = lambda new, old: jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
+  """(updates, next state) of the transform `make`.
+
+  Args:
+    state: as `to_storage` leaves it.
+    ok: bool[]; where it is False the next state is the old one.
+  """
   if c.moments == 'host':
-    return _one_by_one(_transforms(c, steps), grads, state, model, keep)
+    return _update_one_by_one(_parts(c, steps), grads, state, model, ok)
   updates, following = make(c, steps).update(grads, state, model)
-  return updates, keep(following, state)
+  return updates, _choose(ok, following, state)
 
 
-def _one_by_one(transforms, grads, state, model, keep):
-  """The same with moments in the host, of which those of one parameter are on the device at a time: a barrier lets none in before the ones ahead
-  have left."""
-  (clip, *others), (clip_state, adam, *rest), structure = transforms, state, jax.tree.structure(model)
-  grads, clip_state = clip.update(grads, clip_state)
-  alone = lambda tree, i: structure.unflatten([x if j == i else None for j, x in enumerate(jax.tree.leaves(tree))])
+def _choose(ok, new, old):
+  return jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, old)
+
+
+def _update_one_by_one(parts, grads, state, model, ok):
+  """The same update with moments in host memory, one parameter at a time.
+
+  A barrier lets the moments of a parameter onto the device only after those of the parameter before have left it.
+  """
+  structure = jax.tree.structure(model)
+
+  def only(tree, i: int):
+    """The tree with None for every parameter but number i."""
+    return structure.unflatten([x if j == i else None for j, x in enumerate(jax.tree.leaves(tree))])
+
+  adam = state['adam']
+  following = collections.OrderedDict(state)
+  grads, following['clip'] = parts['clip'].update(grads, state['clip'])
   updates, mu, nu = [], [], []
   for i in range(structure.num_leaves):
-    coming, (mu[-1:], nu[-1:]) = jax.lax.optimization_barrier(((alone(adam.mu, i), alone(adam.nu, i)), (mu[-1:], nu[-1:])))
-    m, v = _moved(coming, jax.memory.Space.Device)
-    held = adam._replace(mu=m, nu=v), *rest
-    found, following = optax.chain(*others).update(alone(grads, i), held, alone(model, i))
-    following = keep(following, held)
-    for leaves, tree in ((updates, found), *zip((mu, nu), _moved((following[0].mu, following[0].nu), jax.memory.Space.Host))):
-      leaves += jax.tree.leaves(tree)
-  updates, mu, nu = map(structure.unflatten, (updates, mu, nu))
-  return updates, (clip_state, following[0]._replace(mu=mu, nu=nu), *following[1:])
+    arriving, leaving = (only(adam.mu, i), only(adam.nu, i)), (mu[-1:], nu[-1:])
+    arriving, leaving = jax.lax.optimization_barrier((arriving, leaving))
+    mu[-1:], nu[-1:] = leaving
+    mu_i, nu_i = _move(arriving, jax.memory.Space.Device)
+
+    adam_i = adam._replace(mu=mu_i, nu=nu_i)
+    update_i, new_adam_i = parts['adam'].update(only(grads, i), adam_i, only(model, i))
+    for name in ('weight_decay', 'learning_rate'):
+      update_i, new = parts[name].update(update_i, state[name], only(model, i))
+      following[name] = _choose(ok, new, state[name])
+    new_adam_i = _choose(ok, new_adam_i, adam_i)
+
+    updates += jax.tree.leaves(update_i)
+    mu += jax.tree.leaves(_move(new_adam_i.mu, jax.memory.Space.Host))
+    nu += jax.tree.leaves(_move(new_adam_i.nu, jax.memory.Space.Host))
+  following['adam'] = new_adam_i._replace(mu=structure.unflatten(mu), nu=structure.unflatten(nu))
+  return structure.unflatten(updates), following

@@ -21,12 +21,19 @@ from mtp_jax.train import optimizer
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-  """All that a step changes. step counts batches, skipped those that were not finite, in all and in a row."""
+  """All that a step changes.
+
+  step counts batches; skipped and skipped_in_a_row count the steps whose loss or gradient was not finite.
+  """
   step: jax.Array
   skipped: jax.Array
   skipped_in_a_row: jax.Array
   model: Model
   optimizer: optax.OptState
+
+  def without_model(self) -> 'State':
+    """What a checkpoint keeps beside the parameters; only a resumed run needs it."""
+    return dataclasses.replace(self, model=None)
 
 
 def init(config: Config, key) -> State:
@@ -35,7 +42,7 @@ def init(config: Config, key) -> State:
   if not jax.sharding.get_abstract_mesh().empty:
     model = jax.tree_util.tree_map_with_path(lambda path, x: jax.sharding.reshard(x, parameter_spec(path, x)), model)
   zero = jnp.zeros((), jnp.int32)
-  return State(zero, zero, zero, model, optimizer.to_rest(config.optimizer, optimizer.make(config.optimizer, config.train.steps).init(model)))
+  return State(zero, zero, zero, model, optimizer.to_storage(config.optimizer, optimizer.make(config.optimizer, config.train.steps).init(model)))
 
 
 def abstract(config: Config, mesh) -> State:
@@ -107,7 +114,7 @@ def step(config: Config, state: State, batch, byte_length_V, weight_M, active: t
       'bits_per_byte': jnp.where(active[0], sums.nats_M[0] / math.log(2) / target_bytes(batch, byte_length_V, config.model.futures), jnp.nan),
       'gradient_norm': norm,
       'update_norm': jnp.where(ok, optax.tree.norm(updates), 0.0),
-      'learning_rate': jnp.asarray(optimizer.schedule(config.optimizer, config.train.steps)(state.optimizer[-1].count), jnp.float32),
+      'learning_rate': optimizer.learning_rate(config.optimizer, config.train.steps, state.optimizer),
       'padding': jnp.mean(batch['segments'][:, :config.data.length] == 0, dtype=jnp.float32),
       'skipped': following.skipped,
       'skipped_in_a_row': following.skipped_in_a_row,
@@ -133,9 +140,9 @@ def compiled_step(config: Config):
 
 
 def restore(config: Config, workdir, step: int, mesh) -> State:
-  """The state of a checkpoint, on the mesh at hand."""
-  like = abstract(config, mesh)
-  rest = {'step': like.step, 'skipped': like.skipped, 'skipped_in_a_row': like.skipped_in_a_row, 'optax': like.optimizer}
-  loaded = store.restore(workdir, step, parameters=like.model, optimizer=rest)
-  rest = loaded['optimizer']
-  return State(rest['step'], rest['skipped'], rest['skipped_in_a_row'], loaded['parameters'], optimizer.to_rest(config.optimizer, rest['optax']))
+  """The state of a checkpoint, on this mesh. Raises BadInput when its arrays are not those of the config."""
+  shapes = abstract(config, mesh)
+  loaded = store.restore(workdir, step, parameters=shapes.model, training=shapes.without_model())
+  state = loaded['training']
+  moments = optimizer.to_storage(config.optimizer, state.optimizer)
+  return dataclasses.replace(state, model=loaded['parameters'], optimizer=moments)
