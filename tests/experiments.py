@@ -7,6 +7,11 @@ import numpy as np
 from mtp_jax import tokenizer
 from mtp_jax.checkpoint import store
 from mtp_jax.config import Config, DataConfig, MeshConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+from mtp_jax.data.files import files
+from mtp_jax.data.parts import Options
+from mtp_jax.data.prepare import prepare
+from mtp_jax.data.prepared_set import Prepared
+from mtp_jax.data.shards import Stream
 from mtp_jax.mesh import make_mesh
 from mtp_jax.model.model import conventions
 from mtp_jax.train import step as training
@@ -52,3 +57,18 @@ def same_bits(a, b) -> bool:
   """Names, types, shapes and bytes of every leaf."""
   bits = lambda tree: {jax.tree_util.keystr(path): (x.dtype, x.shape, np.asarray(x).tobytes()) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
   return bits(a) == bits(b)
+
+
+def prepare_bytes(folder, output, workers: int = 0, **options) -> Prepared:
+  """Prepares a folder with the byte tokenizer, in small parts, whatever is wrong with its records."""
+  options = Options(**{'validation_share': 0.2, 'shard_bytes': 3000, 'bad_share': 1} | options)
+  return prepare(files((str(folder),), '--input'), tokenizer.load('bytes'), options, output, workers, '--input')
+
+
+def texts(stream: Stream) -> list[bytes]:
+  """The documents of a stream of bytes."""
+  return [tokenizer.load('bytes').decode(stream.document(i)) for i in range(stream.documents)]
+
+
+def all_texts(prepared: Prepared) -> list[bytes]:
+  return sorted(texts(prepared.train) + texts(prepared.validation))

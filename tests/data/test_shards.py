@@ -1,23 +1,12 @@
-"""Whatever happens to the bytes on disk, what is read is what was written, or an error that names the place."""
-import dataclasses
+"""What is read from shards is what was written, or an error that names the place."""
 import itertools
-import json
-import os
 import pathlib
-import shutil
 
 import numpy as np
 import pytest
 
-from mtp_jax import tokenizer
-from mtp_jax.config import BadInput
-from mtp_jax.data import folder as folders
-from mtp_jax.data import prepared_set, shards
-from mtp_jax.data.files import File
-from mtp_jax.data.folder import Damaged, Folder
-from mtp_jax.data.parts import Options
-from mtp_jax.data.prepare import prepare
-from mtp_jax.data.prepared_set import open_set
+from mtp_jax.data import shards
+from mtp_jax.data.folder import Damaged
 
 B = 16  # tokens of a block in these tests
 
@@ -65,129 +54,8 @@ def test_memory_and_open_files_are_bounded(tmp_path, stream_of, monkeypatch):
   assert np.array_equal(stream.read(0, 16 * B), expected(*[2 * B] * 8))
 
 
-@pytest.fixture
-def prepared(tmp_path):
-  """A set of 60 documents, in several shards."""
-  (tmp_path / 'in').mkdir()
-  files = []
-  for i in range(60):
-    path = tmp_path / 'in' / f'{i:02}.txt'
-    path.write_bytes(bytes([i + 32]) * (i + 1))
-    files.append(File(f'in/{i:02}.txt', str(path), i + 1))
-  return prepare(files, tokenizer.load('bytes'), Options(validation_share=0.2, shard_bytes=600), tmp_path / 'set', 0, '', note=print)
-
-
-def contents(folder) -> dict:
-  return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
-
-
-def test_every_flipped_bit_of_shards_and_index_is_found_and_none_becomes_a_wrong_token(prepared, tmp_path):
-  """40 flips: `verify`, or opening, names the file of every one; reading gives the right tokens or raises."""
-  whole = prepared.train.read(0, prepared.train.tokens)
-  files = contents(prepared.folder.url)
-  rng, refused, harmless = np.random.default_rng(0), 0, 0
-  names = [name for name in sorted(files) if name.startswith('train-')] + [prepared_set.INDEX]
-  for trial in range(40):
-    name = names[trial % len(names)]
-    # shards: half of the flips where the blocks are; ArrayRecord pads its files to 64 KiB
-    damaged, place = bytearray(files[name]), int(rng.integers(len(files[name]) if name == prepared_set.INDEX or trial % 4 < 2 else 3000))
-    damaged[place] ^= 1 << rng.integers(8)
-    shutil.copytree(prepared.folder.url, tmp_path / str(trial))
-    (tmp_path / str(trial) / name).write_bytes(damaged)
-    try:
-      found = open_set(Folder(tmp_path / str(trial), '--data'), '')
-    except Damaged as error:
-      assert name in str(error)
-      refused += 1
-      continue
-    wrong, = found.verify()
-    assert name in wrong
-    for start in range(0, found.train.tokens, 100):
-      try:
-        assert np.array_equal(found.train.read(start, start + 100), whole[start:start + 100])
-        harmless += 1
-      except Damaged as error:
-        assert name in str(error) and 'on_damage' in str(error)
-        refused += 1
-  assert refused > 15 and harmless  # most of a set can still be read
-  assert not prepared.verify()
-
-
-@pytest.mark.parametrize('harm', ['cut', 'empty', 'delete', 'longer'])
-@pytest.mark.parametrize('which', ['shard', 'index'])
-def test_files_that_are_missing_or_of_another_length_are_named_when_a_set_is_opened(prepared, harm, which):
-  path = pathlib.Path(prepared.folder.url, prepared_set.INDEX if which == 'index' else prepared.train.shards[1].file)
-  content = path.read_bytes()
-  path.unlink()
-  if harm != 'delete':
-    path.write_bytes({'cut': content[:-1], 'empty': b'', 'longer': content + b'\n'}[harm])
-  wanted = r'holds no prepared set' if which == 'index' and harm == 'delete' else rf'{path.name}.*; restore the file, or delete the folder and prepare it again'
-  with pytest.raises(BadInput, match=wanted):
-    open_set(Folder(prepared.folder.url, '--data'), '')
-
-
-def test_a_shard_in_place_of_another_is_found_by_its_blocks(prepared):
-  a, b = (pathlib.Path(prepared.folder.url, shard.file) for shard in prepared.train.shards[:2])
-  a.write_bytes(b.read_bytes())
-  found = open_set(Folder(prepared.folder.url, '--data'), '')
-  with pytest.raises(Damaged, match=a.name):
-    found.train.read(0, 500)
-  assert len(found.verify()) == 1
-
-
 def test_a_block_of_another_size_is_no_block_of_this_shard(tmp_path, stream_of):
   stream, other = stream_of(tmp_path / 'one', [B + 3]), stream_of(tmp_path / 'other', [B + 5])
   pathlib.Path(stream.folder.path(stream.shards[0].file)).write_bytes(pathlib.Path(other.folder.path(other.shards[0].file)).read_bytes())
   with pytest.raises(Damaged, match='train-00000.array_record: block 1 has 10 bytes; restore the file'):
     stream.read(0, B + 3)
-
-
-@pytest.mark.parametrize('identity, said', [({'layout': 99}, '99'), ({}, 'None')])
-def test_another_layout_is_refused(prepared, identity, said):
-  prepared_set.write_index(prepared.folder, prepared.index | {'identity': identity})
-  with pytest.raises(BadInput, match=f'has layout {said}, this version reads 3; prepare it again, in another folder'):
-    open_set(Folder(prepared.folder.url, '--data'), '')
-
-
-def test_a_file_that_is_not_finished_does_not_appear(tmp_path):
-  folder = Folder(tmp_path / 'set', '')
-  with pytest.raises(RuntimeError), folder.new_file('file') as path:
-    pathlib.Path(path).write_text('half')
-    raise RuntimeError
-  assert os.listdir(folder.url) == [] and folder.sizes() == {}
-  folder.write('file', b'whole')
-  assert folder.sizes() == {'file': 5} and folder.read('file') == b'whole'
-  assert os.stat(folder.path('file')).st_mode & 0o777 == 0o666 & ~folders._umask()
-
-
-def test_a_set_elsewhere_is_fetched_once_and_checked(prepared, tmp_path, memory):
-  for name, content in contents(prepared.folder.url).items():
-    memory.pipe_file(f'/bucket/set/{name}', content)
-  remote, cache = Folder('memory://bucket/set', '--data'), str(tmp_path / 'cache')
-  found = open_set(remote, cache)
-  whole = prepared.train.read(0, prepared.train.tokens)
-  assert np.array_equal(found.train.read(0, found.train.tokens), whole) and not found.verify()
-  assert sorted(os.listdir(tmp_path / 'cache' / 'shards')) == sorted(shard.sha256 for shard in found.train.shards)
-  first = found.train.shards[0].file
-  memory.pipe_file(f'/bucket/set/{first}', b'x' * found.train.shards[0].bytes)
-  again = open_set(remote, cache)
-  assert np.array_equal(again.train.read(0, 10), whole[:10])  # from the copy
-  (tmp_path / 'cache' / 'shards' / found.train.shards[0].sha256).write_bytes(b'cut')
-  with pytest.raises(Damaged, match=rf'memory://bucket/set/{first}: its digest'):  # of what is fetched anew
-    open_set(remote, cache).train.read(0, 10)
-  with pytest.raises(Damaged, match=rf'memory://bucket/set/{first}: its digest'):
-    open_set(remote, str(tmp_path / 'other')).train.read(0, 10)
-  memory.rm(f'/bucket/set/{first}')
-  with pytest.raises(Damaged, match=f'{first}: is missing'):
-    open_set(remote, cache)
-
-
-def test_an_unknown_protocol_is_one_line():
-  with pytest.raises(BadInput, match=r"^--data: 'nowhere://x': Protocol not known: nowhere"):
-    Folder('nowhere://x', '--data')
-
-
-def test_an_index_holds_what_reading_needs(prepared):
-  index = json.loads(pathlib.Path(prepared.folder.url, prepared_set.INDEX).read_text())
-  assert [dataclasses.asdict(shard) for shard in prepared.train.shards] == index['splits']['train']
-  assert index['dtype'] == '<u2' and prepared.index['fingerprint'] == prepared.fingerprint

@@ -1,100 +1,16 @@
-"""Which files are found, which documents they hold, what is wrong with the others."""
+"""Which documents a file holds, and what is wrong with its other records."""
 import gzip
 import hashlib
 import json
-import os
-import pathlib
 import random
-import sysconfig
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from mtp_jax.config import BadInput
-from mtp_jax.data.files import File, digest, files, name_hash
+from mtp_jax.data.files import File
 from mtp_jax.data.records import Document, Fault, Piece, Reader, Reading
-
-
-def tree(folder, *names):
-  for name in names:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text('' if 'empty' in name else name)
-
-
-def names(given) -> list[str]:
-  return sorted(file.name for file in files(given, '--input'))
-
-
-def test_files_and_directories_are_found_once_and_hidden_ones_are_not(tmp_path, monkeypatch):
-  tree(tmp_path, 'a/one.txt', 'a/deep/two.bin', 'a/.hidden', 'a/.git/config', 'a/empty.txt', 'b/a/one.txt', 'single.txt', '.given/x.txt')
-  os.mkfifo(tmp_path / 'a/pipe')
-  os.symlink(tmp_path / 'nowhere', tmp_path / 'a/broken')
-  os.symlink(tmp_path / 'single.txt', tmp_path / 'a/link.txt')
-  monkeypatch.setenv('HOME', str(tmp_path))
-  given = ('~/a', str(tmp_path / 'a/one.txt'), str(tmp_path / 'single.txt'), '~/b/a', '~/.given')
-  assert names(given) == ['.given/x.txt', 'a/deep/two.bin', 'a/empty.txt', 'a/link.txt', 'a/one.txt', 'a/one.txt~']
-  found = {file.name: file for file in files(given, '')}
-  assert found['a/link.txt'].bytes == len('single.txt') and found['a/one.txt~'].bytes == len('b/a/one.txt')
-
-
-def test_globs_name_files_from_the_folder_before_the_first_wildcard(tmp_path):
-  tree(tmp_path, 'c/x/1.jsonl', 'c/x/2.jsonl', 'c/x/3.txt', 'c/y/1.jsonl', 'c/odd[1].txt')
-  assert names((f'{tmp_path}/c/x/*.jsonl',)) == ['x/1.jsonl', 'x/2.jsonl']
-  assert names((f'{tmp_path}/c/*/1.jsonl',)) == ['c/x/1.jsonl', 'c/y/1.jsonl']
-  assert names((f'{tmp_path}/c/**/*.jsonl',)) == ['c/x/1.jsonl', 'c/x/2.jsonl', 'c/y/1.jsonl']
-  assert names((f'{tmp_path}/c/odd[1].txt',)) == ['odd[1].txt']
-
-
-def test_files_come_in_the_order_of_their_names_hashes(tmp_path):
-  tree(tmp_path, *[f'c/{i}.txt' for i in range(50)])
-  found = [file.name for file in files((str(tmp_path / 'c'),), '')]
-  assert found == sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest()) and len(found) == 50
-  assert name_hash('c/7.txt') == int(hashlib.sha256(b'c/7.txt').hexdigest()[:16], 16)
-
-
-@pytest.mark.parametrize('given', ['missing', 'nothing', 'only hidden', 'missing/*.txt'])
-def test_paths_without_files_are_refused(tmp_path, given):
-  (tmp_path / 'nothing').mkdir()
-  tree(tmp_path, 'only hidden/.x')
-  with pytest.raises(BadInput, match=r"^--input: '.*' holds no file; give text files, JSON lines, Parquet"):
-    files((str(tmp_path / given),), '--input')
-
-
-def test_names_that_are_not_utf8_do_no_harm(tmp_path):
-  with open(os.fsencode(tmp_path) + b'/\xff.txt', 'wb') as file:
-    file.write(b'x')
-  found, = files((str(tmp_path),), '')
-  assert found.name.endswith('/\\xff.txt') and list(Reader(Piece(found), Reading(), '')) == [Document(found.name, b'x')]
-
-
-def test_without_paths_the_files_are_the_standard_library():
-  found = files((), '')
-  held = {file.name for file in found}
-  assert {'random.py', 'json/decoder.py'} <= held and all(name.endswith('.py') for name in held) and len(held) == len(found) > 1000
-  assert not [name for name in held if 'site-packages' in name or 'dist-packages' in name]
-  assert digest(next(file for file in found if file.name == 'random.py'), '') == hashlib.sha256(
-      pathlib.Path(sysconfig.get_path('stdlib'), 'random.py').read_bytes()).hexdigest()
-
-
-def test_files_elsewhere_are_found_and_read_through_fsspec(memory):
-  for name in ('c/1.jsonl', 'c/deep/2.txt', 'c/.hidden/3.txt', 'c/4.txt.gz'):
-    memory.pipe_file(f'/bucket/{name}', gzip.compress(b'packed') if name.endswith('gz') else b'{"text": "x"}\n')
-  assert names(('memory://bucket/c',)) == ['c/1.jsonl', 'c/4.txt.gz', 'c/deep/2.txt']
-  assert names(('memory://bucket/c/*.jsonl',)) == ['c/1.jsonl'] and names(('memory://bucket/c/deep/2.txt',)) == ['2.txt']
-  found = {file.name: file for file in files(('memory://bucket/c',), '')}
-  assert list(Reader(Piece(found['c/1.jsonl']), Reading(), '')) == [Document('c/1.jsonl@0', b'x')]
-  assert list(Reader(Piece(found['c/4.txt.gz']), Reading(), '')) == [Document('c/4.txt.gz', b'packed')]
-  with pytest.raises(BadInput, match='holds no file'):
-    files(('memory://bucket/nothing',), '--input')
-
-
-@pytest.mark.parametrize('url', ['gs://bucket/x', 's3://bucket/x', 'nowhere://x'])
-def test_a_protocol_without_its_package_is_one_line(url, monkeypatch):
-  monkeypatch.setattr('mtp_jax.data.files.fsspec.core.url_to_fs', lambda url: (_ for _ in ()).throw(ImportError('Please install gcsfs')))
-  with pytest.raises(BadInput, match=rf"^--input: '{url}': Please install gcsfs$"):
-    files((url,), '--input')
 
 
 def found_in(tmp_path, content: bytes, name: str = 'x.jsonl', **reading):
@@ -127,6 +43,7 @@ LINES = [  # of a JSON-lines file; the fault of each, and the bytes where it is 
     (b'{"text": "' + b'\\u0451' * 50 + b'"}', None, 'ё'.encode() * 50),
     (b'{"text": "' + b'x' * 100 + b'"}', None, b'x' * 100),
 ]
+
 LIMIT = 100
 
 
