@@ -11,7 +11,7 @@ import numpy as np
 
 from mtp_jax import tokenizer
 from mtp_jax.checkpoint import store
-from mtp_jax.checkpoint.record import check_conventions, check_same, metadata
+from mtp_jax.checkpoint.record import check_conventions, check_tokenizer, read_record
 from mtp_jax.config import BadInput, Config, MeshConfig
 from mtp_jax.data.corpus import Corpus, open_corpus
 from mtp_jax.data.rows import validation_batches
@@ -240,11 +240,11 @@ def load(workdir, step: int | None = None) -> LanguageModel:
     BadInput: when there is no such checkpoint, or its record and its arrays disagree.
   """
   workdir = pathlib.Path(workdir).expanduser().absolute()
-  record = metadata(workdir, step)
+  record = read_record(workdir, step)
   config = Config.from_dict(record['config'])
   check_conventions(conventions(config.model), record, workdir)
   tokens = tokenizer.load(config.data.tokenizer)
-  check_same(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record, 'tokenizer', 'put the original file back')
+  check_tokenizer(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record, 'put the original file back')
   try:
     mesh = make_mesh(config.mesh)
   except BadInput:

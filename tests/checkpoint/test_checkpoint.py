@@ -1,4 +1,4 @@
-"""What was saved comes back bit by bit, on any mesh; what does not fit, or is not whole, is refused or passed over."""
+"""A checkpoint comes back bit by bit, on any mesh; one that does not fit or is incomplete is refused or skipped."""
 import dataclasses
 import gc
 import json
@@ -11,7 +11,7 @@ from experiments import experiment, random_state, same_bits, write
 
 import mtp_jax
 from mtp_jax.checkpoint import store
-from mtp_jax.checkpoint.record import FOLDER, check_resumes, metadata, steps
+from mtp_jax.checkpoint.record import FOLDER, check_resumes, read_record, steps
 from mtp_jax.config import BadInput, Config, MeshConfig, TrainConfig
 from mtp_jax.mesh import make_mesh
 from mtp_jax.model.model import conventions
@@ -33,13 +33,14 @@ def eight(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path):
-  """A fresh checkpoint of step 3, to be harmed: (config, folder)."""
+  """A fresh checkpoint of step 3 for a test to damage: (config, folder)."""
   config = experiment(tmp_path)
   write(tmp_path / 'run', config, random_state(config))
   return config, tmp_path / 'run'
 
 
-@pytest.mark.parametrize('mesh', [ONE, EIGHT, MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(tensor=2), MeshConfig(fsdp=2, context=2)], ids=str)
+@pytest.mark.parametrize('mesh', [
+    ONE, EIGHT, MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(tensor=2), MeshConfig(fsdp=2, context=2)], ids=str)
 def test_a_state_of_eight_devices_is_bit_equal_on_any_mesh(eight, mesh):
   config, state, workdir = eight
   config, mesh = dataclasses.replace(config, mesh=mesh), make_mesh(mesh)
@@ -97,14 +98,16 @@ def test_a_checkpoint_of_another_layout_is_refused(run):
 def test_another_type_is_refused_and_never_cast(tmp_path):
   config = experiment(tmp_path)
   state = random_state(config)
-  half = dataclasses.replace(state, model=jax.tree.map(lambda x: jax.device_put(np.asarray(x, np.float16), x.sharding), state.model))
+  to_half = lambda x: jax.device_put(np.asarray(x, np.float16), x.sharding)
+  half = dataclasses.replace(state, model=jax.tree.map(to_half, state.model))
   write(tmp_path / 'run', config, half)
   with pytest.raises(BadInput, match=r'is float16\[264, 16\], but the config asks for float32\[264, 16\]'):
     mtp_jax.load(tmp_path / 'run')
 
 
-@pytest.mark.parametrize('unlink', [['_CHECKPOINT_METADATA', 'commit_success.txt'], ['commit_success.txt'], ['_CHECKPOINT_METADATA']], ids=str)
-def test_an_incomplete_step_is_passed_over_and_set_aside(run, unlink):
+@pytest.mark.parametrize('unlink', [
+    ['_CHECKPOINT_METADATA', 'commit_success.txt'], ['commit_success.txt'], ['_CHECKPOINT_METADATA']], ids=str)
+def test_an_incomplete_step_is_skipped_and_set_aside(run, unlink):
   config, workdir = run
   state = random_state(config)
   folder = workdir / FOLDER
@@ -112,9 +115,10 @@ def test_an_incomplete_step_is_passed_over_and_set_aside(run, unlink):
     write(workdir, config, state, step=500)
     for name in unlink:
       (folder / '500' / name).unlink()
-    assert steps(workdir) == [3] and metadata(workdir)['step'] == 3
+    assert steps(workdir) == [3] and read_record(workdir)['step'] == 3
     store.Writer(workdir, 3).close()
-    assert sorted(path.name for path in folder.iterdir() if not path.name.startswith('_')) == sorted({'3', 'incomplete-500', f'incomplete-500{n}'})
+    names = {path.name for path in folder.iterdir() if not path.name.startswith('_')}
+    assert names == {'3', 'incomplete-500', f'incomplete-500{n}'}
   write(workdir, config, state, step=500)
   assert steps(workdir) == [3, 500]
 
@@ -136,8 +140,9 @@ def test_only_the_newest_checkpoints_are_kept(run):
   assert steps(workdir) == [5, 6]
 
 
-# Orbax leaves its other threads and coroutines to fail alone.
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning', 'ignore::pytest.PytestUnraisableExceptionWarning')
+# Other threads and coroutines of Orbax fail later, without anybody to catch it.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning',
+                            'ignore::pytest.PytestUnraisableExceptionWarning')
 def test_a_failed_save_is_an_error_and_leaves_the_older_checkpoint_and_the_next_save_alone(run):
   config, workdir = run
   state, writer = random_state(config), store.Writer(workdir, 3)
@@ -157,63 +162,76 @@ def test_a_failed_save_is_an_error_and_leaves_the_older_checkpoint_and_the_next_
   gc.collect()
 
 
+def with_record(change):
+  """Orbax's metadata as JSON, with a changed record."""
+  return lambda metadata: json.dumps(metadata | {'custom_metadata': change(metadata['custom_metadata'])})
+
+
+def without(key: str):
+  return with_record(lambda record: {name: value for name, value in record.items() if name != key})
+
+
 RECORDS = {
-    'empty file': lambda record: '',
-    'cut off': lambda record: json.dumps(record)[:200],
-    'no object': lambda record: '[]',
-    'no record': lambda record: json.dumps(record | {'custom_metadata': None}),
-    'no config': lambda record: json.dumps(record | {'custom_metadata': {'step': 3}}),
-    'config that is none': lambda record: json.dumps(record | {'custom_metadata': record['custom_metadata'] | {'config': 'x'}}),
-} | {f'no {key}': lambda record, key=key: json.dumps(record | {'custom_metadata': {k: v for k, v in record['custom_metadata'].items() if k != key}})
-     for key in ('conventions', 'tokenizer', 'identity', 'data')}
+    'empty file': lambda metadata: '',
+    'cut off': lambda metadata: json.dumps(metadata)[:200],
+    'no object': lambda metadata: '[]',
+    'no record': with_record(lambda record: None),
+    'only a step': with_record(lambda record: {'step': 3}),
+    'config of another type': with_record(lambda record: record | {'config': 'x'}),
+    **{f'no {key}': without(key) for key in ('config', 'conventions', 'tokenizer', 'identity', 'data')},
+}
 
 
-@pytest.mark.parametrize('harm', RECORDS.values(), ids=RECORDS)
-def test_a_damaged_record_is_refused(eight, tmp_path, harm):
+@pytest.mark.parametrize('damage', RECORDS.values(), ids=RECORDS)
+def test_a_damaged_record_is_refused(eight, tmp_path, damage):
   source = eight[2] / FOLDER / '3'
   folder = tmp_path / FOLDER / '3'
   folder.mkdir(parents=True)
   (folder / 'commit_success.txt').write_text('')
-  (folder / '_CHECKPOINT_METADATA').write_text(harm(json.loads((source / '_CHECKPOINT_METADATA').read_text())))
-  with pytest.raises(BadInput, match='lacks the record of config and conventions .* remove the folder 3 to fall back to an older step'):
-    metadata(tmp_path)
+  (folder / '_CHECKPOINT_METADATA').write_text(damage(json.loads((source / '_CHECKPOINT_METADATA').read_text())))
+  message = 'lacks the record of config and conventions .* remove the folder 3 to fall back to an older step'
+  with pytest.raises(BadInput, match=message):
+    read_record(tmp_path)
 
 
-@pytest.mark.parametrize('change', [{'target': 'future m predicts token t+m'}, {'rotary': None}, {'new in a later version': 1}], ids=str)
+@pytest.mark.parametrize('change', [
+    {'target': 'future m predicts token t+m'}, {'rotary': None}, {'new in a later version': 1}], ids=str)
 def test_contradicting_conventions_are_refused(tmp_path, change):
   config = experiment(tmp_path)
   write(tmp_path / 'run', config, random_state(config), conventions=conventions(config.model) | change)
-  wanted = f'conventions contradict this version in {next(iter(change))}'
-  with pytest.raises(BadInput, match=wanted):
+  message = f'conventions contradict this version in {next(iter(change))}'
+  with pytest.raises(BadInput, match=message):
     mtp_jax.load(tmp_path / 'run')
-  with pytest.raises(BadInput, match=wanted):
+  with pytest.raises(BadInput, match=message):
     fit(config, tmp_path / 'run')
 
 
 @pytest.mark.parametrize('section, field, value', [
-    ('model', 'layers', 4), ('model', 'futures', 1), ('model', 'kind', 'sequential'), ('model', 'placement', 'appended'), ('model', 'rope_base', 100.0),
-    ('train', 'steps', 2)])
+    ('model', 'layers', 4), ('model', 'futures', 1), ('model', 'kind', 'sequential'), ('model', 'placement', 'appended'),
+    ('model', 'rope_base', 100.0), ('train', 'steps', 2)])
 def test_what_a_checkpoint_fixes_cannot_change(eight, section, field, value):
   config, _, workdir = eight
-  optimizer = {'warmup_steps': 1}
-  changed = Config.from_dict({**config.to_dict(), 'objective': {'chunk': 8}, 'optimizer': optimizer, section: config.to_dict()[section] | {field: value}})
+  old = config.to_dict()
+  old |= {'objective': {'chunk': 8}, 'optimizer': {'warmup_steps': 1}}
+  changed = Config.from_dict(old | {section: old[section] | {field: value}})
   with pytest.raises(BadInput, match=f'config.{section}.{field}={value!r}: the checkpoint in .*; set '):
-    check_resumes(changed, metadata(workdir), workdir)
+    check_resumes(changed, read_record(workdir), workdir)
 
 
-def test_what_a_checkpoint_does_not_fix_may_change_and_is_told(eight):
+def test_what_a_checkpoint_does_not_fix_may_change_and_is_reported(eight):
   config, _, workdir = eight
-  changed = dataclasses.replace(config, mesh=ONE, train=dataclasses.replace(config.train, batch=16), model=dataclasses.replace(config.model, remat='none'))
-  assert check_resumes(config, metadata(workdir), workdir) == []
-  assert check_resumes(changed, metadata(workdir), workdir) == [
+  train, model = dataclasses.replace(config.train, batch=16), dataclasses.replace(config.model, remat='none')
+  changed = dataclasses.replace(config, mesh=ONE, train=train, model=model)
+  assert check_resumes(config, read_record(workdir), workdir) == []
+  assert check_resumes(changed, read_record(workdir), workdir) == [
       "config.model.remat: 'full' -> 'none'", 'config.train.batch: 8 -> 16', 'config.mesh.fsdp: 4 -> 1', 'config.mesh.tensor: 2 -> 1']
 
 
 def test_a_folder_without_checkpoints_is_bad_input(tmp_path):
   with pytest.raises(BadInput, match='holds no checkpoint; train one with: python -m mtp_jax train'):
-    metadata(tmp_path)
+    read_record(tmp_path)
 
 
-def test_a_step_that_is_not_there_is_bad_input(eight):
+def test_a_missing_step_is_bad_input(eight):
   with pytest.raises(BadInput, match='step 7: .* holds the steps 3'):
-    metadata(eight[2], 7)
+    read_record(eight[2], 7)

@@ -23,7 +23,7 @@ from experiments import experiment, random_state, same_bits
 import mtp_jax
 from mtp_jax import chips, objective, tokenizer
 from mtp_jax.checkpoint import store
-from mtp_jax.checkpoint.record import metadata, steps
+from mtp_jax.checkpoint.record import read_record, steps
 from mtp_jax.cli.main import main
 from mtp_jax.config import BadInput, Config, MeshConfig, ObjectiveConfig
 from mtp_jax.data.corpus import difference, open_corpus
@@ -343,7 +343,7 @@ def test_other_data_are_refused_with_what_changed_unless_accepted(uninterrupted,
   lines = []
   assert fit(changed(accept_changed=True), tmp_path / 'run', note=lines.append).step == 7
   assert any(re.match(f'the data have changed: {said}', line) for line in lines)
-  record = metadata(tmp_path / 'run')
+  record = read_record(tmp_path / 'run')
   assert record['data'] == {'global_next_index': 7 * 8} and difference(record['identity'], open_corpus(changed().data, tokenizer.load('bytes')).identity) == []
 
 
@@ -374,7 +374,7 @@ def test_damaged_data_stop_a_run_after_saving_it_and_quarantined_it_goes_on(dama
   with pytest.raises(Damaged, match=f'{name}: block {block} is damaged'):
     fit(config, tmp_path / 'run', note=lambda line: None)
   stopped, = steps(tmp_path / 'run')
-  assert stopped in at and metadata(tmp_path / 'run')['data'] == {'global_next_index': stopped * 8}
+  assert stopped in at and read_record(tmp_path / 'run')['data'] == {'global_next_index': stopped * 8}
   goes_on, lines = dataclasses.replace(config, data=dataclasses.replace(config.data, on_damage='quarantine')), []
   assert fit(goes_on, tmp_path / 'run', note=lines.append).step == 40
   log = log_of(tmp_path / 'run')

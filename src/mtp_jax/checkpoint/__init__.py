@@ -1,1 +1,1 @@
-"""What a run writes down to go on from; the door to Orbax."""
+"""Checkpoints of a run. record.py: the JSON in them, and what it lets a run resume. store.py: their arrays, through Orbax."""

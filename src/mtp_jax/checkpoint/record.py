@@ -1,52 +1,68 @@
-"""checkpoint/record."""
+"""The record of a checkpoint: the JSON that tells what its arrays mean, and what a run may resume from it.
+
+    step          the step it was saved after
+    config        as `Config.to_dict` gives it
+    conventions   which token a future predicts, what a module reads, ...; see `model.conventions`
+    tokenizer     digest of the tokenizer
+    identity      of the data; see `Corpus.identity`
+    data          position in the data; see `Batches.get_state`
+
+Nothing here imports JAX or Orbax.
+"""
 import json
 import pathlib
 
 from mtp_jax.config import BadInput, Config
 
 FOLDER = 'checkpoints'
-RECORD = {'step': int, 'config': dict, 'conventions': dict, 'tokenizer': str, 'identity': dict, 'data': dict}
+METADATA, COMMITTED = '_CHECKPOINT_METADATA', 'commit_success.txt'  # files of Orbax in a complete checkpoint
+TYPES = {'step': int, 'config': dict, 'conventions': dict, 'tokenizer': str, 'identity': dict, 'data': dict}
+MODEL_FIELDS_FREE_TO_CHANGE = {'remat', 'head_batch', 'dtype'}  # the parameters mean the same with any value of these
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
-  """Steps with a complete checkpoint, oldest first. Touches neither JAX nor Orbax."""
-  folder = pathlib.Path(workdir) / FOLDER
-  complete = lambda path: (path / 'commit_success.txt').exists() and (path / '_CHECKPOINT_METADATA').exists()
-  return sorted(int(path.name) for path in folder.glob('*') if path.name.isdigit() and complete(path))
+  """Steps with a complete checkpoint, oldest first."""
+  paths = (pathlib.Path(workdir) / FOLDER).glob('*')
+  return sorted(int(path.name) for path in paths if path.name.isdigit() and _is_complete(path))
 
 
-def metadata(workdir: pathlib.Path, step: int | None = None) -> dict:
-  """What a checkpoint says of itself: step, config, conventions, tokenizer, identity, data. The newest unless a step is given.
+def _is_complete(path: pathlib.Path) -> bool:
+  return (path / COMMITTED).exists() and (path / METADATA).exists()
+
+
+def read_record(workdir: pathlib.Path, step: int | None = None) -> dict:
+  """The record of a checkpoint: the newest one unless a step is given.
 
   Raises:
-    BadInput: when there is no such checkpoint, or it lacks its record.
+    BadInput: when there is no such checkpoint, or its record is incomplete.
   """
-  found = steps(workdir)
-  if not found:
-    raise BadInput(f'--workdir={workdir}: holds no checkpoint; train one with: python -m mtp_jax train --config=configs/tiny.py --workdir={workdir}')
-  if step is not None and step not in found:
-    raise BadInput(f'step {step}: {workdir} holds the steps {", ".join(map(str, found))}')
-  chosen = found[-1] if step is None else step
-  path = pathlib.Path(workdir) / FOLDER / str(chosen) / '_CHECKPOINT_METADATA'
+  available = steps(workdir)
+  if not available:
+    raise BadInput(f'--workdir={workdir}: holds no checkpoint; '
+                   f'train one with: python -m mtp_jax train --config=configs/tiny.py --workdir={workdir}')
+  if step is not None and step not in available:
+    raise BadInput(f'step {step}: {workdir} holds the steps {", ".join(map(str, available))}')
+  chosen = available[-1] if step is None else step
+  path = pathlib.Path(workdir) / FOLDER / str(chosen) / METADATA
   try:
     record = json.loads(path.read_text())['custom_metadata']
-    return record | {key: kind(record[key]) for key, kind in RECORD.items()}
+    return record | {key: kind(record[key]) for key, kind in TYPES.items()}
   except (ValueError, KeyError, TypeError) as error:
-    raise BadInput(f'{path}: lacks the record of config and conventions ({error!r}); remove the folder {chosen} to fall back to an older step') from None
-
-
-# What a resumed run may not change, because the checkpoint's arrays would mean something else. (Its data are told by their identity.)
-FREE = {'model': {'remat', 'head_batch', 'dtype'}, 'data': None, 'train': None, 'optimizer': None, 'objective': None, 'mesh': None}
+    raise BadInput(f'{path}: lacks the record of config and conventions ({error!r}); '
+                   f'remove the folder {chosen} to fall back to an older step') from None
 
 
 def check_resumes(config: Config, record: dict, workdir) -> list[str]:
-  """Compares a config with that of a checkpoint; returns the harmless differences, one line each.
+  """Fields that differ from the checkpoint's and may, one line each.
+
+  Only fields of the model are fixed; whether the data are the same is told by their identity, not by the config.
 
   Raises:
     BadInput: for a field that a checkpoint fixes.
   """
   if config.train.steps < record['step']:
-    raise BadInput(f'config.train.steps={config.train.steps}: the checkpoint in {workdir} is of step {record["step"]}; set at least that')
+    raise BadInput(f'config.train.steps={config.train.steps}: the checkpoint in {workdir} is of step {record["step"]}; '
+                   'set at least that')
   changes = []
   for section, fields in config.to_dict().items():
     for field, value in fields.items():
@@ -54,22 +70,28 @@ def check_resumes(config: Config, record: dict, workdir) -> list[str]:
       old = tuple(old) if isinstance(old, list) else old
       if old == value:
         continue
-      if FREE[section] is not None and field not in FREE[section]:
-        raise BadInput(f'config.{section}.{field}={value!r}: the checkpoint in {workdir} has {old!r}; set that, or choose another --workdir')
+      if section == 'model' and field not in MODEL_FIELDS_FREE_TO_CHANGE:
+        raise BadInput(f'config.{section}.{field}={value!r}: the checkpoint in {workdir} has {old!r}; '
+                       'set that, or choose another --workdir')
       changes.append(f'config.{section}.{field}: {old!r} -> {value!r}')
   return changes
 
 
-def check_same(what: str, mine: str, record: dict, key: str, fix: str) -> None:
-  """Raises BadInput unless a digest equals the checkpoint's."""
-  if record[key] != mine:
-    raise BadInput(f'{what}: digest {mine[:12]} differs from the checkpoint\'s {record[key][:12]}; {fix}')
+def check_tokenizer(where: str, digest: str, record: dict, fix: str) -> None:
+  """Raises BadInput unless the checkpoint was trained with this tokenizer.
+
+  Args:
+    where: the field or flag that chose the tokenizer, with its value.
+    fix: what the user can do.
+  """
+  if record['tokenizer'] != digest:
+    raise BadInput(f'{where}: digest {digest[:12]} differs from the checkpoint\'s {record["tokenizer"][:12]}; {fix}')
 
 
-def check_conventions(mine: dict, record: dict, workdir) -> None:
-  """Raises BadInput unless the checkpoint's weights mean what this version takes them for."""
+def check_conventions(conventions: dict, record: dict, workdir) -> None:
+  """Raises BadInput unless the checkpoint's weights mean what this version assumes."""
   theirs = record['conventions']
-  wrong = [key for key in mine | theirs if mine.get(key) != theirs.get(key)]
+  wrong = [key for key in conventions | theirs if conventions.get(key) != theirs.get(key)]
   if wrong:
-    raise BadInput(f"{workdir}: the checkpoint's conventions contradict this version in {', '.join(wrong)}; its weights would be misread, "
-                   'so use the version that wrote it')
+    raise BadInput(f"{workdir}: the checkpoint's conventions contradict this version in {', '.join(wrong)}; "
+                   'its weights would be misread, so use the version that wrote it')

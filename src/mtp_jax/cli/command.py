@@ -68,8 +68,8 @@ def model_of(flags):
   need(flags, 'workdir')
   need_at_least(flags, step=-1)
   step = None if flags.step < 0 else flags.step
-  from mtp_jax.checkpoint.record import metadata
-  metadata(flags.workdir, step)  # refuses a wrong folder before JAX starts
+  from mtp_jax.checkpoint.record import read_record
+  read_record(flags.workdir, step)  # refuses a wrong folder before JAX starts
   from mtp_jax.lm import load
   return load(flags.workdir, step)
 

@@ -140,13 +140,13 @@ def drafter_of(flags, lm):
   """--drafter as `LanguageModel.generate` takes it: its name, or the model, refused before it is loaded when its tokenizer is another."""
   if flags.drafter in ('futures', 'lookup'):
     return flags.drafter
-  from mtp_jax.checkpoint.record import check_same, metadata
+  from mtp_jax.checkpoint.record import check_tokenizer, read_record
   from mtp_jax.lm import load
   try:
-    record = metadata(flags.drafter, None)
+    record = read_record(flags.drafter)
   except BadInput as error:
     raise BadInput(f"--drafter={flags.drafter}: neither 'futures' nor 'lookup', nor the workdir of a model: {error}") from None
-  check_same('--drafter=' + flags.drafter, lm.tokenizer.digest, record, 'tokenizer', 'a draft model must share the tokenizer of the model')
+  check_tokenizer('--drafter=' + flags.drafter, lm.tokenizer.digest, record, 'a draft model must share the tokenizer of the model')
   return load(flags.drafter)
 
 

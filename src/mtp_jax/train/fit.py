@@ -19,7 +19,7 @@ import numpy as np
 
 from mtp_jax import chips, tokenizer
 from mtp_jax.checkpoint import store
-from mtp_jax.checkpoint.record import check_conventions, check_resumes, check_same, metadata, steps
+from mtp_jax.checkpoint.record import check_conventions, check_resumes, check_tokenizer, read_record, steps
 from mtp_jax.config import BadInput, Config
 from mtp_jax.data.corpus import Corpus, difference, open_corpus
 from mtp_jax.data.folder import Damaged
@@ -100,15 +100,14 @@ def _open(config: Config, workdir: pathlib.Path, note):
     raise BadInput(f'--workdir={workdir}: cannot be a folder, it is a file; choose another')
   if (workdir / INDEX).exists():
     raise BadInput(f'--workdir={workdir}: holds a prepared set; choose another')
-  record = metadata(workdir) if steps(workdir) else None
+  record = read_record(workdir) if steps(workdir) else None
   changes = check_resumes(config, record, workdir) if record else []
   if record:
     check_conventions(conventions(config.model), record, workdir)
   tokens = tokenizer.load(config.data.tokenizer)
   check_vocabulary(config, tokens)
   if record:
-    check_same(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record, 'tokenizer',
-                          'use the same tokenizer, or another --workdir')
+    check_tokenizer(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record, 'use the same tokenizer, or another --workdir')
   corpus = open_corpus(config.data, tokens, print_stderr, Meter)
   differing = difference(corpus.identity, record['identity']) if record else []
   if differing and not config.data.accept_changed:
