@@ -32,13 +32,15 @@ def parameters(model) -> dict[str, int]:
   return counts | {'total': sum(counts.values())}
 
 
-def flops_per_token(model, length: int, active: tuple[bool, ...] | None = None) -> dict[str, int]:
+def flops_per_token(model, length: int, active: tuple[bool, ...] | None = None, causal: bool = False) -> dict[str, int]:
   """Forward and backward FLOPs of one input token, by part: trunk, futures, unembedding (M of them), total.
 
   A matrix of P parameters costs 2P forward; a block's attention 4 H K L (scores and their sum over L keys). A shared
   sequential module is applied, and counted, M-1 times. Embedding a token costs nothing, nor does a future that is not `active`.
+  With `causal` attention counts L/2 keys, as many as a query may look at on average.
   """
   c = model.config
+  length = length // 2 if causal else length
   active = active or (True,) * c.futures
   counts = {part: 3 * _forward_flops(model, length, part, times) for part, times in (('trunk', c.trunk_layers), ('futures', len(c.heads_to_run(active))))}
   counts['unembedding'] = 3 * 2 * c.vocab * c.width * sum(active)

@@ -1,0 +1,170 @@
+"""How much faster drafting decodes than plain autoregression, timed in alternation in one process."""
+import dataclasses
+import functools
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax.config import BadInput
+from mtp_jax.decode.drafters import Nothing
+from mtp_jax.decode.requests import choices
+from mtp_jax.formats import llama
+from mtp_jax.lm import LanguageModel
+from mtp_jax.report.picture import picture
+
+
+def benchmark_decode(lm: LanguageModel, prompts: int, prompt_tokens: int, max_tokens: int, repeats: int,
+                     batches: tuple[int, ...] = (1,), draft: int | None = None, drafter='futures',
+                     temperature: float = 0.0, against_transformers: bool = False) -> dict:
+  """Decodes held-out prompts with every draft length 0..`draft` and every batch size.
+
+  Times are medians of the repeats, summed over the prompts, with the prefill, without compilation.
+
+  Args:
+    batches: numbers of prompts decoded at once.
+    draft, drafter, temperature: as in `LanguageModel.generate`.
+    against_transformers: also time Hugging Face transformers on the same weights: plain decoding on the CPU.
+
+  Returns:
+    rows: for each batch size and draft length
+      tokens_per_forward, tokens_per_second,
+      acceptance: by depth, given that all drafts before were accepted,
+      speed_up: over draft 0 of the same batch size,
+      overhead: cost of a pass over that of a plain one, tokens_per_forward / speed_up,
+      drafting: fraction of a pass's time that is spent on drafts,
+      differing: continuations that are not those of draft 0 and batch 1 (none when greedy, in float32).
+    transformers: for each batch size tokens_per_second, differing.
+    sample: a prompt and its continuation.
+
+  Raises:
+    BadInput: the prompts do not divide into such batches, or what `LanguageModel.generate` refuses.
+  """
+  held_out = lm.held_out_prompts(prompts, prompt_tokens)
+  lengths = range(lm.drafter(drafter, draft).depth + 1)
+  options = {'drafter': drafter, 'temperature': temperature, 'max_length': 1 + prompt_tokens + max_tokens}
+  runs = [functools.partial(lm.generate, max_tokens=max_tokens, draft=k, **options) for k in lengths]
+  if against_transformers:
+    runs.append(functools.partial(transformers_decoder(lm), max_tokens=max_tokens))
+  for batch in batches:
+    if len(held_out) % batch:
+      enough = -(-len(held_out) // batch) * batch
+      raise BadInput(f'--batch={batch}: {len(held_out)} prompts do not divide into such batches; '
+                     f'--prompts={enough} would')
+  plain, rows, transformers_rows = [], [], []
+  for batch in batches:
+    groups = [held_out[i:i + batch] for i in range(0, len(held_out), batch)]
+    seconds, results = _alternate(runs, groups, repeats)
+    texts = [[ids for generation in generations for ids in generation.ids] for generations in results]
+    plain = plain or texts[0]
+    per_second = [sum(map(len, text)) / s for text, s in zip(texts, seconds)]
+    differing = [sum(ids != plain_ids for ids, plain_ids in zip(text, plain)) for text in texts]
+    for k in lengths:
+      tokens, forwards, accepted, offered = (np.sum([getattr(generation, name) for generation in results[k]], 0).tolist()
+                                             for name in ('tokens', 'forwards', 'accepted', 'offered'))
+      per_forward, speed_up = tokens / forwards, seconds[0] / seconds[k]
+      rows.append({
+          'batch': batch, 'draft': k, 'speed_up': speed_up, 'tokens_per_forward': per_forward,
+          'overhead': per_forward / speed_up, 'tokens_per_second': per_second[k],
+          'drafting': _drafting_share(lm, groups[0], k, options),
+          'acceptance': [a / n if n else math.nan for a, n in zip(accepted, offered)], 'differing': differing[k]})
+    if against_transformers:
+      transformers_rows.append({'batch': batch, 'tokens_per_second': per_second[-1], 'differing': differing[-1]})
+  sample = {'prompt': lm.tokenizer.text(held_out[0]), 'text': lm.tokenizer.text(plain[0])}
+  return {'rows': rows, 'transformers': transformers_rows, 'sample': sample}
+
+
+def _alternate(runs: list, groups: list, repeats: int) -> tuple[list[float], list[list]]:
+  """Every run on every group of prompts, in alternation: each run's median seconds, summed over groups, and results."""
+  for run in runs:
+    run(groups[0])  # compiles
+  seconds, results = [0.0] * len(runs), [[] for _ in runs]
+  for group in groups:
+    timed = [[run(group) for run in runs] for _ in range(repeats)]
+    for i in range(len(runs)):
+      seconds[i] += statistics.median(repeat[i].seconds for repeat in timed)
+      results[i].append(timed[0][i])
+  return seconds, results
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _FreeDrafts(Nothing):
+  """Drafts that cost nothing, so that a pass only verifies."""
+
+  def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
+    drafts_Bk = jnp.zeros((len(tokens_BS), k), jnp.int32)
+    return drafts_Bk, sampler.certain(drafts_Bk), memory
+
+
+def _drafting_share(lm: LanguageModel, group: list, k: int, options: dict) -> float:
+  """The fraction of a pass's time that its k drafts take: passes with them are timed against passes with free drafts."""
+  if k == 0:
+    return 0.0
+  rows = [lm.row(prompt) for prompt in group]
+  sampler = lm.sampler(*choices(len(rows), options['temperature']))
+
+  def seconds(drafter) -> float:
+    return float(lm.engine(drafter, sampler, (k,)).costs(rows, [options['max_length']] * len(rows), 16)[0])
+
+  return max(0.0, 1 - seconds(_FreeDrafts(k)) / seconds(lm.drafter(options['drafter'], k)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+  """New ids of each prompt, up to and including eos, and the seconds they took."""
+  ids: list[list[int]]
+  seconds: float
+
+
+def transformers_decoder(lm: LanguageModel) -> Callable[[list, int], Decoded]:
+  """Greedy decoding of the same weights by Hugging Face transformers on the CPU, for prompts of equal length.
+
+  Raises:
+    BadInput: transformers is not installed, or its Llama cannot hold the model.
+  """
+  try:
+    import torch
+    import transformers
+  except ImportError as error:
+    raise BadInput(f"--against=transformers: {error}; pip install -e '.[transformers]'") from None
+  exported = llama.export(lm)
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**exported.config)).eval()
+  model.load_state_dict({name: torch.from_numpy(array) for name, array in exported.weights.items()})
+  if exported.map is not None:
+    linear = torch.nn.Linear(*exported.map.shape[::-1], bias=False)
+    linear.load_state_dict({'weight': torch.from_numpy(exported.map)})
+    model.model.norm = torch.nn.Sequential(linear, model.model.norm)
+  bos, eos, pad = lm.tokenizer.bos, lm.tokenizer.eos, lm.tokenizer.pad
+
+  def run(prompts: list, max_tokens: int) -> Decoded:
+    ids = torch.tensor(np.stack([lm.row(prompt) for prompt in prompts])).long()
+    start = time.perf_counter()
+    with torch.inference_mode():
+      output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False,
+                              suppress_tokens=[bos, pad])
+    seconds = time.perf_counter() - start
+    new = output[:, ids.shape[1]:].tolist()
+    return Decoded([row[:row.index(eos) + 1] if eos in row else row for row in new], seconds)
+
+  return run
+
+
+def plot(values: dict, path: str) -> None:
+  """Draws tokens per forward and speed-up by draft length, one line per batch size."""
+  with picture(path, 9, 3.4, columns=2) as (left, right):
+    for batch in dict.fromkeys(row['batch'] for row in values['rows']):
+      rows = [row for row in values['rows'] if row['batch'] == batch]
+      drafts = [row['draft'] for row in rows]
+      left.plot(drafts, [row['tokens_per_forward'] for row in rows], 'o-', label=f'batch {batch}')
+      right.plot(drafts, [row['speed_up'] for row in rows], 'o-', label=f'batch {batch}')
+    left.set(xlabel='drafts a pass', ylabel='tokens per forward', ylim=(0, None))
+    right.set(xlabel='drafts a pass', ylabel='speed-up over plain decoding', ylim=(0, None))
+    right.axhline(1, color='grey', linewidth=0.8)
+    right.legend()
