@@ -1,67 +1,69 @@
-"""formats/llama."""
-import os
-import time
-import typing
-from collections.abc import Callable
+"""The weights of future 0, written as Hugging Face's Llama holds them.
+
+    llama = export(lm)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama.config))
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in llama.weights.items()})
+
+Here a matrix has its input axes first: q_HK = x_D wq_DHK. torch's Linear holds the transpose, [H*K, D].
+Both sides rotate the two halves of a query or key against each other (rotary embedding, arXiv:2104.09864).
+"""
+import dataclasses
 
 import numpy as np
 
-pass
 from mtp_jax.config import BadInput
 from mtp_jax.lm import LanguageModel
 
 
-class _Theirs(typing.NamedTuple):
-  ids: list[list[int]]
-  seconds: float
+@dataclasses.dataclass(frozen=True)
+class Llama:
+  """A model in the format of Hugging Face's Llama.
+
+  config: arguments of transformers.LlamaConfig. weights: float32 arrays by the names of its state dict.
+  map: the matrix [D, D] of a linear head, as torch's Linear holds it; it is applied before the final norm, where Llama
+  has no matrix. None for every other kind of model.
+  """
+  config: dict
+  weights: dict[str, np.ndarray]
+  map: np.ndarray | None
 
 
-def _transformers(lm: LanguageModel) -> Callable[[list, int], _Theirs]:
-  """Greedy decoding of the same weights by Hugging Face transformers, on the CPU, of prompts of equal length.
+def export(lm: LanguageModel) -> Llama:
+  """The trunk and future 0 of a model in the format of Hugging Face's Llama.
 
   Raises:
-    BadInput: it is not installed, or the model is none that its Llama can be.
+    BadInput: the model has parts that Llama has not.
   """
-  try:
-    import torch
-    import transformers
-  except ImportError as error:
-    raise BadInput(f"--against=transformers: {error}; pip install -e '.[transformers]'") from None
-  c, decoder = lm.config.model, lm.decoder
+  c, decoder, tokenizer = lm.config.model, lm.decoder, lm.tokenizer
   if c.qk_norm or c.logit_cap or c.dtype != 'float32':
     raise BadInput('--against=transformers: its Llama has no qk_norm and no logit_cap, and is compared in float32')
-  layers = [*decoder.layers, *(decoder.head(m) for m in decoder.running if c.kind != 'linear')]
-  torch.set_num_threads(len(os.sched_getaffinity(0)))
-  llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-      vocab_size=lm.tokenizer.size, hidden_size=c.width, intermediate_size=c.feed_forward, num_hidden_layers=len(layers), num_attention_heads=c.heads,
-      num_key_value_heads=c.kv_heads, head_dim=c.head_width, rms_norm_eps=c.norm_epsilon, max_position_embeddings=1 << 20, tie_word_embeddings=False,
-      rope_parameters={'rope_type': 'default', 'rope_theta': c.rope_base}, bos_token_id=lm.tokenizer.bos, eos_token_id=lm.tokenizer.eos,
-      pad_token_id=lm.tokenizer.pad)).eval()
-  tensor = lambda x: torch.from_numpy(np.array(x))
-  flat = lambda x, rows: tensor(np.asarray(x).reshape(rows, -1).T)
-  weights = {'model.embed_tokens.weight': tensor(decoder.embed_VD[:lm.tokenizer.size]), 'model.norm.weight': tensor(decoder.final_norm_D),
-             'lm_head.weight': tensor(decoder.unembed_DV.T)}
-  for i, block in enumerate(layers):
-    own = {'input_layernorm': tensor(block.attention_norm_D[...]), 'post_attention_layernorm': tensor(block.mlp_norm_D[...]),
-           'self_attn.q_proj': flat(block.wq_DHK[...], c.width), 'self_attn.k_proj': flat(block.wk_DGK[...], c.width),
-           'self_attn.v_proj': flat(block.wv_DGK[...], c.width), 'self_attn.o_proj': flat(block.wo_HKD[...], c.heads * c.head_width),
-           'mlp.gate_proj': flat(block.gate_DF[...], c.width), 'mlp.up_proj': flat(block.up_DF[...], c.width),
-           'mlp.down_proj': flat(block.down_FD[...], c.feed_forward)}
-    weights |= {f'model.layers.{i}.{name}.weight': value for name, value in own.items()}
-  llama.load_state_dict(weights)
-  if c.kind == 'linear' and c.futures > 1:
-    linear = torch.nn.Linear(c.width, c.width, bias=False)
-    linear.load_state_dict({'weight': flat(decoder.head(0).map_Dd[...], c.width)})
-    llama.model.norm = torch.nn.Sequential(linear, llama.model.norm)
+  linear_head = c.kind == 'linear' and c.futures > 1
+  blocks = [*decoder.layers, *(decoder.head(m) for m in decoder.running if c.kind != 'linear')]
+  weights = {'model.embed_tokens.weight': np.array(decoder.embed_VD[:tokenizer.size]),
+             'model.norm.weight': np.array(decoder.final_norm_D),
+             'lm_head.weight': np.array(decoder.unembed_DV.T)}
+  for i, block in enumerate(blocks):
+    weights |= {f'model.layers.{i}.{name}.weight': array for name, array in _block(block, c).items()}
+  config = {'vocab_size': tokenizer.size, 'hidden_size': c.width, 'intermediate_size': c.feed_forward,
+            'num_hidden_layers': len(blocks), 'num_attention_heads': c.heads, 'num_key_value_heads': c.kv_heads,
+            'head_dim': c.head_width, 'rms_norm_eps': c.norm_epsilon, 'max_position_embeddings': 1 << 20,
+            'tie_word_embeddings': False, 'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_base},
+            'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos, 'pad_token_id': tokenizer.pad}
+  return Llama(config, weights, _linear(decoder.head(0).map_Dd[...], c.width) if linear_head else None)
 
-  def run(prompts, max_tokens):
-    ids = torch.tensor(np.stack([lm.row(prompt) for prompt in prompts])).long()
-    start = time.perf_counter()
-    with torch.inference_mode():
-      out = llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False,
-                           suppress_tokens=[lm.tokenizer.bos, lm.tokenizer.pad])
-    seconds = time.perf_counter() - start
-    found = out[:, ids.shape[1]:].tolist()
-    return _Theirs([row[:row.index(lm.tokenizer.eos) + 1] if lm.tokenizer.eos in row else row for row in found], seconds)
 
-  return run
+def _block(block, c) -> dict[str, np.ndarray]:
+  return {'input_layernorm': np.array(block.attention_norm_D[...]),
+          'post_attention_layernorm': np.array(block.mlp_norm_D[...]),
+          'self_attn.q_proj': _linear(block.wq_DHK[...], c.width),
+          'self_attn.k_proj': _linear(block.wk_DGK[...], c.width),
+          'self_attn.v_proj': _linear(block.wv_DGK[...], c.width),
+          'self_attn.o_proj': _linear(block.wo_HKD[...], c.heads * c.head_width),
+          'mlp.gate_proj': _linear(block.gate_DF[...], c.width),
+          'mlp.up_proj': _linear(block.up_DF[...], c.width),
+          'mlp.down_proj': _linear(block.down_FD[...], c.feed_forward)}
+
+
+def _linear(w, inputs: int) -> np.ndarray:
+  """A matrix as torch's Linear holds it: [outputs, inputs]."""
+  return np.array(w).reshape(inputs, -1).T.copy()
