@@ -230,7 +230,7 @@ def test_a_non_finite_step_leaves_parameters_moments_and_counters_alone(folder):
 
 
 def test_a_few_non_finite_steps_are_counted_and_survived(folder, tmp_path, monkeypatch):
-  monkeypatch.setattr(training, 'compiled_step', poisoned({3, 4}))
+  monkeypatch.setattr('mtp_jax.train.fit.compiled_step', poisoned({3, 4}))
   config = experiment(folder, train={'skipped_allowed': 3})
   fit(config, tmp_path, note=lambda line: None)
   records = [record for record in log_of(tmp_path) if record['kind'] == 'train']
@@ -242,7 +242,7 @@ def test_a_few_non_finite_steps_are_counted_and_survived(folder, tmp_path, monke
 
 def test_too_many_non_finite_steps_end_the_run_with_evidence_and_a_good_checkpoint(folder, uninterrupted, tmp_path, monkeypatch, capsys):
   config, workdir = uninterrupted('parallel')
-  monkeypatch.setattr(training, 'compiled_step', poisoned({4, 5}))
+  monkeypatch.setattr('mtp_jax.train.fit.compiled_step', poisoned({4, 5}))
   config = experiment(folder, train={'skipped_allowed': 2})
   with pytest.raises(NotFinite, match='step 5: 2 steps in a row'):
     fit(config, tmp_path / 'run', note=lambda line: None)
@@ -297,25 +297,26 @@ def test_a_step_that_hangs_ends_the_process_with_every_stack(tmp_path, where, ch
   config = experiment(tmp_path, train={'hang_seconds': 5.0, 'steps': 9, 'evaluate_every': 0, 'checkpoint_every': checkpoint_every})
   code = f'''
 import time
-from mtp_jax import train
+import jax
 from mtp_jax.config import *
 from mtp_jax.data import rows
+from mtp_jax.train.fit import fit
 calls = []
-def slow(ours):
-  def then(*arguments):
+def hanging(function):
+  def hang(*arguments):
     calls.append(1)
     time.sleep(600 * (len(calls) > 3))
-    return ours(*arguments)
-  return then
+    return function(*arguments)
+  return hang
 if {where == 'the data'}:
-  rows.Batches.__next__ = slow(rows.Batches.__next__)
+  rows.Batches.__next__ = hanging(rows.Batches.__next__)
 else:
-  train.jax.device_get = slow(train.jax.device_get)
-train.fit({config!r}, {str(tmp_path / 'run')!r})
+  jax.device_get = hanging(jax.device_get)
+fit({config!r}, {str(tmp_path / 'run')!r})
 '''
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
   assert done.returncode == 1 and 'Timeout (0:00:05)!' in done.stderr and 'most recent call first' in done.stderr, done.stderr
-  assert 'in then' in done.stderr and 'step 2' in done.stderr and 'step 4' not in done.stderr
+  assert 'in hang' in done.stderr and 'step 2' in done.stderr and 'step 4' not in done.stderr
 
 
 def test_a_run_and_its_resumption_tell_where_their_time_went(uninterrupted, tmp_path):

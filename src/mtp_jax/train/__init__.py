@@ -1,1 +1,8 @@
-"""The step, the loop around it, and the processes of a job."""
+"""Training.
+
+    fit.py         the loop: step, record, validate, save
+    opening.py     what it needs first, checked against the config and the checkpoint
+    recording.py   what it writes about each step;   nonfinite.py   evidence of steps that are not finite
+    step.py        one step as a pure function;      optimizer.py   its AdamW
+    processes.py   several processes as one job;     watch.py       steps that hang, signals
+"""

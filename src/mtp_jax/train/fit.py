@@ -1,11 +1,8 @@
-"""Pretraining: a pure, jitted step and a loop one can read.
+"""Pretraining: open, then step, record, validate and save until the last step or a signal.
 
-    state, metrics = step(state, batch)          batch: int32[B, L + M] 'tokens', 'segments', 'positions'
-
-The step sums the gradients of its microbatches, each weighted by counts over the whole batch, so that accumulation changes
-nothing but memory. A step whose loss or gradient is not finite leaves parameters, moments and their counters as they were.
-A future whose weight is exactly 0 is not computed: a stage of the schedule is a compiled step of its own. Its parameters have a gradient
-of 0, as they would if it were computed; decay and momentum go on.
+The loop keeps the device busy: it starts a step, and records the one before while the new one runs.
+Batches are a function of (seed, step), and a checkpoint holds all that a step changes. So a run that was stopped, or
+killed and started again, ends with the same parameters and the same log, bit by bit, as one that was not.
 """
 import contextlib
 import dataclasses
@@ -15,243 +12,214 @@ import pathlib
 import time
 
 import jax
-import numpy as np
 
-from mtp_jax import chips, tokenizer
+from mtp_jax import chips
 from mtp_jax.checkpoint import store
-from mtp_jax.checkpoint.record import check_conventions, check_resumes, check_tokenizer, read_record, steps
 from mtp_jax.config import BadInput, Config
-from mtp_jax.data.corpus import Corpus, difference, open_corpus
 from mtp_jax.data.folder import Damaged
-from mtp_jax.data.prepared_set import INDEX
+from mtp_jax.data.progress import quiet
 from mtp_jax.data.rows import validation_batches
 from mtp_jax.evaluation.held_out import evaluate
 from mtp_jax.mesh import make_mesh, process_share, put
 from mtp_jax.model import costs
 from mtp_jax.model.model import conventions
-from mtp_jax.report.display import Display, Meter, format_numbers, print_stderr
+from mtp_jax.report.display import Display, print_stderr
 from mtp_jax.report.events import Events
-from mtp_jax.report.log import Log
-from mtp_jax.report.speed import Speed
-from mtp_jax.tokenizer import byte_lengths, check_vocabulary, decodable
+from mtp_jax.tokenizer import byte_lengths, decodable
 from mtp_jax.train import processes
-from mtp_jax.train.step import compiled_step, init, restore
+from mtp_jax.train.nonfinite import NotFinite
+from mtp_jax.train.opening import Opened, open_run
+from mtp_jax.train.recording import Recorder, Step
+from mtp_jax.train.step import State, compiled_step, init, restore
 from mtp_jax.train.watch import watched
+
+__all__ = ['NotFinite', 'Outcome', 'fit']
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """How a run ended: its last step, the newest validation, and the signal that stopped it (all processes of it), 0 if none."""
+  """How a run ended.
+
+  Fields:
+    step: the last one.
+    validation: metrics of the newest validation.
+    signal: the one that stopped the run on all its processes; 0 if none did.
+  """
   step: int
   validation: dict
   signal: int
 
 
-class NotFinite(RuntimeError):
-  """Too many steps in a row had a loss or gradient that is not finite."""
-
-
 def fit(config: Config, workdir, profile_steps: range = range(0), note=print_stderr) -> Outcome:
-  """Trains to config.train.steps, starting anew or from the newest checkpoint in workdir, bitwise as if never stopped.
+  """Trains to config.train.steps, from the newest checkpoint in workdir or from the beginning.
 
-  SIGTERM or Ctrl-C save a checkpoint and return. Everything is recorded in workdir/metrics.jsonl. Of several processes the first one writes
-  there and tells `note`; each other one keeps its own log, events, and rows of bad steps in workdir/process-INDEX.
+  SIGTERM or Ctrl-C saves a checkpoint and returns. The metrics of every record are in workdir/metrics.jsonl. Among
+  several processes the first one writes there and calls `note`; every other one keeps its own log, events and evidence
+  of bad steps in workdir/process-INDEX.
+
+  Args:
+    profile_steps: steps to trace with jax.profiler.
+    note: prints a line.
 
   Raises:
-    BadInput: for what the user can mend, before anything is written.
-    Damaged: a block of the data is not what was written; a run of one process saves a checkpoint first.
-    NotFinite: after config.train.skipped_allowed bad steps in a row; the batches are in workdir/nonfinite.
+    BadInput: for what the user can fix, before anything is written.
+    Damaged: the data cannot be read; a run of one process saves a checkpoint first.
+    NotFinite: config.train.skipped_allowed steps in a row were not finite; their batches are in workdir/nonfinite.
   """
-  began, index = time.time(), jax.process_index()
+  started, t = time.time(), config.train
   workdir = pathlib.Path(workdir).expanduser().absolute()
-  note = note if index == 0 else lambda line: None
-  tokens, corpus, record = _open(config, workdir, note)
+  index = jax.process_index()
+  note = quiet if index else note
+  opened = open_run(config, workdir, note)
   mesh = make_mesh(config.mesh)
-  processes.check_same(config=json.dumps(config.to_dict()), checkpoint=f'step {record["step"] if record else 0}', data=json.dumps(corpus.identity))
-  own = workdir / f'process-{index}' if index else workdir
-  try:
-    own.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise BadInput(f'--workdir={workdir}: cannot be a folder ({error.strerror}); choose another') from None
-  with processes.interrupts() as heard, jax.set_mesh(mesh), contextlib.closing(_Run(config, workdir, own, tokens, corpus, record, mesh, note, began)) as run:
-    stopping = 0
+  processes.check_same(config=json.dumps(config.to_dict()), checkpoint=f'step {opened.step}',
+                       data=json.dumps(opened.corpus.identity))
+  folder = _make_folder(workdir, f'process-{index}' if index else '')
+
+  with (processes.interrupts() as interrupts, jax.set_mesh(mesh),
+        contextlib.closing(Display(t.steps, opened.step, note, bar=index == 0)) as display,
+        contextlib.closing(_Run(config, workdir, folder, opened, mesh, display, started)) as run):
+    stop_signal = 0
     try:
-      if record and run.evaluates(run.step):  # a run may end between a checkpoint and its validation
+      if opened.record and run.validation_due():  # the run before may have ended between a checkpoint and its validation
         run.validate()
-      while run.step < config.train.steps and not stopping:
+      while run.step < t.steps and not stop_signal:
         run.profile(profile_steps)
         run.advance()
-        with watched(config.train.hang_seconds):
-          stopping = processes.stops(heard, run.step)
-        if stopping or run.step == config.train.steps or run.step % config.train.checkpoint_every == 0:
+        with watched(t.hang_seconds):
+          stop_signal = processes.stop_signal(interrupts, run.step)
+        if stop_signal or run.step == t.steps or run.step % t.checkpoint_every == 0:
           run.save()
-        if run.evaluates(run.step) and not stopping:
+        if run.validation_due() and not stop_signal:
           run.validate()
     except Damaged:
-      if jax.process_count() == 1:  # the steps until here are good; of several processes the others may be a step ahead
+      if jax.process_count() == 1:  # among several processes the others may be a step ahead
         run.save()
       raise
-  return Outcome(run.step, run.validation, stopping)
+    return Outcome(run.step, run.validation, stop_signal)
 
 
-def _open(config: Config, workdir: pathlib.Path, note):
-  """Tokenizer, documents, and the record of the newest checkpoint or None, all found to agree with the config."""
-  if workdir.exists() and not workdir.is_dir():
-    raise BadInput(f'--workdir={workdir}: cannot be a folder, it is a file; choose another')
-  if (workdir / INDEX).exists():
-    raise BadInput(f'--workdir={workdir}: holds a prepared set; choose another')
-  record = read_record(workdir) if steps(workdir) else None
-  changes = check_resumes(config, record, workdir) if record else []
-  if record:
-    check_conventions(conventions(config.model), record, workdir)
-  tokens = tokenizer.load(config.data.tokenizer)
-  check_vocabulary(config, tokens)
-  if record:
-    check_tokenizer(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record, 'use the same tokenizer, or another --workdir')
-  corpus = open_corpus(config.data, tokens, print_stderr, Meter)
-  differing = difference(corpus.identity, record['identity']) if record else []
-  if differing and not config.data.accept_changed:
-    raise BadInput(f'config.data: not what the checkpoint in {workdir} was trained on: {"; ".join(differing)}; restore that, choose another --workdir, '
-                   'or set config.data.accept_changed=True to go on with these data from the same row number')
-  for change in (*changes, *(f'the data have changed: {what}' for what in differing)):
-    note(change)
-  return tokens, corpus, record
+def _make_folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
+  try:
+    (workdir / name).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise BadInput(f'--workdir={workdir}: cannot be a folder ({error.strerror}); choose another') from None
+  return workdir / name
 
 
 class _Run:
-  """A run under way: the state, its place in the data, and where it is recorded."""
+  """A run in progress: its state, its position in the data, its records and checkpoints."""
 
-  def __init__(self, config: Config, workdir: pathlib.Path, own: pathlib.Path, tokens, corpus: Corpus, record: dict | None, mesh, note, began: float):
-    t, first = config.train, own == workdir
-    self.config, self.own, self.mesh, self.validation, self.unrecorded, self.profiling = config, own, mesh, {}, None, False
-    self.display, self.share = None, process_share(mesh)
-    line = lambda text: (self.display.line if self.display else note)(text)
-    damage = line if first else lambda text: print_stderr(f'{own.name}: {text}')  # which no other process sees
-    rows = corpus.rows(config.model.futures, damage)
-    self.held_out = corpus.held_out(config.model.futures, damage)
-    self.batches = corpus.batches(rows, t.batch, *self.share, place=lambda batch: put(batch, mesh))
-    self.step = self.saved = record['step'] if record else 0
-    self.events = Events(own)
-    self.events.write('start', began, 0.0, self.step)
-    self.events.write('setup', began, time.time() - began, self.step)
-    with self.events.span('restore' if record else 'compile', self.step):
-      if record:
-        self.state = restore(config, workdir, record['step'], mesh)
-        self.batches.set_state(record['data'])
-      else:
-        self.state = jax.jit(functools.partial(init, config))(jax.random.key(t.seed))
-    self.active = ()
-    self.record = {'config': config.to_dict(), 'conventions': conventions(config.model), 'tokenizer': tokens.digest,
-                   'identity': corpus.identity}
-    self.byte_length_V = jax.device_put(byte_lengths(config, tokens), jax.NamedSharding(mesh, jax.P()))
-    self.allowed_V = decodable(config, tokens)
+  def __init__(self, config: Config, workdir: pathlib.Path, folder: pathlib.Path, opened: Opened, mesh, display: Display,
+               started: float):
+    self.config, self.folder, self.mesh, self.display = config, folder, mesh, display
+    self.step = self.saved_step = opened.step
+    self.validation = {}
+    self.active = ()  # futures that the step computes; known once the first one starts
+    self.profiling = False
+    is_first = folder == workdir
+
+    M = config.model.futures
+    note = display.line if is_first else lambda line: print_stderr(f'{folder.name}: {line}')
+    self.share = process_share(mesh)
+    self.held_out = opened.corpus.held_out(M, note)
+    self.batches = opened.corpus.batches(opened.corpus.rows(M, note), config.train.batch, *self.share,
+                                         place=lambda batch: put(batch, mesh))
+    self.events = Events(folder)
+    self.events.write('start', started, 0.0, self.step)
+    self.events.write('setup', started, time.time() - started, self.step)
+    self.state = self._first_state(workdir, opened)
     self.compiled = compiled_step(config)
-    self.speed = Speed(self.step, t.batch * config.data.length, chips.peak_flops() * mesh.size, self.events)
-    self.writer = store.Writer(workdir, t.checkpoints_kept)
-    self.log = Log(own, self.step, t.tensorboard and first)
-    (own / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
-    self.display = Display(t.steps, self.step, note, bar=first)
+
+    self.byte_length_V = jax.device_put(byte_lengths(config, opened.tokenizer), jax.NamedSharding(mesh, jax.P()))
+    self.decodable_V = decodable(config, opened.tokenizer)
+    self.record = {'config': config.to_dict(), 'conventions': conventions(config.model),
+                   'tokenizer': opened.tokenizer.digest, 'identity': opened.corpus.identity}
+    self.writer = store.Writer(workdir, config.train.checkpoints_kept)
+    self.recorder = Recorder(config, folder, self.step, chips.peak_flops() * mesh.size, self.events, display,
+                             tensorboard=config.train.tensorboard and is_first)
+    (folder / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
+
+  def _first_state(self, workdir: pathlib.Path, opened: Opened) -> State:
+    """A new state, or the checkpoint's, with the batches at its position in the data."""
+    if opened.record is None:
+      with self.events.span('compile', self.step):
+        return jax.jit(functools.partial(init, self.config))(jax.random.key(self.config.train.seed))
+    with self.events.span('restore', self.step):
+      self.batches.set_state(opened.record['data'])
+      return restore(self.config, workdir, self.step, self.mesh)
 
   def advance(self) -> None:
     """Starts the next step; while it runs, records the one before."""
-    limit = self.config.train.hang_seconds
-    with self.speed.waiting(), watched(limit):
+    hang_seconds = self.config.train.hang_seconds
+    with self.recorder.speed.waiting(), watched(hang_seconds):
       batch = next(self.batches)
-    compiles = self._enters_stage()
-    with self.speed.paused('compile', self.step) if compiles else watched(limit):
-      self.state, found = self.compiled(self.state, batch, self.byte_length_V, self.step / self.config.train.steps)
-    self.step += 1
-    self._record_last()
-    self.unrecorded = self.step, found, batch, self.flops, self.batches.quarantined
-
-  def _enters_stage(self) -> bool:
-    """Whether the next step computes other futures than the last one; notes its FLOPs."""
-    active = self.config.objective.active(self.config.model.futures, self.step / self.config.train.steps)
-    changed = active != self.active
-    if changed:
-      self._record_last()
-      self.flops = costs.flops_per_token(self.state.model, self.config.data.length, active)['total'] * self.speed.tokens_per_step
-      if not all(active) or self.active:
-        self.display.line(f'step {self.step + 1}: futures {" ".join(str(m) for m, a in enumerate(active) if a)} are computed, the others have weight 0')
-      self.active = active
-    return changed
-
-  def _record_last(self) -> None:
-    last, self.unrecorded = self.unrecorded, None
-    if last is not None:
-      with watched(self.config.train.hang_seconds):
-        self._record(*last)
-
-  def _record(self, step: int, found, batch, flops: float, quarantined: int) -> None:
-    self.speed.flops += flops
-    t, found = self.config.train, jax.tree.map(lambda x: x.tolist(), jax.device_get(found))
-    bad = found['skipped_in_a_row']
-    if bad:
-      evidence = _keep_evidence(self.own, step, batch, found)
-      self.display.line(f'step {step} skipped: loss {found["loss"]}, gradient norm {found["gradient_norm"]}; evidence in {evidence}')
-    if bad or step % t.log_every == 0 or step == t.steps:
-      found |= self.speed.since_last(step, t.steps) | {'quarantined_rows': processes.total(quarantined)}
-      self.log.write(step, 'train', found)
-      self.display.record(step, found)
+    fraction = self.step / self.config.train.steps
+    active = self.config.objective.active(self.config.model.futures, fraction)
+    if active != self.active:
+      self._enter_stage(active)
+      timed = self.recorder.speed.paused('compile', self.step)
     else:
-      self.display.advance(step)
-    if bad >= t.skipped_allowed:
-      raise NotFinite(f'step {step}: {bad} steps in a row had a loss or gradient that is not finite; evidence in {evidence}; '
-                      'lower config.optimizer.learning_rate, or resume from the last checkpoint with other data')
+      timed = watched(hang_seconds)
+    with timed:
+      self.state, metrics = self.compiled(self.state, batch, self.byte_length_V, fraction)
+    self.step += 1
+    self.recorder.add(Step(self.step, metrics, batch, self.flops_per_step, self.batches.quarantined))
+
+  def _enter_stage(self, active: tuple[bool, ...]) -> None:
+    """From the next step on these futures are computed, by a program that is not compiled yet."""
+    self.recorder.flush()
+    flops_per_token = costs.flops_per_token(self.state.model, self.config.data.length, active)['total']
+    self.flops_per_step = flops_per_token * self.config.train.batch * self.config.data.length
+    if self.active or not all(active):
+      computed = ' '.join(str(m) for m, is_active in enumerate(active) if is_active)
+      self.display.line(f'step {self.step + 1}: futures {computed} are computed, the others have weight 0')
+    self.active = active
 
   def profile(self, steps: range) -> None:
     """Starts a trace before the first of `steps`, stops it after the last."""
-    if not self.profiling and self.step + 1 in steps:
-      jax.profiler.start_trace(str(self.own / 'profile'))
-      self.profiling = True
-    elif self.profiling and self.step + 1 not in steps:
+    is_profiled = self.step + 1 in steps
+    if is_profiled and not self.profiling:
+      jax.profiler.start_trace(str(self.folder / 'profile'))
+    if self.profiling and not is_profiled:
       jax.block_until_ready(self.state)
       jax.profiler.stop_trace()
-      self.profiling = False
-      self.display.line(f'profile of the steps up to {self.step} in {self.own / "profile"}')
+      self.display.line(f'profile of the steps up to {self.step} in {self.folder / "profile"}')
+    self.profiling = is_profiled
 
-  def evaluates(self, step: int) -> bool:
+  def validation_due(self) -> bool:
+    """Whether a validation follows the last step."""
     t = self.config.train
-    return step == t.steps or (t.evaluate_every > 0 and step % t.evaluate_every == 0)
+    return self.step == t.steps or (t.evaluate_every > 0 and self.step % t.evaluate_every == 0)
 
   def validate(self) -> None:
-    self._record_last()
+    """Evaluates config.train.evaluate_rows held-out rows, and records the metrics."""
+    self.recorder.flush()
     n = self.config.train.evaluate_rows
-    with self.speed.paused('evaluation', self.step):
+    with self.recorder.speed.paused('evaluation', self.step):
       batches = validation_batches(self.held_out, n, n, *self.share)
-      found = evaluate(self.config, self.state.model, batches, self.byte_length_V, self.allowed_V, self.mesh)
-      found = self.validation = found | {'quarantined_rows': processes.total(self.held_out.quarantined)}
-    self.log.write(self.step, 'validation', found)
-    self.display.line(f'step {self.step} validation: {found["bits_per_byte"]:.4f} bits per byte, '
-                      f'nats {format_numbers(found["nats"])}, accuracy {format_numbers(found["accuracy"])}'
-                      + (f', acceptance {format_numbers(found["acceptance_greedy"])}' if found['acceptance_greedy'] else ''))
+      metrics = evaluate(self.config, self.state.model, batches, self.byte_length_V, self.decodable_V, self.mesh)
+      quarantined_rows = processes.total(self.held_out.quarantined)
+    self.validation = metrics | {'quarantined_rows': quarantined_rows}
+    self.recorder.validation(self.step, self.validation)
 
   def save(self) -> None:
-    """Starts to write a checkpoint of this step, unless it has one."""
-    self._record_last()
-    if self.step == self.saved:
+    """Starts to write a checkpoint of the last step, unless it has one."""
+    self.recorder.flush()
+    if self.step == self.saved_step:
       return
-    self.saved = self.step
-    with self.speed.paused('save', self.step):
+    self.saved_step = self.step
+    with self.recorder.speed.paused('save', self.step):
       record = {'step': self.step, 'data': self.batches.get_state(), **self.record}
       self.writer.save(self.step, self.state.model, self.state.without_model(), record)
 
   def close(self) -> None:
+    """Waits for the checkpoint that is being written, then closes all files. Raises OSError when it failed."""
     self.profile(range(0))
-    self.display.close()
     try:
       with self.events.span('save', self.step) if self.writer.pending else contextlib.nullcontext():
         self.writer.close()
     finally:
       self.events.close()
-      self.log.close()
+      self.recorder.close()
       self.batches.close()
-
-
-def _keep_evidence(own: pathlib.Path, step: int, batch, found: dict) -> pathlib.Path:
-  folder = own / 'nonfinite'
-  folder.mkdir(exist_ok=True)
-  local = {name: np.concatenate([shard.data for shard in x.addressable_shards if shard.replica_id == 0]) for name, x in batch.items()}
-  np.savez(folder / f'step-{step}.npz', **local)
-  (folder / f'step-{step}.json').write_text(json.dumps(found) + '\n')
-  return folder / f'step-{step}.npz'

@@ -1,4 +1,13 @@
-"""train/step."""
+"""One training step: a pure function of state and batch, jitted with its state donated.
+
+    state, metrics = step(state, batch)          batch: int32[B, L + M] 'tokens', 'segments', 'positions'
+
+The gradients of the microbatches of a step are added up. Each is weighted by counts over the whole batch, so
+accumulation changes only the memory that a step needs.
+A step whose loss or gradient is not finite leaves parameters, moments and their counters as they were.
+A future whose weight is exactly 0 is not computed; each set of futures that are computed is a program of its own.
+The gradient of a future that is not computed is 0, as it would be otherwise; weight decay and momentum go on.
+"""
 import dataclasses
 import functools
 import math

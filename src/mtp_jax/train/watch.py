@@ -1,13 +1,17 @@
-"""train/watch."""
+"""Watches a run: ends it when a step hangs, records the signals that ask it to stop."""
 import contextlib
 import faulthandler
 import signal
 import sys
+from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def watched(seconds: float):
-  """Ends the process, exit code 1, when the block takes longer: after the stacks of all threads, even where Python itself hangs. 0: never."""
+def watched(seconds: float) -> Iterator[None]:
+  """Ends the process with exit code 1 when the block takes longer; prints the stacks of all threads first.
+
+  Works even when Python itself hangs. With 0 seconds nothing is watched.
+  """
   if not seconds:
     yield
     return
@@ -19,22 +23,25 @@ def watched(seconds: float):
 
 
 class Interrupts:
-  """Remembers signals instead of dying of them; a second Ctrl-C interrupts at once. passed_on: whether others have been told."""
+  """Records signals; a second Ctrl-C interrupts.
+
+  received: the last signal, 0 if none. forwarded: whether the other processes of the job know of it.
+  """
 
   def __init__(self, numbers: tuple[int, ...]):
     self.numbers = numbers
 
-  def __enter__(self):
-    self.received, self.passed_on, self.old = 0, False, {}
-    with contextlib.suppress(ValueError):  # outside the main thread, as in some notebooks, signals stay with their owner
-      self.old = {number: signal.signal(number, self._receive) for number in self.numbers}
+  def __enter__(self) -> 'Interrupts':
+    self.received, self.forwarded, self.old_handlers = 0, False, {}
+    with contextlib.suppress(ValueError):  # handlers can be set in the main thread only; some notebooks run in another
+      self.old_handlers = {number: signal.signal(number, self._receive) for number in self.numbers}
     return self
 
-  def _receive(self, number, frame):
+  def _receive(self, number, frame) -> None:
     if self.received == signal.SIGINT == number:
       raise KeyboardInterrupt
     self.received = number
 
-  def __exit__(self, *_):
-    for number, handler in self.old.items():
+  def __exit__(self, *_) -> None:
+    for number, handler in self.old_handlers.items():
       signal.signal(number, handler)

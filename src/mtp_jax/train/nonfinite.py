@@ -1,0 +1,26 @@
+"""Steps whose loss or gradient is not finite: their batch is kept as evidence, and too many in a row end the run."""
+import json
+import pathlib
+
+import numpy as np
+
+
+class NotFinite(RuntimeError):
+  """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+def write_evidence(folder: pathlib.Path, step: int, batch, metrics: dict) -> pathlib.Path:
+  """Writes the rows of the batch that this process holds, and the metrics of the step; the path of the rows.
+
+      folder/nonfinite/step-STEP.npz    'tokens', 'segments', 'positions'
+      folder/nonfinite/step-STEP.json   the metrics
+  """
+  path = folder / 'nonfinite' / f'step-{step}.npz'
+  path.parent.mkdir(exist_ok=True)
+  np.savez(path, **{name: _local_rows(x) for name, x in batch.items()})
+  path.with_suffix('.json').write_text(json.dumps(metrics) + '\n')
+  return path
+
+
+def _local_rows(x) -> np.ndarray:
+  return np.concatenate([shard.data for shard in x.addressable_shards if shard.replica_id == 0])

@@ -1,0 +1,71 @@
+"""What a run needs before its first step, checked against the config and against the checkpoint it resumes."""
+import dataclasses
+import pathlib
+from collections.abc import Callable
+
+from mtp_jax import tokenizer
+from mtp_jax.checkpoint.record import check_conventions, check_resumes, check_tokenizer, read_record, steps
+from mtp_jax.config import BadInput, Config
+from mtp_jax.data.corpus import Corpus, difference, open_corpus
+from mtp_jax.data.prepared_set import INDEX
+from mtp_jax.model.model import conventions
+from mtp_jax.report.display import Meter, print_stderr
+from mtp_jax.tokenizer import Tokenizer, check_vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """Tokenizer, documents, and the record of the checkpoint to resume, None for a new run."""
+  tokenizer: Tokenizer
+  corpus: Corpus
+  record: dict | None
+
+  @property
+  def step(self) -> int:
+    """The step to go on from; 0 for a new run."""
+    return self.record['step'] if self.record else 0
+
+
+def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None]) -> Opened:
+  """Opens the tokenizer, the documents and the newest checkpoint in workdir. Prepares config.data.paths where needed.
+
+  Args:
+    note: gets a line for each change since the checkpoint.
+
+  Raises:
+    BadInput: config, data and checkpoint do not fit together.
+  """
+  _check_workdir(workdir)
+  record = read_record(workdir) if steps(workdir) else None
+  changes = []
+  if record:
+    changes += check_resumes(config, record, workdir)
+    check_conventions(conventions(config.model), record, workdir)
+  tokens = tokenizer.load(config.data.tokenizer)
+  check_vocabulary(config, tokens)
+  if record:
+    check_tokenizer(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record,
+                    'use the same tokenizer, or another --workdir')
+  corpus = open_corpus(config.data, tokens, print_stderr, Meter)
+  if record:
+    changes += _check_data(config, corpus, record, workdir)
+  for change in changes:
+    note(change)
+  return Opened(tokens, corpus, record)
+
+
+def _check_workdir(workdir: pathlib.Path) -> None:
+  if workdir.exists() and not workdir.is_dir():
+    raise BadInput(f'--workdir={workdir}: cannot be a folder, it is a file; choose another')
+  if (workdir / INDEX).exists():
+    raise BadInput(f'--workdir={workdir}: holds a prepared set; choose another')
+
+
+def _check_data(config: Config, corpus: Corpus, record: dict, workdir: pathlib.Path) -> list[str]:
+  """How the data differ from the checkpoint's, where config.data.accept_changed allows it."""
+  changes = difference(corpus.identity, record['identity'])
+  if changes and not config.data.accept_changed:
+    raise BadInput(f'config.data: not what the checkpoint in {workdir} was trained on: {"; ".join(changes)}; '
+                   'restore that, choose another --workdir, or set config.data.accept_changed=True '
+                   'to go on with these data from the same row number')
+  return [f'the data have changed: {change}' for change in changes]

@@ -1,0 +1,93 @@
+"""What a run writes about its steps: metrics log, event log, display, and evidence of steps that are not finite.
+
+A step is recorded one step later: reading its metrics waits for the device, which then has the next step to work on.
+"""
+import dataclasses
+import pathlib
+
+import jax
+
+from mtp_jax.config import Config
+from mtp_jax.report.display import Display, format_numbers
+from mtp_jax.report.events import Events
+from mtp_jax.report.log import Log
+from mtp_jax.report.speed import Speed
+from mtp_jax.train import processes
+from mtp_jax.train.nonfinite import NotFinite, write_evidence
+from mtp_jax.train.watch import watched
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """A step that was started and is not recorded yet."""
+  number: int
+  metrics: dict  # on the device
+  batch: dict
+  flops: float  # model FLOPs
+  quarantined_rows: int  # of this process, since the start
+
+
+class Recorder:
+  """Records the steps of a run.
+
+  Args:
+    folder: of this process.
+    step: at which the run begins.
+    peak_flops: FLOP/s of all devices together, nan if unknown.
+  """
+
+  def __init__(self, config: Config, folder: pathlib.Path, step: int, peak_flops: float, events: Events, display: Display,
+               tensorboard: bool):
+    self.config, self.folder, self.display = config, folder, display
+    self.speed = Speed(step, config.train.batch * config.data.length, peak_flops, events)
+    self.log = Log(folder, step, tensorboard)
+    self.waiting: Step | None = None
+
+  def add(self, step: Step) -> None:
+    """Records the step before this one."""
+    self.flush()
+    self.waiting = step
+
+  def flush(self) -> None:
+    """Records the last step added; waits until it has run.
+
+    Raises:
+      NotFinite: it is the config.train.skipped_allowed-th bad step in a row.
+    """
+    step, self.waiting = self.waiting, None
+    if step is not None:
+      with watched(self.config.train.hang_seconds):
+        self._record(step)
+
+  def _record(self, step: Step) -> None:
+    t, n = self.config.train, step.number
+    self.speed.flops += step.flops
+    metrics = jax.tree.map(lambda x: x.tolist(), jax.device_get(step.metrics))
+    bad_in_a_row = metrics['skipped_in_a_row']
+    if bad_in_a_row:
+      evidence = write_evidence(self.folder, n, step.batch, metrics)
+      self.display.line(f'step {n} skipped: loss {metrics["loss"]}, gradient norm {metrics["gradient_norm"]}; '
+                        f'evidence in {evidence}')
+    if bad_in_a_row or n % t.log_every == 0 or n == t.steps:
+      metrics |= self.speed.since_last(n, t.steps)
+      metrics |= {'quarantined_rows': processes.total(step.quarantined_rows)}
+      self.log.write(n, 'train', metrics)
+      self.display.record(n, metrics)
+    else:
+      self.display.advance(n)
+    if bad_in_a_row >= t.skipped_allowed:
+      raise NotFinite(f'step {n}: {bad_in_a_row} steps in a row had a loss or gradient that is not finite; '
+                      f'evidence in {evidence}; lower config.optimizer.learning_rate, '
+                      'or resume from the last checkpoint with other data')
+
+  def validation(self, step: int, metrics: dict) -> None:
+    """Records the metrics of a validation."""
+    self.log.write(step, 'validation', metrics)
+    text = (f'step {step} validation: {metrics["bits_per_byte"]:.4f} bits per byte, '
+            f'nats {format_numbers(metrics["nats"])}, accuracy {format_numbers(metrics["accuracy"])}')
+    if metrics['acceptance_greedy']:
+      text += f', acceptance {format_numbers(metrics["acceptance_greedy"])}'
+    self.display.line(text)
+
+  def close(self) -> None:
+    self.log.close()
