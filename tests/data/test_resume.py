@@ -1,7 +1,6 @@
-"""An interrupted preparation goes on where it stopped; the set is the same bytes."""
+"""An interrupted preparation continues where it stopped; the set is the same bytes."""
 import json
 import os
-import pathlib
 import random
 import resource
 import signal
@@ -23,19 +22,20 @@ from mtp_jax.data.prepare import prepare
 from mtp_jax.data.prepared_set import open_set
 from mtp_jax.data.records import Reading
 
-BYTES = tokenizer.load('bytes')
+OPTIONS = Options(validation_share=0.2, shard_bytes=3000)
 
 
 def test_preparing_again_finds_it_done(corpus, tmp_path, monkeypatch):
-  before = kills.contents(pathlib.Path(prepare_bytes(corpus[0], tmp_path / 'set').folder.url))
+  prepare_bytes(corpus[0], tmp_path / 'set')
+  before = kills.contents(tmp_path / 'set')
   monkeypatch.setattr(preparing, '_tokenize_missing', None)
   assert all_texts(prepare_bytes(corpus[0], tmp_path / 'set')) == corpus[1]
   assert kills.contents(tmp_path / 'set') == before
 
 
 def interrupted(folder, output, after: int = 3):
-  """Preparation that fails in the middle of a part."""
-  class Failing(tokenizer.Bytes):
+  """Preparation that is interrupted in the middle of a part."""
+  class Interrupting(tokenizer.Bytes):
     left = [after * 9]
 
     def encode(self, text):
@@ -44,37 +44,54 @@ def interrupted(folder, output, after: int = 3):
         raise KeyboardInterrupt
       return super().encode(text)
   with pytest.raises(KeyboardInterrupt):
-    prepare(files((str(folder),), ''), Failing(), Options(validation_share=0.2, shard_bytes=3000), output, 0, '', note=lambda line: None)
-  with pytest.raises(BadInput, match=r'holds no prepared set; its preparation has not ended: run the same prepare again$'):
+    prepare(files((str(folder),), ''), Interrupting(), OPTIONS, output, 0, '')
+  message = r'holds no prepared set; its preparation has not ended: run the same prepare again$'
+  with pytest.raises(BadInput, match=message):
     open_set(Folder(output, '--data'), '')
 
 
-@pytest.mark.parametrize('change, said', [
-    (dict(validation_share=0.3), r'--validation_share \(0.2 -> 0.3\)'), (dict(shard_bytes=4000), r'--shard_bytes \(3000 -> 4000\)'),
-    (dict(reading=Reading(keep=('nul',), field='body')), r"--field \(text -> body\), --keep \(\[\] -> \['nul'\]\)"), ('content', 'the inputs, such as corpus/3.txt'), ('more', 'the inputs, such as corpus/new.txt')])
+CHANGES = {
+    'validation_share': (dict(validation_share=0.3), r'--validation_share \(0.2 -> 0.3\)'),
+    'shard_bytes': (dict(shard_bytes=4000), r'--shard_bytes \(3000 -> 4000\)'),
+    'reading': (dict(reading=Reading(keep=('nul',), field='body')),
+                r"--field \(text -> body\), --keep \(\[\] -> \['nul'\]\)"),
+    'content': ({}, 'the inputs, such as corpus/3.txt'),
+    'more': ({}, 'the inputs, such as corpus/new.txt'),
+}
+
+
+@pytest.mark.parametrize('change', CHANGES)
 @pytest.mark.parametrize('state', ['a set', 'unfinished work'])
-def test_other_inputs_or_options_in_the_same_folder_are_refused_and_named(corpus, tmp_path, change, said, state):
-  prepare_bytes(corpus[0], tmp_path / 'set') if state == 'a set' else interrupted(corpus[0], tmp_path / 'set')
+def test_other_inputs_or_options_in_the_same_folder_are_refused_and_named(corpus, tmp_path, change, state):
+  (prepare_bytes if state == 'a set' else interrupted)(corpus[0], tmp_path / 'set')
   before = kills.contents(tmp_path / 'set')
+  options, difference = CHANGES[change]
   if change == 'content':
     (corpus[0] / '3.txt').write_text('changed to something else')
   elif change == 'more':
     (corpus[0] / 'new.txt').write_text('x')
-  with pytest.raises(BadInput, match=rf'^--output=.*/set: holds {state} that differs in {said}; choose another folder or delete that one$'):
-    prepare_bytes(corpus[0], tmp_path / 'set', **(change if isinstance(change, dict) else {}))
+  message = (rf'^--output=.*/set: holds {state} that differs in {difference}; '
+             'choose another folder or delete that one$')
+  with pytest.raises(BadInput, match=message):
+    prepare_bytes(corpus[0], tmp_path / 'set', **options)
   assert kills.contents(tmp_path / 'set') == before
 
 
 @pytest.mark.parametrize('after', range(1, 20, 3))
-def test_interrupted_anywhere_it_goes_on_and_does_no_part_twice(corpus, tmp_path, monkeypatch, after):
+def test_interrupted_anywhere_it_continues_and_does_no_part_twice(corpus, tmp_path, monkeypatch, after):
   prepare_bytes(corpus[0], tmp_path / 'whole')
   interrupted(corpus[0], tmp_path / 'set', after)
-  done = len(list((tmp_path / 'set' / 'parts').glob('*'))) if (tmp_path / 'set' / 'parts').exists() else 0
+  done = len(list((tmp_path / 'set').glob('parts/*')))
   numbers, tokenize = [], Preparation.tokenize
-  monkeypatch.setattr(Preparation, 'tokenize', lambda work, number, count: numbers.append(number) or tokenize(work, number, count))
+
+  def recorded(preparation, number, count):
+    numbers.append(number)
+    return tokenize(preparation, number, count)
+  monkeypatch.setattr(Preparation, 'tokenize', recorded)
   prepare_bytes(corpus[0], tmp_path / 'set')
   assert kills.contents(tmp_path / 'set') == kills.contents(tmp_path / 'whole')
-  assert len(numbers) == len(set(numbers)) and done + len(numbers) == len(json.loads((tmp_path / 'set/index.json').read_text())['splits']['train'])
+  parts = len(json.loads((tmp_path / 'set/index.json').read_text())['splits']['train'])
+  assert len(numbers) == len(set(numbers)) and done + len(numbers) == parts
 
 
 @pytest.mark.slow
@@ -86,9 +103,11 @@ def test_killed_at_random_moments_nothing_is_lost_or_repeated(tmp_path, kill):
 def test_workers_end_with_their_parent(tmp_path):
   """A killed command leaves no process behind that still writes."""
   kills.corpus(tmp_path / 'in')
-  arguments = kills.command('prepare', f'--input={tmp_path / "in"}', f'--output={tmp_path / "set"}', '--workers=2', '--shard_bytes=100000')
-  process = subprocess.Popen(arguments, cwd=kills.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             env=os.environ | {'PYTHONPATH': str(kills.ROOT / 'src')})
+  folders = f'--input={tmp_path / "in"}', f'--output={tmp_path / "set"}'
+  arguments = kills.command('prepare', *folders, '--workers=2', '--shard_bytes=100000')
+  environment = os.environ | {'PYTHONPATH': str(kills.ROOT / 'src')}
+  process = subprocess.Popen(arguments, cwd=kills.ROOT, env=environment,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
   while not list((tmp_path / 'set').glob('parts/*')):
     time.sleep(0.01)
     assert process.poll() is None
@@ -96,56 +115,63 @@ def test_workers_end_with_their_parent(tmp_path):
   process.communicate(timeout=20)  # its output ends when the last worker has ended
   assert process.returncode == -signal.SIGKILL and not (tmp_path / 'set/index.json').exists()
   kills.run(arguments)
-  found = open_set(Folder(tmp_path / 'set', ''), '')
-  assert found.train.documents + found.validation.documents == 5520 and not found.verify()
+  prepared = open_set(Folder(tmp_path / 'set', ''), '')
+  assert prepared.train.documents + prepared.validation.documents == 5520 and not prepared.verify()
 
 
 def test_a_second_process_waits_for_the_first_and_finds_it_done(corpus, tmp_path):
-  said, entered, go = [], threading.Event(), threading.Event()
+  entered, go = threading.Event(), threading.Event()
 
   class Slow(tokenizer.Bytes):
     def encode(self, text):
       entered.set()
       go.wait(60)
       return super().encode(text)
-  options = Options(validation_share=0.2, shard_bytes=3000)
-  inputs = files((str(corpus[0]),), '')
-  one = threading.Thread(target=lambda: prepare(inputs, Slow(), options, tmp_path / 'set', 0, '', note=print))
+  inputs, lines, sets = files((str(corpus[0]),), ''), [], []
+
+  def prepare_too():
+    sets.append(prepare(inputs, tokenizer.Bytes(), OPTIONS, tmp_path / 'set', 0, '', lines.append))
+  one = threading.Thread(target=lambda: prepare(inputs, Slow(), OPTIONS, tmp_path / 'set', 0, ''))
   one.start()
   entered.wait(60)
-  two = threading.Thread(target=lambda: said.append(prepare(inputs, BYTES, options, tmp_path / 'set', 0, '', note=said.append)))
+  two = threading.Thread(target=prepare_too)
   two.start()
   until = time.monotonic() + 30
-  while not said and time.monotonic() < until:
+  while not lines and time.monotonic() < until:
     time.sleep(0.01)
-  assert two.is_alive() and said == [f'another process prepares {tmp_path / "set"}; waiting for it']
+  assert two.is_alive() and lines == [f'another process prepares {tmp_path / "set"}; waiting for it']
   go.set()
   one.join()
   two.join()
-  assert said[1].endswith('is complete already, by names, sizes and options; nothing is written') and all_texts(said[2]) == corpus[1]
+  assert lines[1].endswith('is complete already, by names, sizes and options; nothing is written')
+  assert all_texts(sets[0]) == corpus[1]
 
 
-def test_work_goes_on_only_while_files_are_as_they_were(corpus, tmp_path):
+def test_work_continues_only_while_files_are_as_they_were(corpus, tmp_path):
   interrupted(corpus[0], tmp_path / 'set')
   os.utime(corpus[0] / '3.txt', (1, 1))  # of the same size, but written since
-  with pytest.raises(BadInput, match='holds unfinished work that differs in the inputs, such as corpus/3.txt'):
+  message = 'holds unfinished work that differs in the inputs, such as corpus/3.txt'
+  with pytest.raises(BadInput, match=message):
     prepare_bytes(corpus[0], tmp_path / 'set')
 
 
 def test_killed_at_the_first_moment_it_begins_anew(corpus, tmp_path):
   (tmp_path / 'set').mkdir()
   (tmp_path / 'set' / '.unfinished-abc').write_bytes(b'half a plan')
-  assert all_texts(prepare_bytes(corpus[0], tmp_path / 'set')) == corpus[1] and not list((tmp_path / 'set').glob('.*'))
+  assert all_texts(prepare_bytes(corpus[0], tmp_path / 'set')) == corpus[1]
+  assert not list((tmp_path / 'set').glob('.*'))
 
 
 @pytest.mark.parametrize('workers', [0, 2])
-def test_a_full_disk_is_told_with_what_to_do(corpus, tmp_path, workers):
-  """Files of this process and its children may have 60 kB, of which ArrayRecord wants 64 at once."""
+def test_a_full_disk_is_reported_with_what_to_do(corpus, tmp_path, workers):
+  """Files of this process and its children are limited to 60 kB; ArrayRecord writes 64 at once."""
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
   resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+  message = (r'^--output=.*/set: cannot write there .*; '
+             'fix that and run the same command, it goes on where it stopped$')
   try:
-    with pytest.raises(OSError, match=r'^--output=.*/set: cannot write there .*; fix that and run the same command, it goes on where it stopped$'):
+    with pytest.raises(OSError, match=message):
       prepare_bytes(corpus[0], tmp_path / 'set', workers)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
