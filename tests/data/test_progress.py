@@ -35,7 +35,8 @@ def test_a_meter_ends_at_the_sums_of_the_set(inputs, tmp_path, workers):
     meters.append(Recorder(total, ready))
     return meters[-1]
   options = Options(validation_share=0.2, shard_bytes=200)
-  prepared = prepare(inputs, tokenizer.load('bytes'), options, tmp_path / 'set', workers, '--input', progress=progress)
+  bytes_ = tokenizer.load('bytes')
+  prepared = prepare(inputs, bytes_, options, tmp_path / 'set', workers, '--input', progress=progress)
   size = sum(file.bytes for file in inputs)
   meter, = meters
   assert meter.opened == (size, 0) and meter.shown == sorted(meter.shown)

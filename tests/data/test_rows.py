@@ -56,7 +56,8 @@ def test_rows_are_those_of_a_double_loop(tmp_path, stream_of, packing, boundary,
     assert all(values.dtype == np.int32 and values.shape == (len(rows), L + M) for values in batch.values())
     for i in range(len(rows)):
       pieces = rows.packing.pieces(np.array([i]))[1].tolist()
-      assert [batch[name][i].tolist() for name in ('tokens', 'segments', 'positions')] == by_hand(stream, pieces, L, M, boundary == 'across')
+      row = [batch[name][i].tolist() for name in ('tokens', 'segments', 'positions')]
+      assert row == by_hand(stream, pieces, L, M, boundary == 'across')
 
 
 def test_two_documents_and_the_end_of_the_stream_as_a_table(tmp_path, stream_of):
@@ -68,7 +69,10 @@ def test_two_documents_and_the_end_of_the_stream_as_a_table(tmp_path, stream_of)
 
 
 def test_best_fit_rows_as_a_table(tmp_path, stream_of):
-  """Documents of 7, 2 and 3 tokens in rows of 5: the first five of the long one with two more to predict, then 3 + 2, then the rest of 2."""
+  """Documents of 7, 2 and 3 tokens in rows of 5.
+
+  First five tokens of the long one, with two more to predict; then 3 + 2; then its last two.
+  """
   rows = make_rows(stream_of(tmp_path, [7, 2, 3]), tmp_path, L=5, M=2, packing='best_fit')
   assert {name: values.tolist() for name, values in rows.batch(range(3)).items()} == {
       'tokens': [[BOS, 1, 2, 3, 4, 5, 6], [BOS, 10, 11, 5, 6, BOS, 8], [BOS, 8, PAD, PAD, PAD, PAD, PAD]],
@@ -93,18 +97,25 @@ def rows(tmp_path, stream_of, request):
 def mixed(tmp_path, stream_of):
   """Three sources of 23, 7 and 12 rows; their tokens tell them apart."""
   sources = []
-  for i, (packing, lengths) in enumerate((('stream', [1, 90, 3, 40, 2, 44]), ('best_fit', [5] * 9), ('stream', [96]))):
+  layouts = ('stream', [1, 90, 3, 40, 2, 44]), ('best_fit', [5] * 9), ('stream', [96])
+  for i, (packing, lengths) in enumerate(layouts):
     stream = stream_of(tmp_path / str(i), lengths)
-    gather = stream.gather
-    stream.gather = lambda starts, stops, gather=gather, i=i: [np.where(part == BOS, BOS, part + 1000 * i) for part in gather(starts, stops)]
+    stream.gather = shifted(stream.gather, 1000 * i)
     sources.append(make_rows(stream, tmp_path / str(i), 8, 3, packing))
   return SourceRows(sources)
 
 
+def shifted(gather, offset: int):
+  """The same tokens, but for bos, plus an offset."""
+  def gather_shifted(starts, stops):
+    return [np.where(tokens == BOS, BOS, tokens + offset) for tokens in gather(starts, stops)]
+  return gather_shifted
+
+
 def take(batches, count):
-  found = [next(batches) for _ in range(count)]
+  taken = [next(batches) for _ in range(count)]
   batches.close()
-  return found
+  return taken
 
 
 def one_epoch(rows) -> list[dict]:
@@ -112,13 +123,18 @@ def one_epoch(rows) -> list[dict]:
 
 
 def test_every_token_of_every_document_is_an_input_once_an_epoch(rows):
-  inputs = np.concatenate([np.where(batch['segments'][:, :8] > 0, batch['tokens'][:, :8], -1).ravel() for batch in one_epoch(rows)])
-  inputs = inputs[inputs >= 0]
-  assert sorted(inputs[inputs != BOS]) == sorted(set(range(180)) - {0, 1, 91, 94, 134, 136}) and (inputs == BOS).sum() == 6
+  epoch = one_epoch(rows)
+  inputs = np.concatenate([batch['tokens'][:, :8][batch['segments'][:, :8] > 0] for batch in epoch])
+  first_tokens = {0, 1, 91, 94, 134, 136}
+  assert sorted(inputs[inputs != BOS]) == sorted(set(range(180)) - first_tokens)
+  assert (inputs == BOS).sum() == len(first_tokens)
 
 
 def test_every_future_of_every_input_is_in_its_row(tmp_path, stream_of):
-  """Where a document is not cut between them, the token m+1 places on stands m+1 places on, in the same segment: M are there, always, with stream packing."""
+  """With stream packing, the token m+1 places later in the stream is m+1 places later in the row.
+
+  It is in the same segment iff it is of the same document.
+  """
   rows = make_rows(stream_of(tmp_path, [1, 90, 3, 40]), tmp_path, 8, 3)
   batch = rows.batch(range(len(rows)))
   ends = np.cumsum([1, 90, 3, 40])
@@ -131,13 +147,14 @@ def test_every_future_of_every_input_is_in_its_row(tmp_path, stream_of):
 
 def test_epochs_are_permutations_in_another_order(rows):
   n = len(rows)
-  drawn = sum([batch['tokens'].tolist() for batch in take(Batches(rows, (1,), n, seed=3), 4)], [])
-  epochs = [drawn[i:i + n] for i in range(0, 4 * n, n)]
-  assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs) and all(a != b for a, b in itertools.combinations(epochs, 2))
+  epochs = [batch['tokens'].tolist() for batch in take(Batches(rows, (1,), n, seed=3), 4)]
+  assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+  assert all(a != b for a, b in itertools.combinations(epochs, 2))
 
 
 def test_seed_fixes_the_order(rows):
-  one, same, other = ([b['tokens'].tolist() for b in take(Batches(rows, (1,), 5, seed), 8)] for seed in (1, 1, 2))
+  one, same, other = ([batch['tokens'].tolist() for batch in take(Batches(rows, (1,), 5, seed), 8)]
+                      for seed in (1, 1, 2))
   assert one == same != other
 
 
@@ -145,7 +162,7 @@ WEIGHTS = (0.5, 0.3, 0.2)
 
 
 def whole(rows, count, steps, state=None, batch=8, weights=WEIGHTS):
-  """The global batches that `count` processes draw together, their rows put back in order, and the state they agree on."""
+  """Global batches drawn by `count` processes, rows in order, and the state they agree on."""
   processes = [Batches(rows, weights, batch, 5, p, count) for p in range(count)]
   for process in processes if state else []:
     process.set_state(state)
@@ -153,9 +170,15 @@ def whole(rows, count, steps, state=None, batch=8, weights=WEIGHTS):
   states = [process.get_state() for process in processes]
   for process in processes:
     process.close()
-  assert all(s == states[0] for s in states) and all(len(b['tokens']) == batch // count for share in shares for b in share)
-  together = [{name: np.stack([b[name] for b in step], axis=1).reshape(batch, -1).tolist() for name in step[0]} for step in zip(*shares)]
-  return together, json.loads(json.dumps(states[0]))
+  assert all(s == states[0] for s in states)
+  assert all(len(b['tokens']) == batch // count for share in shares for b in share)
+  batches = [{name: together([b[name] for b in step]).tolist() for name in step[0]} for step in zip(*shares)]
+  return batches, json.loads(json.dumps(states[0]))
+
+
+def together(shares) -> np.ndarray:
+  """The rows of all processes in order: row r is of process r % count."""
+  return np.stack(shares, axis=1).reshape(-1, np.shape(shares)[-1])
 
 
 def test_any_number_of_processes_draws_the_same_batches(mixed):
@@ -173,11 +196,11 @@ def test_resuming_at_every_point_continues_as_if_uninterrupted(mixed):
 
 def test_the_number_of_processes_may_change_on_the_way(mixed):
   uninterrupted, _ = whole(mixed, 1, steps=9)
-  found, state = [], None
+  drawn, state = [], None
   for count, steps in ((2, 2), (1, 3), (8, 1), (4, 3)):
     batches, state = whole(mixed, count, steps, state)
-    found += batches
-  assert found == uninterrupted and state == {'global_next_index': 9 * 8}
+    drawn += batches
+  assert drawn == uninterrupted and state == {'global_next_index': 9 * 8}
 
 
 def test_the_batch_size_may_change_on_the_way(mixed):
@@ -207,21 +230,28 @@ from mtp_jax.data.rows import Batches, SourceRows, Rows
 from mtp_jax.data.folder import Folder
 from mtp_jax.data.shards import Shard, Stream
 shards = json.loads(sys.argv[3])
-stream = Stream(Folder({str(tmp_path / "real")!r}, ''), [Shard(**shard) for shard in shards], '<u2', '')
+folder = Folder({str(tmp_path / "real")!r}, '')
+stream = Stream(folder, [Shard(**shard) for shard in shards], '<u2', '')
 from mtp_jax.data import shards as module
 module.BLOCK = 16
-batches = Batches(SourceRows([Rows(stream, Consecutive(stream, 8), 8, 3, {BOS}, {PAD})]), (1,), 8, 5, int(sys.argv[1]), int(sys.argv[2]))
+rows = SourceRows([Rows(stream, Consecutive(stream, 8), 8, 3, {BOS}, {PAD})])
+batches = Batches(rows, (1,), 8, 5, int(sys.argv[1]), int(sys.argv[2]))
 print(json.dumps([next(batches)['tokens'].tolist() for _ in range(6)]))
 batches.close()
 '''
   stream = stream_of(tmp_path / 'real', [50, 20, 900])
   entries = json.dumps([vars(shard) for shard in stream.shards])
-  start = lambda p, n: subprocess.Popen([sys.executable, '-c', code, str(p), str(n), entries], stdout=subprocess.PIPE, text=True,
-                                        env=os.environ | {'PYTHONPATH': str(kills.ROOT / 'src')})
-  wanted = [batch['tokens'].tolist() for batch in take(Batches(SourceRows([make_rows(stream, tmp_path, 8, 3)]), (1,), 8, 5), 6)]
+  environment = os.environ | {'PYTHONPATH': str(kills.ROOT / 'src')}
+
+  def start(p: int, n: int):
+    arguments = [sys.executable, '-c', code, str(p), str(n), entries]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment)
+  alone = Batches(SourceRows([make_rows(stream, tmp_path, 8, 3)]), (1,), 8, 5)
+  expected = [batch['tokens'].tolist() for batch in take(alone, 6)]
   for n in (2, 4):
-    shares = [json.loads(process.communicate(timeout=60)[0]) for process in [start(p, n) for p in range(n)]]
-    assert [np.stack(step, axis=1).reshape(8, -1).tolist() for step in zip(*shares)] == wanted
+    processes = [start(p, n) for p in range(n)]
+    shares = [json.loads(process.communicate(timeout=60)[0]) for process in processes]
+    assert [together(step).tolist() for step in zip(*shares)] == expected
 
 
 def test_a_share_must_come_out_even(rows):
@@ -233,16 +263,18 @@ def test_a_share_must_come_out_even(rows):
 
 @pytest.mark.parametrize('limit', [None, 1, 8, 10, 41, 42, 43])
 @pytest.mark.parametrize('count', [1, 2, 4])
-def test_validation_sees_each_row_once_or_an_even_sample_in_order_then_padding(mixed, limit, count):
+def test_validation_reads_each_row_once_or_an_even_sample_in_order_then_padding(mixed, limit, count):
   processes = [validation_batches(mixed, 8, limit, p, count) for p in range(count)]
-  together = [np.stack(step, axis=1).reshape(8, -1) for step in zip(*([b['tokens'] for b in p] for p in processes), strict=True)]
-  N = len(mixed)
-  n, tokens = min(limit or N, N), np.concatenate(together)
+  steps = zip(*([batch['tokens'] for batch in process] for process in processes), strict=True)
+  tokens = np.concatenate([together(step) for step in steps])
+  total = len(mixed)
+  n = min(limit or total, total)
   assert tokens.shape == (-(-n // 8) * 8, 11)
-  assert np.array_equal(tokens[:n], mixed.batch([i * N // n for i in range(n)])['tokens']) and (tokens[n:] == PAD).all()
+  assert np.array_equal(tokens[:n], mixed.batch([i * total // n for i in range(n)])['tokens'])
+  assert (tokens[n:] == PAD).all()
 
 
-def harmed(stream, s: int, number: int):
+def damage(stream, s: int, number: int):
   """Flips a bit inside block `number` of shard s."""
   path = pathlib.Path(stream.folder.path(stream.shards[s].file))
   content = bytearray(path.read_bytes())
@@ -253,9 +285,11 @@ def harmed(stream, s: int, number: int):
 
 def test_a_damaged_block_stops_the_batches_and_names_itself(tmp_path, stream_of):
   stream = stream_of(tmp_path, [100], [200])
-  harmed(stream, 1, 4)
+  damage(stream, 1, 4)
   batches = Batches(SourceRows([make_rows(stream, tmp_path, 8, 3)]), (1,), 4, 0)
-  with pytest.raises(Damaged, match=r'train-00001.array_record: block 4 is damaged .*; restore the file, or delete the folder and prepare it again, or go on without'):
+  message = (r'train-00001.array_record: block 4 is damaged .*; '
+             'restore the file, or delete the folder and prepare it again, or go on without')
+  with pytest.raises(Damaged, match=message):
     for _ in range(10):
       next(batches)
   batches.close()
@@ -263,20 +297,24 @@ def test_a_damaged_block_stops_the_batches_and_names_itself(tmp_path, stream_of)
 
 @pytest.mark.parametrize('packing', ['stream', 'best_fit'])
 def test_quarantined_rows_become_padding_are_counted_and_no_other_row_changes(tmp_path, stream_of, packing):
-  stream, said = stream_of(tmp_path, [5] * 12 + [3] * 12 + [4], [3] * 25 + [5] * 25), []
-  rows = make_rows(stream, tmp_path, 8, 3, packing, quarantine=True, note=said.append)
+  stream, lines = stream_of(tmp_path, [5] * 12 + [3] * 12 + [4], [3] * 25 + [5] * 25), []
+  rows = make_rows(stream, tmp_path, 8, 3, packing, quarantine=True, note=lines.append)
   before = rows.batch(range(len(rows)))
-  harmed(stream, 1, 4)
+  damage(stream, 1, 4)
   stream._blocks.clear()
   after = rows.batch(range(len(rows)))
   first, last = 100 + 4 * 16, 100 + 5 * 16  # the tokens of that block
   place, pieces = rows.packing.pieces(np.arange(len(rows)))
-  ends = pieces.sum(axis=1) + 3 * (np.bincount(place, pieces[:, 1])[place] == 8) * (np.append(np.diff(place), 1) > 0)  # and the futures of full rows
+  is_full = np.bincount(place, pieces[:, 1])[place] == 8
+  ends_row = np.append(np.diff(place), 1) > 0
+  ends = pieces.sum(axis=1) + 3 * (is_full & ends_row)  # the futures of full rows read on
   hurt = np.unique(place[(pieces[:, 0] < last) & (ends > first)])
   for name, blank in (('tokens', PAD), ('segments', 0), ('positions', 0)):
     assert (after[name][hurt] == blank).all()
     assert np.array_equal(np.delete(after[name], hurt, axis=0), np.delete(before[name], hurt, axis=0))
-  assert rows.quarantined == len(hurt) > 2 and len(said) == 1 and 'train-00001.array_record: block 4 is damaged' in said[0]
+  assert rows.quarantined == len(hurt) > 2
+  line, = lines
+  assert 'train-00001.array_record: block 4 is damaged' in line
   batches = Batches(SourceRows([rows]), (1,), len(rows), 0)
   next(batches)
   assert batches.quarantined == 2 * len(hurt)
@@ -284,20 +322,21 @@ def test_quarantined_rows_become_padding_are_counted_and_no_other_row_changes(tm
 
 
 def test_a_batch_that_failed_is_tried_again_and_none_is_lost(rows):
-  wanted, failing = take(Batches(rows, (1,), 4, 0), 5), [2]
+  expected, failures_left = take(Batches(rows, (1,), 4, 0), 5), [1]
+
   def place(batch):
-    if np.array_equal(batch['tokens'], wanted[2]['tokens']) and failing:
-      failing.pop()
+    if np.array_equal(batch['tokens'], expected[2]['tokens']) and failures_left:
+      failures_left.pop()
       raise OSError('for once')
     return batch['tokens'].tolist()
-  batches, found = Batches(rows, (1,), 4, 0, place=place), []
-  while len(found) < 5:
+  batches, drawn = Batches(rows, (1,), 4, 0, place=place), []
+  while len(drawn) < 5:
     try:
-      found.append(next(batches))
+      drawn.append(next(batches))
     except OSError:
       assert batches.get_state() == {'global_next_index': 8}
   batches.close()
-  assert found == [batch['tokens'].tolist() for batch in wanted] and not failing
+  assert drawn == [batch['tokens'].tolist() for batch in expected] and not failures_left
 
 
 def test_batches_are_placed_ahead_and_the_state_is_that_of_the_one_handed_out(rows):
