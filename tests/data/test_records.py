@@ -13,14 +13,15 @@ from mtp_jax.data.files import File
 from mtp_jax.data.records import Document, Fault, Piece, Reader, Reading
 
 
-def found_in(tmp_path, content: bytes, name: str = 'x.jsonl', **reading):
+def read(tmp_path, content: bytes, name: str = 'x.jsonl', **reading):
+  """The documents and faults of a file, and its reader."""
   path = tmp_path / name
   path.write_bytes(content)
   reader = Reader(Piece(File(name, str(path), len(content))), Reading(**reading), '--input')
   return list(reader), reader
 
 
-LINES = [  # of a JSON-lines file; the fault of each, and the bytes where it is kept
+LINES = [  # of a JSON-lines file; the fault of each, and the text if it is kept
     (b'{"text": "good"}', None, b'good'),
     (b'{"text": "na\xc3\xafve \\u00e9 \\ud83d\\ude42"}', None, 'naïve é 🙂'.encode()),
     (b'\xef\xbb\xbf{"text": "after a byte order mark"}', None, b'after a byte order mark'),
@@ -48,56 +49,64 @@ LIMIT = 100
 
 
 @pytest.mark.parametrize('end', [b'\n', b'\r\n'])
-def test_what_is_wrong_with_each_line_is_told_and_the_others_are_read(tmp_path, end):
+def test_what_is_wrong_with_each_line_is_reported_and_the_others_are_read(tmp_path, end):
   lines = [line for line, _, _ in LINES]
   content = end.join([lines[0], b'', *lines[1:]]) + end
-  found, reader = found_in(tmp_path, content, max_document_bytes=LIMIT)
+  records, reader = read(tmp_path, content, max_document_bytes=LIMIT)
+  faults = [record for record in records if isinstance(record, Fault)]
+  documents = [record for record in records if isinstance(record, Document)]
   numbers = [1, *range(3, len(LINES) + 2)]  # the second line is blank, which is no record
-  assert [(f.kind, f.line, f.kept) for f in found if isinstance(f, Fault)] == [
+  assert [(f.kind, f.line, f.kept) for f in faults] == [
       (fault, number, False) for number, (_, fault, _) in zip(numbers, LINES) if fault]
-  assert [d.text for d in found if isinstance(d, Document)] == [text for _, fault, text in LINES if not fault]
+  assert [document.text for document in documents] == [text for _, fault, text in LINES if not fault]
   assert reader.lines == len(LINES) + 1 and reader.sha256 == hashlib.sha256(content).hexdigest()
-  for document in found:
-    if isinstance(document, Document):
-      name, _, place = document.name.partition('@')
-      assert name == 'x.jsonl' and json.loads(content[int(place):].split(b'\n')[0].decode('utf-8-sig'))['text'].encode() == document.text
+  for document in documents:
+    name, _, place = document.name.partition('@')
+    line = content[int(place):].split(b'\n')[0]
+    assert name == 'x.jsonl' and json.loads(line.decode('utf-8-sig'))['text'].encode() == document.text
 
 
 @pytest.mark.parametrize('kind', ['invalid_utf8', 'lone_surrogate', 'nul'])
 def test_records_of_a_kind_that_is_to_be_kept_are_kept_byte_for_byte(tmp_path, kind):
   for line, fault, text in LINES:
     if fault == kind:
-      found, _ = found_in(tmp_path, line, keep=(kind,))
-      assert found[0] == Fault(kind, 'x.jsonl', 1, True) and (text is None or found[1].text == text) and len(found) == 2
+      kept_fault, document = read(tmp_path, line, keep=(kind,))[0]
+      assert kept_fault == Fault(kind, 'x.jsonl', 1, True)
+      assert text is None or document.text == text
 
 
 def test_deep_nesting_and_long_numbers_are_broken_json_not_crashes(tmp_path):
   for line, fault, _ in LINES:
     if fault == 'broken_json':
-      assert found_in(tmp_path, line)[0] == [Fault('broken_json', 'x.jsonl', 1, False)]
+      assert read(tmp_path, line)[0] == [Fault('broken_json', 'x.jsonl', 1, False)]
 
 
-def test_a_record_without_the_field_tells_those_it_has(tmp_path):
-  assert [fault.detail for fault in found_in(tmp_path, b'{"a": 1, "b\\ud800": "x"}\n[1]\n')[0]] == ['fields: a, b\\ud800', 'a list, no object']
+def test_a_record_without_the_field_reports_those_it_has(tmp_path):
+  faults, _ = read(tmp_path, b'{"a": 1, "b\\ud800": "x"}\n[1]\n')
+  assert [fault.detail for fault in faults] == ['fields: a, b\\ud800', 'a list, no object']
 
 
 def test_another_field_may_hold_the_text(tmp_path):
-  assert found_in(tmp_path, b'{"body": "x", "text": "y"}', field='body')[0] == [Document('x.jsonl@0', b'x')]
+  records, _ = read(tmp_path, b'{"body": "x", "text": "y"}', field='body')
+  assert records == [Document('x.jsonl@0', b'x')]
 
 
-@pytest.mark.parametrize('content, fault', [(b'', 'empty'), (b'a\0', 'nul'), (b'\xff', 'invalid_utf8'), (b'\xed\xa0\x80', 'lone_surrogate'),
-                                            (b'x' * 101, 'too_long'), (b'{"text": 1}', None)])
+@pytest.mark.parametrize('content, fault', [
+    (b'', 'empty'), (b'a\0', 'nul'), (b'\xff', 'invalid_utf8'), (b'\xed\xa0\x80', 'lone_surrogate'),
+    (b'x' * 101, 'too_long'), (b'{"text": 1}', None)])
 def test_a_text_file_is_a_document_whatever_is_in_it(tmp_path, content, fault):
-  found, reader = found_in(tmp_path, content, 'x.py', max_document_bytes=LIMIT)
-  assert found == ([Fault(fault, 'x.py', 0, False)] if fault else [Document('x.py', content)])
+  records, reader = read(tmp_path, content, 'x.py', max_document_bytes=LIMIT)
+  assert records == ([Fault(fault, 'x.py', 0, False)] if fault else [Document('x.py', content)])
   assert reader.sha256 == hashlib.sha256(content).hexdigest()
   if fault in ('nul', 'invalid_utf8', 'lone_surrogate'):
-    assert found_in(tmp_path, content, 'x.py', keep=(fault,))[0] == [Fault(fault, 'x.py', 0, True), Document('x.py', content)]
+    records, _ = read(tmp_path, content, 'x.py', keep=(fault,))
+    assert records == [Fault(fault, 'x.py', 0, True), Document('x.py', content)]
 
 
 @pytest.mark.parametrize('ends', ['with', 'without'])
 def test_pieces_of_a_file_hold_each_line_once_wherever_it_is_cut(tmp_path, ends):
-  content = b'\n'.join([b'{"text": "%d%s"}' % (i, b'x' * (i % 7)) for i in range(12)] + [b''] * (ends == 'with'))
+  lines = [b'{"text": "%d%s"}' % (i, b'x' * (i % 7)) for i in range(12)]
+  content = b'\n'.join(lines) + b'\n' * (ends == 'with')
   path = tmp_path / 'x.jsonl'
   path.write_bytes(content)
   file = File('x.jsonl', str(path), len(content))
@@ -123,13 +132,14 @@ COMPRESS = {'gz': gzip.compress, 'zst': zstd}
 def test_compressed_files_are_read_through_all_their_frames(tmp_path, end):
   content = b''.join(b'{"text": "%d"}\n' % i for i in range(2000))
   packed = COMPRESS[end](content[:9999]) + COMPRESS[end](content[9999:])
-  found, reader = found_in(tmp_path, packed, f'x.json.{end}')
-  assert [d.text for d in found] == [b'%d' % i for i in range(2000)]
+  documents, reader = read(tmp_path, packed, f'x.json.{end}')
+  assert [document.text for document in documents] == [b'%d' % i for i in range(2000)]
   assert reader.lines == 2000 and reader.sha256 == hashlib.sha256(packed).hexdigest()
-  assert found_in(tmp_path, packed, f'x.txt.{end}')[0] == [Document(f'x.txt.{end}', content)]
+  assert read(tmp_path, packed, f'x.txt.{end}')[0] == [Document(f'x.txt.{end}', content)]
 
 
-@pytest.mark.parametrize('end, harm', [('gz', 'cut'), ('zst', 'cut'), ('gz', 'flipped')])  # the frames of zstd need not hold a checksum
+# Frames of zstd need not hold a checksum, so a flipped bit may stay unnoticed in them.
+@pytest.mark.parametrize('end, harm', [('gz', 'cut'), ('zst', 'cut'), ('gz', 'flipped')])
 def test_a_damaged_compressed_file_is_named_never_read_in_part(tmp_path, end, harm):
   packed = bytearray(COMPRESS[end](random.Random(0).randbytes(30_000).hex().encode() + b'\n'))
   if harm == 'cut':
@@ -137,38 +147,50 @@ def test_a_damaged_compressed_file_is_named_never_read_in_part(tmp_path, end, ha
   else:
     packed[len(packed) // 2] ^= 16
   with pytest.raises(BadInput, match=rf"x.txt.{end}' is damaged or cut off .*; fetch it again"):
-    found_in(tmp_path, bytes(packed), f'x.txt.{end}')
+    read(tmp_path, bytes(packed), f'x.txt.{end}')
 
 
 def test_parquet_columns_are_read_by_row(tmp_path):
-  table = pyarrow.table({'text': ['a', None, '', 'naïve', 'nul\0'], 'raw': [b'\xff', b'b', None, b'', b'ok'], 'n': [1, 2, 3, 4, 5],
-                         'large': pyarrow.array(['u', 'v', 'w', 'x', 'y'], pyarrow.large_string())})
+  table = pyarrow.table({
+      'text': ['a', None, '', 'naïve', 'nul\0'],
+      'raw': [b'\xff', b'b', None, b'', b'ok'],
+      'n': [1, 2, 3, 4, 5],
+      'large': pyarrow.array(['u', 'v', 'w', 'x', 'y'], pyarrow.large_string())})
   pyarrow.parquet.write_table(table, tmp_path / 'y', row_group_size=2)
   content = (tmp_path / 'y').read_bytes()
-  found, reader = found_in(tmp_path, content, 'x.parquet')
-  assert found == [Document('x.parquet@0', b'a'), Fault('missing_field', 'x.parquet', 2, False), Fault('empty', 'x.parquet', 3, False),
-                   Document('x.parquet@3', 'naïve'.encode()), Fault('nul', 'x.parquet', 5, False)]
+  records, reader = read(tmp_path, content, 'x.parquet')
+  assert records == [
+      Document('x.parquet@0', b'a'),
+      Fault('missing_field', 'x.parquet', 2, False),
+      Fault('empty', 'x.parquet', 3, False),
+      Document('x.parquet@3', 'naïve'.encode()),
+      Fault('nul', 'x.parquet', 5, False)]
   assert reader.lines == 5 and reader.sha256 == hashlib.sha256(content).hexdigest()
-  assert [d.text for d in found_in(tmp_path, content, 'x.parquet', field='large')[0]] == [b'u', b'v', b'w', b'x', b'y']
-  assert [getattr(f, 'kind', 'good') for f in found_in(tmp_path, content, 'x.parquet', field='raw')[0]] == [
-      'invalid_utf8', 'good', 'missing_field', 'empty', 'good']
+  documents, _ = read(tmp_path, content, 'x.parquet', field='large')
+  assert [document.text for document in documents] == [b'u', b'v', b'w', b'x', b'y']
+  records, _ = read(tmp_path, content, 'x.parquet', field='raw')
+  kinds = [getattr(record, 'kind', 'good') for record in records]
+  assert kinds == ['invalid_utf8', 'good', 'missing_field', 'empty', 'good']
   with pytest.raises(BadInput, match=r"--field=txt: '.*x\.parquet' has no such column; did you mean 'text'\?"):
-    found_in(tmp_path, content, 'x.parquet', field='txt')
+    read(tmp_path, content, 'x.parquet', field='txt')
   with pytest.raises(BadInput, match=r"--field=n: that column of '.*x\.parquet' holds int64, not text"):
-    found_in(tmp_path, content, 'x.parquet', field='n')
+    read(tmp_path, content, 'x.parquet', field='n')
   for damaged in (content[:-20], content[:40], b'', content[:30] + bytes(30) + content[60:]):
     with pytest.raises(BadInput, match=r"x\.parquet' is damaged or cut off"):
-      found_in(tmp_path, damaged, 'x.parquet')
+      read(tmp_path, damaged, 'x.parquet')
 
 
-@pytest.mark.parametrize('format, wanted', [('auto', b'y'), ('jsonl', b'y'), ('text', b'{"text": "y"}')])
-def test_the_format_may_be_said(tmp_path, format, wanted):
-  assert found_in(tmp_path, b'{"text": "y"}', 'x.jsonl', format=format)[0][0].text == wanted
+@pytest.mark.parametrize('format, text', [('auto', b'y'), ('jsonl', b'y'), ('text', b'{"text": "y"}')])
+def test_the_format_may_be_given(tmp_path, format, text):
+  document, = read(tmp_path, b'{"text": "y"}', 'x.jsonl', format=format)[0]
+  assert document.text == text
 
 
 @pytest.mark.parametrize('change, message', [
-    (dict(format='json'), "--format=json: did you mean 'jsonl'?"), (dict(keep=('null',)), "--keep=null: did you mean 'nul'?"),
-    (dict(keep=('empty',)), '--keep=empty: such a record has no text to keep; valid names: invalid_utf8, lone_surrogate, nul'),
+    (dict(format='json'), "--format=json: did you mean 'jsonl'?"),
+    (dict(keep=('null',)), "--keep=null: did you mean 'nul'?"),
+    (dict(keep=('empty',)), '--keep=empty: such a record has no text to keep; '
+                            'valid names: invalid_utf8, lone_surrogate, nul'),
     (dict(max_document_bytes=0), '--max_document_bytes=0: must be at least 1')])
 def test_bad_options_are_one_line(change, message):
   with pytest.raises(BadInput) as error:

@@ -308,16 +308,16 @@ def test_quarantined_rows_become_padding_are_counted_and_no_other_row_changes(tm
   is_full = np.bincount(place, pieces[:, 1])[place] == 8
   ends_row = np.append(np.diff(place), 1) > 0
   ends = pieces.sum(axis=1) + 3 * (is_full & ends_row)  # the futures of full rows read on
-  hurt = np.unique(place[(pieces[:, 0] < last) & (ends > first)])
+  damaged = np.unique(place[(pieces[:, 0] < last) & (ends > first)])
   for name, blank in (('tokens', PAD), ('segments', 0), ('positions', 0)):
-    assert (after[name][hurt] == blank).all()
-    assert np.array_equal(np.delete(after[name], hurt, axis=0), np.delete(before[name], hurt, axis=0))
-  assert rows.quarantined == len(hurt) > 2
+    assert (after[name][damaged] == blank).all()
+    assert np.array_equal(np.delete(after[name], damaged, axis=0), np.delete(before[name], damaged, axis=0))
+  assert rows.quarantined == len(damaged) > 2
   line, = lines
   assert 'train-00001.array_record: block 4 is damaged' in line
   batches = Batches(SourceRows([rows]), (1,), len(rows), 0)
   next(batches)
-  assert batches.quarantined == 2 * len(hurt)
+  assert batches.quarantined == 2 * len(damaged)
   batches.close()
 
 
