@@ -1,4 +1,4 @@
-"""Both tokenizers give every byte back. SentencePiece models are trained here, on a few files of the standard library."""
+"""Both tokenizers give every byte back. SentencePiece models are trained here, on a few files."""
 import io
 import pathlib
 import sysconfig
@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from mtp_jax import tokenizer
 from mtp_jax.config import BadInput
 
-FITTING = dict(byte_fallback=True, normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=False)
+FITTING = dict(byte_fallback=True, normalization_rule_name='identity', remove_extra_whitespaces=False,
+               add_dummy_prefix=False)
+STDLIB = pathlib.Path(sysconfig.get_path('stdlib'))
+FILES = [(STDLIB / name).read_bytes() for name in ('ast.py', 'bisect.py', 'calendar.py')]
 
 NASTY = {
     'empty': b'',
@@ -35,17 +38,16 @@ NASTY = {
 
 
 def train(path: pathlib.Path, **options) -> pathlib.Path:
-  stdlib = pathlib.Path(sysconfig.get_path('stdlib'))
-  lines = [line for name in ('ast.py', 'bisect.py', 'calendar.py') for line in (stdlib / name).read_text(encoding='utf-8').splitlines()]
+  lines = [line for content in FILES for line in content.decode().splitlines()]
   model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, minloglevel=2, vocab_size=400, **options)
+  sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model,
+                                           minloglevel=2, vocab_size=400, **options)
   path.write_bytes(model.getvalue())
   return path
 
 
 def ours(path: pathlib.Path, kind: str) -> pathlib.Path:
-  stdlib = pathlib.Path(sysconfig.get_path('stdlib'))
-  path.write_bytes(tokenizer.train([*((stdlib / name).read_bytes() for name in ('ast.py', 'bisect.py', 'calendar.py'))], 600, kind))
+  path.write_bytes(tokenizer.train(FILES, 600, kind))
   return path
 
 
@@ -64,7 +66,8 @@ def models(tmp_path_factory):
   }
 
 
-@pytest.fixture(scope='module', params=['bytes', 'fitting', 'as shipped', 'bos in the text', 'bpe of ours', 'unigram of ours'])
+@pytest.fixture(scope='module', params=[
+    'bytes', 'fitting', 'as shipped', 'bos in the text', 'bpe of ours', 'unigram of ours'])
 def t(request, models):
   return tokenizer.load(str(models.get(request.param, 'bytes')))
 
@@ -88,7 +91,7 @@ def test_nasty_bytes_come_back(t, text):
 
 @hypothesis.settings(deadline=None, max_examples=200, database=None)
 @hypothesis.given(text=st.one_of(
-    st.binary(), st.text().map(lambda x: x.encode()), st.lists(st.sampled_from(list(NASTY.values()))).map(b''.join)))
+    st.binary(), st.text().map(str.encode), st.lists(st.sampled_from(list(NASTY.values()))).map(b''.join)))
 def test_any_bytes_come_back(t, text):
   ids = t.encode(text)
   assert t.decode(ids) == text and t.byte_lengths[ids].sum() == len(text)
@@ -120,7 +123,7 @@ def test_special_ids_are_those_of_the_model_or_follow_it(models):
 
 
 def test_a_fitting_model_segments_as_sentencepiece_does(models):
-  text = pathlib.Path(sysconfig.get_path('stdlib'), 'bisect.py').read_text(encoding='utf-8')
+  text = (STDLIB / 'bisect.py').read_text(encoding='utf-8')
   plain = sentencepiece.SentencePieceProcessor(model_file=str(models['fitting']))
   assert tokenizer.load(str(models['fitting'])).encode(text).tolist() == plain.encode(text)
   assert len(plain.encode(text)) < len(text)
@@ -150,7 +153,8 @@ def test_a_model_without_byte_pieces_is_refused_with_the_way_to_train_one(models
 
 
 def test_a_missing_file_is_one_line_with_a_fix(tmp_path):
-  with pytest.raises(BadInput, match=r"^config\.data\.tokenizer='.*spm\.model': No such file or directory; give 'bytes' or .*$"):
+  message = r"^config\.data\.tokenizer='.*spm\.model': No such file or directory; give 'bytes' or .*$"
+  with pytest.raises(BadInput, match=message):
     tokenizer.load(str(tmp_path / 'spm.model'))
   with pytest.raises(BadInput, match='directory'):
     tokenizer.load(str(tmp_path))
@@ -178,12 +182,12 @@ def test_a_model_of_ours_is_made_for_code(models, kind):
   assert not [piece for piece in pieces if len(piece) > 1 and any(48 <= b < 58 for b in piece)]  # digits stand alone
   assert b'    ' in pieces and any(b'\n' in piece for piece in pieces)
   plain = sentencepiece.SentencePieceProcessor(model_file=str(models[f'{kind} of ours']))
-  text = pathlib.Path(sysconfig.get_path('stdlib'), 'heapq.py').read_text(encoding='utf-8')
+  text = (STDLIB / 'heapq.py').read_text(encoding='utf-8')
   assert t.encode(text).tolist() == plain.encode(text) and len(text) / len(t.encode(text)) > 1.5
 
 
 def test_long_lines_are_trained_on_too():
-  text = 'αβγδ' * 40_960  # one line; every stretch of it has more bytes than SentencePiece takes by default
+  text = 'αβγδ' * 40_960  # one line; each chunk of it has more bytes than SentencePiece takes by default
   model = tokenizer.SentencePiece(tokenizer.train([text.encode()] * 3 + [bytes(range(32, 127))] * 20, 380))
   assert any('αβγδ'.encode() in string for string in model._strings)
 

@@ -24,15 +24,17 @@ def names(given) -> list[str]:
 
 
 def test_files_and_directories_are_found_once_and_hidden_ones_are_not(tmp_path, monkeypatch):
-  tree(tmp_path, 'a/one.txt', 'a/deep/two.bin', 'a/.hidden', 'a/.git/config', 'a/empty.txt', 'b/a/one.txt', 'single.txt', '.given/x.txt')
+  tree(tmp_path, 'a/one.txt', 'a/deep/two.bin', 'a/.hidden', 'a/.git/config', 'a/empty.txt',
+       'b/a/one.txt', 'single.txt', '.given/x.txt')
   os.mkfifo(tmp_path / 'a/pipe')
   os.symlink(tmp_path / 'nowhere', tmp_path / 'a/broken')
   os.symlink(tmp_path / 'single.txt', tmp_path / 'a/link.txt')
   monkeypatch.setenv('HOME', str(tmp_path))
   given = ('~/a', str(tmp_path / 'a/one.txt'), str(tmp_path / 'single.txt'), '~/b/a', '~/.given')
-  assert names(given) == ['.given/x.txt', 'a/deep/two.bin', 'a/empty.txt', 'a/link.txt', 'a/one.txt', 'a/one.txt~']
-  found = {file.name: file for file in files(given, '')}
-  assert found['a/link.txt'].bytes == len('single.txt') and found['a/one.txt~'].bytes == len('b/a/one.txt')
+  assert names(given) == [
+      '.given/x.txt', 'a/deep/two.bin', 'a/empty.txt', 'a/link.txt', 'a/one.txt', 'a/one.txt~']
+  sizes = {file.name: file.bytes for file in files(given, '')}
+  assert sizes['a/link.txt'] == len('single.txt') and sizes['a/one.txt~'] == len('b/a/one.txt')
 
 
 def test_globs_name_files_from_the_folder_before_the_first_wildcard(tmp_path):
@@ -45,8 +47,9 @@ def test_globs_name_files_from_the_folder_before_the_first_wildcard(tmp_path):
 
 def test_files_come_in_the_order_of_their_names_hashes(tmp_path):
   tree(tmp_path, *[f'c/{i}.txt' for i in range(50)])
-  found = [file.name for file in files((str(tmp_path / 'c'),), '')]
-  assert found == sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest()) and len(found) == 50
+  in_order = [file.name for file in files((str(tmp_path / 'c'),), '')]
+  assert in_order == sorted(in_order, key=lambda name: hashlib.sha256(name.encode()).digest())
+  assert len(in_order) == 50
   assert name_hash('c/7.txt') == int(hashlib.sha256(b'c/7.txt').hexdigest()[:16], 16)
 
 
@@ -61,33 +64,39 @@ def test_paths_without_files_are_refused(tmp_path, given):
 def test_names_that_are_not_utf8_do_no_harm(tmp_path):
   with open(os.fsencode(tmp_path) + b'/\xff.txt', 'wb') as file:
     file.write(b'x')
-  found, = files((str(tmp_path),), '')
-  assert found.name.endswith('/\\xff.txt') and list(Reader(Piece(found), Reading(), '')) == [Document(found.name, b'x')]
+  file, = files((str(tmp_path),), '')
+  assert file.name.endswith('/\\xff.txt')
+  assert list(Reader(Piece(file), Reading(), '')) == [Document(file.name, b'x')]
 
 
 def test_without_paths_the_files_are_the_standard_library():
-  found = files((), '')
-  held = {file.name for file in found}
-  assert {'random.py', 'json/decoder.py'} <= held and all(name.endswith('.py') for name in held) and len(held) == len(found) > 1000
-  assert not [name for name in held if 'site-packages' in name or 'dist-packages' in name]
-  assert digest(next(file for file in found if file.name == 'random.py'), '') == hashlib.sha256(
-      pathlib.Path(sysconfig.get_path('stdlib'), 'random.py').read_bytes()).hexdigest()
+  library = files((), '')
+  by_name = {file.name: file for file in library}
+  assert len(by_name) == len(library) > 1000 and {'random.py', 'json/decoder.py'} <= by_name.keys()
+  assert all(name.endswith('.py') for name in by_name)
+  assert not [name for name in by_name if 'site-packages' in name or 'dist-packages' in name]
+  content = pathlib.Path(sysconfig.get_path('stdlib'), 'random.py').read_bytes()
+  assert digest(by_name['random.py'], '') == hashlib.sha256(content).hexdigest()
 
 
 def test_files_elsewhere_are_found_and_read_through_fsspec(memory):
-  for name in ('c/1.jsonl', 'c/deep/2.txt', 'c/.hidden/3.txt', 'c/4.txt.gz'):
-    memory.pipe_file(f'/bucket/{name}', gzip.compress(b'packed') if name.endswith('gz') else b'{"text": "x"}\n')
+  for name in ('c/1.jsonl', 'c/deep/2.txt', 'c/.hidden/3.txt'):
+    memory.pipe_file(f'/bucket/{name}', b'{"text": "x"}\n')
+  memory.pipe_file('/bucket/c/4.txt.gz', gzip.compress(b'packed'))
   assert names(('memory://bucket/c',)) == ['c/1.jsonl', 'c/4.txt.gz', 'c/deep/2.txt']
-  assert names(('memory://bucket/c/*.jsonl',)) == ['c/1.jsonl'] and names(('memory://bucket/c/deep/2.txt',)) == ['2.txt']
-  found = {file.name: file for file in files(('memory://bucket/c',), '')}
-  assert list(Reader(Piece(found['c/1.jsonl']), Reading(), '')) == [Document('c/1.jsonl@0', b'x')]
-  assert list(Reader(Piece(found['c/4.txt.gz']), Reading(), '')) == [Document('c/4.txt.gz', b'packed')]
+  assert names(('memory://bucket/c/*.jsonl',)) == ['c/1.jsonl']
+  assert names(('memory://bucket/c/deep/2.txt',)) == ['2.txt']
+  read = {file.name: list(Reader(Piece(file), Reading(), '')) for file in files(('memory://bucket/c',), '')}
+  assert read['c/1.jsonl'] == [Document('c/1.jsonl@0', b'x')]
+  assert read['c/4.txt.gz'] == [Document('c/4.txt.gz', b'packed')]
   with pytest.raises(BadInput, match='holds no file'):
     files(('memory://bucket/nothing',), '--input')
 
 
 @pytest.mark.parametrize('url', ['gs://bucket/x', 's3://bucket/x', 'nowhere://x'])
 def test_a_protocol_without_its_package_is_one_line(url, monkeypatch):
-  monkeypatch.setattr('mtp_jax.data.files.fsspec.core.url_to_fs', lambda url: (_ for _ in ()).throw(ImportError('Please install gcsfs')))
+  def url_to_fs(url):
+    raise ImportError('Please install gcsfs')
+  monkeypatch.setattr('mtp_jax.data.files.fsspec.core.url_to_fs', url_to_fs)
   with pytest.raises(BadInput, match=rf"^--input: '{url}': Please install gcsfs$"):
     files((url,), '--input')

@@ -8,7 +8,7 @@ from mtp_jax.data.packing import BestFit, Consecutive, best_fit, pack
 
 
 def by_hand(lengths, room):
-  """How full each row is: full pieces on their own, the rest, longest first, each in the fullest row that still has room."""
+  """How full each row is: full pieces alone; the rest, longest first, in the fullest row with room."""
   rows, rests = [], []
   for length in lengths:
     rows += [room] * (length // room)
@@ -23,13 +23,18 @@ def by_hand(lengths, room):
   return sorted(rows + bins)
 
 
-CASES = [([5], 8), ([8], 8), ([9], 8), ([24], 8), ([1] * 30, 8), ([3] * 7, 8), ([7, 6, 5, 4, 3, 2, 1], 8), ([16, 17, 1, 1], 8), ([2, 2, 3, 5, 5, 6], 1)]
+def random_case(seed: int):
+  rng = np.random.default_rng(seed)
+  return rng.choice([1, 2, 3, 5, 9, 30, 40], rng.integers(1, 200)).tolist(), int(rng.integers(2, 33))
 
 
-@pytest.mark.parametrize('case', [*CASES, *range(30)], ids=str)
-def test_rows_are_as_full_as_a_loop_over_documents_fills_them(case):
-  rng = np.random.default_rng(case if isinstance(case, int) else 0)
-  lengths, room = case if not isinstance(case, int) else (rng.choice([1, 2, 3, 5, 9, 30, 40], rng.integers(1, 200)).tolist(), int(rng.integers(2, 33)))
+CASES = [  # lengths of documents, room of a row
+    ([5], 8), ([8], 8), ([9], 8), ([24], 8), ([1] * 30, 8), ([3] * 7, 8), ([7, 6, 5, 4, 3, 2, 1], 8),
+    ([16, 17, 1, 1], 8), ([2, 2, 3, 5, 5, 6], 1), *map(random_case, range(30))]
+
+
+@pytest.mark.parametrize('lengths, room', CASES, ids=range(len(CASES)))
+def test_rows_are_as_full_as_a_loop_over_documents_fills_them(lengths, room):
   bounds, pieces = best_fit(np.array(lengths, np.int64), room)
   fills = [pieces[a:b, 1].sum() for a, b in zip(bounds, bounds[1:])]
   assert sorted(fills) == by_hand(lengths, room)
@@ -40,13 +45,16 @@ def test_every_token_is_in_one_row_and_no_document_that_fits_is_cut(seed):
   rng = np.random.default_rng(seed)
   lengths, room = rng.integers(1, 60, rng.integers(1, 300)), int(rng.integers(1, 50))
   bounds, pieces = best_fit(lengths, room)
-  assert bounds[0] == 0 and bounds[-1] == len(pieces) and (np.diff(bounds) > 0).all() and (pieces[:, 1] > 0).all()
+  assert bounds[0] == 0 and bounds[-1] == len(pieces)
+  assert (np.diff(bounds) > 0).all() and (pieces[:, 1] > 0).all()
   tokens = np.concatenate([np.arange(start, start + length) for start, length in pieces.tolist()])
   assert np.array_equal(np.sort(tokens), np.arange(lengths.sum()))
   held = set(map(tuple, pieces.tolist()))
-  starts = np.cumsum(lengths) - lengths
-  assert all((start, length) in held for start, length in zip(starts.tolist(), lengths.tolist()) if length <= room)
-  assert all(length == room for start, length in held if start + length not in set(np.cumsum(lengths).tolist()))  # a cut piece fills its row
+  stops = np.cumsum(lengths)
+  short = lengths <= room
+  assert set(zip((stops - lengths)[short].tolist(), lengths[short].tolist())) <= held
+  ends = set(stops.tolist())
+  assert all(length == room for start, length in held if start + length not in ends)  # a cut piece fills its row
 
 
 def test_many_documents_fill_their_rows_almost_wholly():
@@ -66,12 +74,15 @@ def test_a_packing_is_made_once_and_covers_the_stream(stream, tmp_path, monkeypa
   rows = np.arange(len(made))
   place, pieces = made.pieces(rows)
   tokens = np.concatenate([np.arange(start, start + length) for start, length in pieces.tolist()])
-  assert np.array_equal(np.sort(tokens), np.arange(stream.tokens)) and set(place.tolist()) == set(rows.tolist())
-  assert made.padding == pytest.approx(1 - stream.tokens / (32 * len(made))) and 0 < made.padding < 0.2
+  assert np.array_equal(np.sort(tokens), np.arange(stream.tokens))
+  assert set(place.tolist()) == set(rows.tolist())
+  assert made.padding == pytest.approx(1 - stream.tokens / (32 * len(made)))
+  assert 0 < made.padding < 0.2
   monkeypatch.setattr(packing, 'best_fit', None)
   assert np.array_equal(pack(stream, 32, str(tmp_path), 'f' * 64).pieces(rows)[1], pieces)
-  one = made.pieces(np.array([5, 2, 5]))
-  assert np.array_equal(one[1][one[0] == 0], one[1][one[0] == 2]) and np.array_equal(one[1][one[0] == 1], pieces[place == 2])
+  which, some = made.pieces(np.array([5, 2, 5]))
+  for i, row in enumerate((5, 2, 5)):
+    assert np.array_equal(some[which == i], pieces[place == row])
 
 
 def test_a_damaged_packing_is_named(stream, tmp_path):
@@ -89,5 +100,6 @@ def test_a_damaged_packing_is_named(stream, tmp_path):
 
 def test_rows_in_a_row_leave_padding_only_in_the_last(stream):
   rows = Consecutive(stream, 32)
-  assert len(rows) == -(-stream.tokens // 32) and rows.padding == 1 - stream.tokens / (32 * len(rows))
+  assert len(rows) == -(-stream.tokens // 32)
+  assert rows.padding == 1 - stream.tokens / (32 * len(rows))
   assert rows.pieces(np.array([3, 0]))[1].tolist() == [[96, 32], [0, 32]]
