@@ -33,7 +33,7 @@ def stated(doc: str, line: str, label: str) -> tuple[float, float]:
 
 def cost(c: Config) -> tuple[int, int]:
   shapes = jax.eval_shape(lambda: Model(c.model, jax.random.key(0)))
-  return costs.parameters(shapes)['total'], costs.flops_per_token(shapes, c.data.length)['total']
+  return costs.parameters(shapes)['total'], costs.flops_per_token(c.model, c.data.length)['total']
 
 
 @pytest.mark.parametrize('name', sorted(path.stem for path in FOLDER.glob('*.py') if path.stem != 'gloeckle'))

@@ -1,4 +1,5 @@
-"""mesh."""
+"""The mesh: which devices form it, who reads which rows, in what order it holds positions, and the tokens of each device."""
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,128 +12,140 @@ from mtp_jax.sharding import AXES, out, place, spec
 
 
 def make_mesh(sizes: MeshConfig, devices=None) -> jax.sharding.Mesh:
-  """An Explicit mesh over the first devices, neighbours in it close to each other on the chips' own network.
+  """An Explicit mesh over the first devices; neighbours in it are close to each other in the chips' own network.
 
-  Where the devices stand in several slices, which only the data-centre network joins, each slice holds a stretch of the data axis, so
-  that all that crosses is one sum of gradients a step.
+  Devices may be in several slices, which only the data-centre network connects. Each slice then holds a part of the data
+  axis, so that one sum of gradients a step is all that crosses that network.
 
   Raises:
-    BadInput: when it asks for more devices than there are, leaves a process without one, or cuts across slices.
+    BadInput: it needs more devices than there are, leaves a process without one, or cuts across slices.
   """
   devices = jax.devices() if devices is None else devices
   shape = tuple(getattr(sizes, axis) for axis in AXES)
-  wanted = 1
-  for size in shape:
-    wanted *= size
+  needed = math.prod(shape)
   text = ' x '.join(f'{axis} {size}' for axis, size in zip(AXES, shape))
-  if wanted > len(devices) or (jax.process_count() > 1 and wanted != len(devices)):
-    raise BadInput(f'config.mesh: {text} = {wanted} devices, but there are {len(devices)}; change the sizes so that their product fits')
-  types, slices = (AxisType.Explicit,) * len(AXES), len({getattr(device, 'slice_index', 0) for device in devices})
+  if needed > len(devices) or (jax.process_count() > 1 and needed != len(devices)):
+    raise BadInput(f'config.mesh: {text} = {needed} devices, but there are {len(devices)}; '
+                   'change the sizes so that their product fits')
+  types = (AxisType.Explicit,) * len(AXES)
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
   if slices == 1:
     try:
-      return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:wanted])
+      return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[:needed])
     except NotImplementedError:  # an axis is a part of a dimension of the torus
-      return jax.sharding.Mesh(mesh_utils.create_device_mesh(shape, devices[:wanted], allow_split_physical_axes=True), AXES, axis_types=types)
-  if sizes.data % slices or wanted != len(devices):
-    raise BadInput(f'config.mesh: {text}; the {len(devices)} devices stand in {slices} slices, each of which holds a stretch of the data axis: set '
-                   f'config.mesh.data to a multiple of {slices}, and the product to {len(devices)}')
+      grid = mesh_utils.create_device_mesh(shape, devices[:needed], allow_split_physical_axes=True)
+      return jax.sharding.Mesh(grid, AXES, axis_types=types)
+  if sizes.data % slices or needed != len(devices):
+    raise BadInput(f'config.mesh: {text}; the {len(devices)} devices are in {slices} slices, each of which holds a part of '
+                   f'the data axis: set config.mesh.data to a multiple of {slices}, and the product to {len(devices)}')
   within, across = (sizes.data // slices, *shape[1:]), (slices, *[1] * (len(AXES) - 1))
-  return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
+  grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+  return jax.sharding.Mesh(grid, AXES, axis_types=types)
 
 
 def process_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
-  """(index, count): of the count equal parts that a batch has, which one this process must read. Processes whose devices hold the same
-  rows read the same part.
+  """(index, count): which of `count` equal shares of a batch this process reads.
+
+  Processes whose devices hold the same rows read the same share.
 
   Raises:
     BadInput: the rows of two processes overlap, but are not the same.
   """
-  groups = mesh.shape['data'] * mesh.shape['fsdp']
-  rows_of = {}
-  for device, (rows,) in NamedSharding(mesh, spec('B')).devices_indices_map((groups,)).items():
-    rows_of.setdefault(device.process_index, set()).update(range(*rows.indices(groups)))
-  parts = sorted({tuple(sorted(rows)) for rows in rows_of.values()})
-  if sum(map(len, parts)) != groups or len(set(map(len, parts))) > 1:
-    raise BadInput(f'config.mesh: data x fsdp = {groups} does not share out the rows among {len(rows_of)} processes; make it a multiple of them, or 1')
-  return parts.index(tuple(sorted(rows_of[jax.process_index()]))), len(parts)
+  row_groups = mesh.shape['data'] * mesh.shape['fsdp']
+  rows_of_process = {}
+  for device, (rows,) in NamedSharding(mesh, spec('B')).devices_indices_map((row_groups,)).items():
+    rows_of_process.setdefault(device.process_index, set()).update(range(*rows.indices(row_groups)))
+  shares = sorted({tuple(sorted(rows)) for rows in rows_of_process.values()})
+  if sum(map(len, shares)) != row_groups or len(set(map(len, shares))) > 1:
+    raise BadInput(f'config.mesh: data x fsdp = {row_groups} cannot be divided among {len(rows_of_process)} processes; '
+                   'make it a multiple of them, or 1')
+  return shares.index(tuple(sorted(rows_of_process[jax.process_index()]))), len(shares)
+
+
+def put(batch, mesh):
+  """The rows that this process reads (see `process_share`), as arrays over the whole mesh."""
+  sharding = jax.NamedSharding(mesh, spec('BT'))
+  if jax.process_count() == 1:
+    return jax.device_put(batch, sharding)  # the same in half the time
+  return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
 def mesh_order(L: int) -> np.ndarray:
-  """int32[L]: which position lies at each place along the context axis.
+  """int32[L]: the position that each place along the context axis holds.
 
-  Causal attention asks more of later positions, so of 2c equal stretches each of c devices gets one from the front and its mirror image
-  from the back, and all work alike; where 2c does not divide L, positions lie as they come.
+  Causal attention costs more at later positions. So the length is cut into 2c equal parts, and each of c devices gets one part
+  from the front and its mirror image from the back: all have the same work. Where 2c does not divide L, the order is the text's.
   """
   mesh = jax.sharding.get_abstract_mesh()
   c = 1 if mesh.empty else mesh.shape['context']
-  places = np.arange(L, dtype=np.int32)
+  positions = np.arange(L, dtype=np.int32)
   if c == 1 or L % (2 * c):
-    return places
-  stretches = places.reshape(2 * c, -1)
-  return np.stack([stretches[:c], stretches[c:][::-1]], 1).ravel()
+    return positions
+  parts = positions.reshape(2 * c, -1)
+  return np.stack([parts[:c], parts[c:][::-1]], 1).ravel()
 
 
 def to_mesh_order(x_BL, letters: str = 'BL'):
-  """Positions as they come -> where `mesh_order` has them lie, and there on the mesh. The second axis is the length."""
-  return place(_moved(x_BL, mesh_order(x_BL.shape[1])), letters)
+  """Text order -> mesh order, sharded by the letters. The second axis is the length."""
+  return place(_reordered(x_BL, mesh_order(x_BL.shape[1])), letters)
 
 
 def to_text_order(x_BL):
-  """The inverse of `to_mesh_order`, the length whole on every device."""
-  return _moved(place(x_BL, 'Bl' + 'r' * (x_BL.ndim - 2)), np.argsort(mesh_order(x_BL.shape[1])))
+  """The inverse of `to_mesh_order`, with the length whole on every device."""
+  whole = place(x_BL, 'Bl' + 'x' * (x_BL.ndim - 2))
+  return _reordered(whole, np.argsort(mesh_order(x_BL.shape[1])))
 
 
-def _moved(x_BL, order_L):
+def _reordered(x_BL, order_L):
   if (np.diff(order_L) == 1).all():
     return x_BL
-  return x_BL.at[:, order_L].get(**out('Bl' + 'r' * (x_BL.ndim - 2)))
-
-
-def sum_over_devices(x_PDV, letters: str):
-  """The sum over parts, of which each device keeps the share that `letters` give it: one reduce-scatter. [P, ...] -> [...].
-
-  The first letter is the one over fsdp: an XLA that scatters any other dimension sums up the whole on every device first.
-  """
-  if token_shards() == 1:
-    return place(x_PDV[0], letters)
-  local = lambda x_1DV: jax.lax.psum(jax.lax.psum_scatter(x_1DV[0], 'fsdp', tiled=True), ('data', 'context'))
-  return jax.shard_map(local, in_specs=spec('P' + letters), out_specs=spec(letters), check_vma=False)(x_PDV)
+  return x_BL.at[:, order_L].get(**out('Bl' + 'x' * (x_BL.ndim - 2)))
 
 
 def token_shards() -> int:
-  """P: how many devices hold other tokens than their neighbours."""
+  """P: how many devices hold different tokens."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else mesh.shape['data'] * mesh.shape['fsdp'] * mesh.shape['context']
 
 
 def by_device(x_BL):
-  """[B, L, ...] -> [P, T, ...]: the tokens of each device in a row of their own. Moves nothing between devices."""
+  """[B, L, ...] -> [P, B L / P, ...]: the tokens of each device. Nothing moves between devices."""
   B, L, *rest = x_BL.shape
   if token_shards() == 1:
-    return jnp.reshape(x_BL, (1, B * L, *rest), **out('PT' + 'r' * len(rest)))
-  c, tail = jax.sharding.get_abstract_mesh().shape['context'], 'r' * len(rest)
-  b, (rows, length) = token_shards() // c, spec('BL')
-  to = lambda *dims: {'out_sharding': PartitionSpec(*dims, *[None] * len(rest))}
-  x = jnp.reshape(x_BL, (b, B // b, c, L // c, *rest), **to(rows, None, length, None))
-  return jnp.reshape(jnp.moveaxis(x, 2, 1), (b * c, B // b * (L // c), *rest), **out('PT' + tail))
-
-
-def by_row(x_PT, B: int):
-  """The inverse of `by_device`: [P, T, ...] -> [B, L, ...]."""
-  P, T, *rest = x_PT.shape
-  L = P * T // B
-  if token_shards() == 1:
-    return jnp.reshape(x_PT, (B, L, *rest), **out('BL' + 'r' * len(rest)))
+    return jnp.reshape(x_BL, (1, B * L, *rest), **out('Pt' + 'x' * len(rest)))
   c = jax.sharding.get_abstract_mesh().shape['context']
-  b, (rows, length) = P // c, spec('BL')
-  to = lambda *dims: {'out_sharding': PartitionSpec(*dims, *[None] * len(rest))}
-  x = jnp.reshape(x_PT, (b, c, B // b, L // c, *rest), **to(rows, length, None, None))
-  return jnp.reshape(jnp.moveaxis(x, 1, 2), (B, L, *rest), **to(rows, length))
+  b = token_shards() // c
+  rows, length = spec('BL')
+  split = jnp.reshape(x_BL, (b, B // b, c, L // c, *rest), **_sharded(rest, rows, None, length, None))
+  return jnp.reshape(jnp.moveaxis(split, 2, 1), (b * c, B // b * (L // c), *rest), **out('Pt' + 'x' * len(rest)))
 
 
-def put(batch, mesh):
-  """The rows that this process reads (see `process_share`), as arrays over the whole mesh."""
-  sharding = jax.NamedSharding(mesh, spec('Bt'))
-  if jax.process_count() == 1:
-    return jax.device_put(batch, sharding)  # the same in half the time
-  return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+def by_row(x_Pt, B: int):
+  """The inverse of `by_device`: [P, B L / P, ...] -> [B, L, ...]."""
+  P, tokens, *rest = x_Pt.shape
+  L = P * tokens // B
+  if token_shards() == 1:
+    return jnp.reshape(x_Pt, (B, L, *rest), **out('BL' + 'x' * len(rest)))
+  c = jax.sharding.get_abstract_mesh().shape['context']
+  b = P // c
+  rows, length = spec('BL')
+  split = jnp.reshape(x_Pt, (b, c, B // b, L // c, *rest), **_sharded(rest, rows, length, None, None))
+  return jnp.reshape(jnp.moveaxis(split, 1, 2), (B, L, *rest), **_sharded(rest, rows, length))
+
+
+def _sharded(rest, *axes) -> dict:
+  return {'out_sharding': PartitionSpec(*axes, *[None] * len(rest))}
+
+
+def sum_over_devices(x_PDV, letters: str):
+  """[P, ...] -> [...]: the sum over P, of which each device keeps the part that the letters give it; one reduce-scatter.
+
+  The first letter is the one over fsdp: if another dimension is scattered, XLA sums up the whole on every device first.
+  """
+  if token_shards() == 1:
+    return place(x_PDV[0], letters)
+
+  def on_device(x_1DV):
+    return jax.lax.psum(jax.lax.psum_scatter(x_1DV[0], 'fsdp', tiled=True), ('data', 'context'))
+
+  return jax.shard_map(on_device, in_specs=spec('P' + letters), out_specs=spec(letters), check_vma=False)(x_PDV)

@@ -1,14 +1,23 @@
 """One alphabet: a tensor's letters are its shape, its einsum subscript and its sharding.
 
-    B batch  L length (queries)  S source length (keys)  D width  C two states side by side (2D)  H query heads
-    G key/value heads  K head width  F feed-forward width  V vocabulary  N trunk layers (stacked)  M futures (stacked)
-    P parts of a batch, one for each device that holds other tokens  T tokens of a part
-    R rows of a cache, B x G
+Upper case, each the name of one axis, and where RULES say so sharded:
+
+    B batch rows  L length (queries)  S keys, or slots of a cache  D width  C two states side by side, 2D
+    H query heads  G key heads  K width of a head  F feed-forward  V vocabulary  E experts
+    N trunk layers, stacked  M futures, stacked  T tokens of a whole row, L + M
+    P devices that hold different tokens  R rows of a cache, B x G
+
+Lower case, never sharded:
+
+    d l  D and L, whole on every device
+    g  futures that run at once  n  steps of a loop: groups of futures, or chunks  t  tokens of a chunk
+    r  query heads that share a key head  h  heads of either kind  x  any further axes
+    p  tokens of a prompt  i  tokens that a decoder reads at once  k  drafts  w  positions that a module runs again
 
 `x_BLD` is a float array of batch x length x width, `einsum('BLD,DHK->BLHK', x_BLD, wq_DHK)` contracts it, and
-`spec('BLHK')` says where the result lives on a mesh with the axes data, fsdp, context, tensor and expert. A parameter's name
-ends in its axes, so its name is its sharding; stacked axes (N, M) lead and are not in the name. The meshes are `Explicit`:
-shardings are part of the types, and a mistake is an error while tracing.
+`spec('BLHK')` is where the result lives on a mesh with the axes data, fsdp, context, tensor and expert. A parameter's name
+ends in its axes, so its name is its sharding; stacked axes (N, M) come first and are not in the name. The meshes are
+`Explicit`: shardings are part of the types, and a mistake is an error while tracing.
 """
 import functools
 
@@ -17,8 +26,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'context', 'tensor', 'expert')
-RULES = {'B': ('data', 'fsdp'), 'L': ('context',), 'D': ('fsdp',), 'C': ('fsdp',), 'H': ('tensor',), 'G': ('tensor',),
-         'F': ('tensor',), 'V': ('tensor',), 'E': ('expert',), 'P': ('data', 'fsdp', 'context')}
+RULES = {
+    'B': ('data', 'fsdp'), 'L': ('context',), 'D': ('fsdp',), 'C': ('fsdp',), 'H': ('tensor',), 'G': ('tensor',),
+    'F': ('tensor',), 'V': ('tensor',), 'E': ('expert',), 'P': ('data', 'fsdp', 'context')}
 
 
 def spec(letters: str) -> PartitionSpec:
@@ -32,7 +42,7 @@ def spec(letters: str) -> PartitionSpec:
 
 
 def name(path) -> str:
-  """The attribute a leaf stands at: 'wq_DHK' for model.trunk.wq_DHK."""
+  """The attribute that holds a leaf: 'wq_DHK' for model.trunk.attention.wq_DHK."""
   return [key.name for key in path if getattr(key, 'name', 'value') != 'value'][-1]
 
 
@@ -43,8 +53,9 @@ def letters(path) -> str:
 
 def parameter_spec(path, leaf) -> PartitionSpec:
   """Where a parameter lives: matrices as their name says, vectors replicated, stacked axes whole."""
-  own = letters(path)
-  return PartitionSpec(*[None] * (len(leaf.shape) - len(own)), *(spec(own) if len(own) > 1 else [None]))
+  named = letters(path)
+  stacked = [None] * (len(leaf.shape) - len(named))
+  return PartitionSpec(*stacked, *(spec(named) if len(named) > 1 else [None]))
 
 
 def shardings(tree, mesh):
@@ -60,35 +71,42 @@ def out(letters: str) -> dict:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def einsum(subscripts: str, a, b, dtype=None):
-  """jnp.einsum of two arrays in the type of the first, sharded as the result's letters say; `dtype` is that of the result.
+  """jnp.einsum of two arrays in the type of the first, sharded by the letters of the result.
 
-  Its gradients are einsums of the same letters, sharded like the operands, each in its operand's own type: a float32 parameter is cast
-  here, at the point of use, and its gradient is a float32 sum, over the tokens of a device and over devices alike. Left to itself, XLA's
-  transpose of a contraction copies activations on a CPU, which costs 1.7 x the time of a SwiGLU's backward pass.
+  Its gradients are einsums of the same letters, sharded like the operands, each in its operand's own type: a float32
+  parameter is cast here, where it is used, and its gradient is a float32 sum, over the tokens of a device and over devices.
+  XLA's own transpose of a contraction copies activations on a CPU, and makes a SwiGLU's backward pass 1.7 x as slow.
+
+  Args:
+    dtype: of the result, by default that of `a`.
   """
   return _einsum_forward(subscripts, a, b, dtype)[0]
 
 
 def _einsum_forward(subscripts, a, b, dtype):
-  return jnp.einsum(subscripts, a, b.astype(a.dtype), preferred_element_type=dtype, **out(subscripts.split('->')[1])), (a, b)
+  result = subscripts.split('->')[1]
+  return jnp.einsum(subscripts, a, b.astype(a.dtype), preferred_element_type=dtype, **out(result)), (a, b)
 
 
 def _einsum_backward(subscripts, dtype, operands, gradient):
-  (a, b), (left, right, result) = operands, subscripts.replace('->', ',').split(',')
+  a, b = operands
+  left, right, result = subscripts.replace('->', ',').split(',')
   gradient = gradient.astype(a.dtype)
-  like = lambda x: {'preferred_element_type': x.dtype, **({'out_sharding': jax.typeof(x).sharding} if out('') else {})}
-  return (jnp.einsum(f'{result},{right}->{left}', gradient, b.astype(a.dtype), **like(a)),
-          jnp.einsum(f'{left},{result}->{right}', a, gradient, **like(b)))
+  sharded_like = lambda x: {'out_sharding': jax.typeof(x).sharding} if out('') else {}
+  da = jnp.einsum(f'{result},{right}->{left}', gradient, b.astype(a.dtype),
+                  preferred_element_type=a.dtype, **sharded_like(a))
+  db = jnp.einsum(f'{left},{result}->{right}', a, gradient, preferred_element_type=b.dtype, **sharded_like(b))
+  return da, db
 
 
 einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
 def lookup(table_VD, ids_BL, dtype):
-  """Rows of a table: dtype[B, L, D]. Its gradient adds up in float32.
+  """Rows of a table, in the type asked for: [B, L, D]. Its gradient is summed in float32.
 
-  The table stays where it is: each device looks up its share of the width for the rows of all that share a batch, and what is
-  exchanged is rows, here and in the backward pass.
+  The table is not gathered: each device looks up its share of the width, for the rows of all devices that it shares a batch
+  with, and devices exchange the rows found, here and in the backward pass.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return table_VD[ids_BL].astype(dtype)
@@ -99,5 +117,5 @@ def lookup(table_VD, ids_BL, dtype):
 
 
 def place(x, letters: str):
-  """Moves an array to where its letters say."""
+  """An array, sharded by its letters."""
   return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, spec(letters))

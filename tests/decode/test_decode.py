@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 
-from mtp_jax import objective
 from mtp_jax.config import ObjectiveConfig
 from mtp_jax.decode.decoder import Decoder
 from mtp_jax.decode.drafters import Lookup, Other, futures
@@ -18,7 +17,7 @@ from mtp_jax.decode.loop import advance, best_length, prefill
 from mtp_jax.decode.requests import EXACT
 from mtp_jax.decode.verify import Sampler
 from mtp_jax.evaluation import acceptance
-from mtp_jax.model.attention import documents
+from mtp_jax.objective import Read, future_states, loss
 
 M, V, S = 4, 24, 44
 LENGTHS_B = np.array([1, 2, 5, 8, 3, 8], np.int32)
@@ -43,12 +42,12 @@ def trained(tiny, random_model):
     @jax.jit
     def step(model, state, tokens):
       batch = {'tokens': tokens, 'segments': jnp.ones_like(tokens), 'positions': jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)}
-      grads = jax.grad(lambda model: objective.loss(model, batch, jnp.ones(M) / tokens.size, ObjectiveConfig())[0])(model)
+      grads = jax.grad(lambda model: loss(model, Read.of(batch, M), jnp.ones(M) / tokens.size, ObjectiveConfig())[0])(model)
       updates, state = transform.update(grads, state)
       return optax.apply_updates(model, updates), state
 
     state = transform.init(model)
-    for _ in range(100 if model.config.kind == 'anticausal' else 40):  # whose next token hangs from all the others
+    for _ in range(100 if model.config.kind == 'anticausal' else 40):  # whose next token depends on all the others
       model, state = step(model, state, documents(rng, 8, 16 + M))
     return model
   return lambda variant: train(tuple(variant.items()))
@@ -67,12 +66,8 @@ def choices_MBS(model, tokens_BS):
   """Every future's greedy choice after every prefix, without a cache; a future sees tokens up to those its family reads."""
   B, S = tokens_BS.shape
   batch = {'tokens': jnp.pad(tokens_BS, ((0, 0), (0, M))), 'segments': jnp.ones((B, S + M), jnp.int32), 'positions': jnp.broadcast_to(jnp.arange(S + M), (B, S + M))}
-  readout = model.readout()
-
-  def choice(m, h_BSD):
-    return jnp.argmax(jnp.where(ALLOWED_V, h_BSD @ readout.table().T, -jnp.inf), -1)
-
-  return readout.map(choice, *objective.states(model, batch))
+  logits_MBSV = future_states(model, Read.of(batch, M)) @ model.readout().table().T
+  return jnp.argmax(jnp.where(ALLOWED_V, logits_MBSV, -jnp.inf), -1)
 
 
 def uncached(model, prompts_BP, length_B, limit_B, eos):
@@ -220,9 +215,9 @@ def test_samples_follow_the_softmax_of_capped_logits_over_temperature(trained, p
   end = generate(model, np.tile(prompt_1P, (rows_, 1)), np.full(rows_, 8), np.full(rows_, 9), draft=0, temperature=temperature)
   found_V = np.bincount(np.asarray(end.tokens_BS)[:, 8], minlength=V)
 
-  positions_1P, seen, readout = jnp.arange(8)[None], documents(jnp.ones((1, 8), jnp.int32)), model.readout()
-  z_1PD = model.run_trunk(model.embed(prompt_1P), positions_1P, seen)
-  logits_MV = readout.map(lambda m, h_1PD: h_1PD[0, -1] @ readout.table().T, z_1PD, None, positions_1P, seen)
+  ones = jnp.ones((1, 8 + M), jnp.int32)
+  batch = {'tokens': jnp.pad(prompt_1P, ((0, 0), (0, M))), 'segments': ones, 'positions': jnp.arange(8 + M)[None]}
+  logits_MV = future_states(model, Read.of(batch, M))[:, 0, -1] @ model.readout().table().T
   assert np.abs(logits_MV[0]).max() > cap
   p_V = np.exp(cap * np.tanh(np.float64(logits_MV[0]) / cap) / temperature) * ALLOWED_V
   p_V /= p_V.sum()
@@ -329,9 +324,9 @@ def test_speculative_sampling_keeps_the_law_over_many_passes(trained, family):
   assert end.accepted_BK.any() and (np.asarray(end.forwards_B) > 1).any()
   tree = np.array(list(itertools.product(range(3), repeat=3)), np.int32)
   full_BS = np.concatenate([np.full((27, 4), 3, np.int32), tree], 1)
-  readout, batch = model.readout(), {'tokens': jnp.pad(full_BS, ((0, 0), (0, M))), 'segments': jnp.ones((27, 7 + M), int), 'positions': jnp.tile(jnp.arange(7 + M), (27, 1))}
-  logits = jnp.where(allowed_V, readout.map(lambda m, h: h @ readout.table().T, *objective.states(model, batch))[0], -jnp.inf)
-  law_BSV = np.float64(jax.nn.softmax(logits / 1.5))
+  batch = {'tokens': jnp.pad(full_BS, ((0, 0), (0, M))), 'segments': jnp.ones((27, 7 + M), int), 'positions': jnp.tile(jnp.arange(7 + M), (27, 1))}
+  logits_BSV = future_states(model, Read.of(batch, M))[0] @ model.readout().table().T
+  law_BSV = np.float64(jax.nn.softmax(jnp.where(allowed_V, logits_BSV, -jnp.inf) / 1.5))
   chance = np.prod([law_BSV[np.arange(27), 3 + i, tree[:, i]] for i in range(3)], 0)
   assert chance.sum() == pytest.approx(1, abs=1e-5)
   seen = np.bincount(np.asarray(end.tokens_BS)[:, 4:7] @ [9, 3, 1], minlength=27)

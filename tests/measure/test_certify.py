@@ -14,6 +14,8 @@ from mtp_jax.config import Config, MeshConfig, ModelConfig
 from mtp_jax.measure import certify
 from mtp_jax.model import costs, model
 from mtp_jax.model.attention import documents
+from mtp_jax.objective import Read, walk
+from mtp_jax.sharding import place
 
 pytestmark = pytest.mark.filterwarnings(r'ignore:the load_module\(\) method is deprecated:DeprecationWarning')
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
@@ -34,47 +36,45 @@ def twin() -> Config:
   return certify.small(Config(ModelConfig(futures=3, layers=5)))
 
 
-@pytest.fixture
-def one_way(monkeypatch):
-  """The gradients check, in a single way that differs from the reference."""
-  def check(config, way):
-    monkeypatch.setattr(certify, 'ways', lambda config: {'broken': way})
-    found, = certify.gradients(config)
-    return found
-  return check
+def holds(twin: Config, **way) -> bool:
+  """The gradients check, in a single way."""
+  finding, = certify.gradients(twin, {'one way': way})
+  return finding.holds
 
 
-def test_a_mean_of_means_under_accumulation_is_a_breach(twin, one_way, monkeypatch):
+def shifted(read: Read, by: int) -> Read:
+  """With the targets of other futures."""
+  of = jnp.clip(jnp.arange(len(read.targets_MBL)) + by, 0, len(read.targets_MBL) - 1)
+  return dataclasses.replace(read, targets_MBL=read.targets_MBL[of], counted_MBL=read.counted_MBL[of])
+
+
+def test_a_mean_of_means_under_accumulation_is_a_breach(twin):
   """Each microbatch divided by its own counts, as peers did."""
-  assert one_way(twin, {'accumulate': 2}).holds
-  loss = objective.loss
+  def per_microbatch(model, read, coefficient_M, *rest):
+    return objective.loss(model, read, 20 * coefficient_M / jnp.maximum(read.count_M, 1), *rest)
 
-  def per_microbatch(model, batch, coefficient_M, *rest):
-    return loss(model, batch, 20 * coefficient_M / jnp.maximum(objective.counts(batch, model.config.futures), 1), *rest)
-
-  monkeypatch.setattr(objective, 'loss', per_microbatch)
-  assert not one_way(twin, {'accumulate': 2}).holds
+  assert holds(twin, accumulate=2) and not holds(twin, accumulate=2, loss=per_microbatch)
 
 
-def test_a_gradient_that_is_not_summed_over_devices_is_a_breach(twin, one_way, monkeypatch):
-  way = {'sizes': MeshConfig(fsdp=8)}
-  assert one_way(twin, way).holds
-  monkeypatch.setattr(objective, 'summed', lambda x_PDV, letters: objective.place(x_PDV[0] if x_PDV.shape[0] == 1 else 1.1 * jnp.sum(x_PDV, 0), letters))
-  assert not one_way(twin, way).holds
+def test_a_gradient_that_is_not_summed_over_devices_is_a_breach(twin, monkeypatch):
+  assert holds(twin, sizes=MeshConfig(fsdp=8))
+  own = lambda x_PDV, letters: place(x_PDV[0] if len(x_PDV) == 1 else 1.1 * jnp.sum(x_PDV, 0), letters)
+  monkeypatch.setattr(walk, 'sum_over_devices', own)
+  assert not holds(twin, sizes=MeshConfig(fsdp=8))
 
 
-def test_targets_of_another_future_are_a_breach(twin, one_way, monkeypatch):
-  way = {'loss': objective.dense}
-  assert one_way(twin, way).holds
-  weighted = objective._weighted
-  monkeypatch.setattr(objective, '_weighted', lambda batch, m_G, *rest: weighted(batch, jnp.maximum(m_G - 1, 0), *rest))
-  assert not one_way(twin, way).holds
+def test_targets_of_another_future_are_a_breach(twin):
+  assert holds(twin, loss=objective.dense)
+  assert not holds(twin, loss=lambda model, read, *rest: objective.dense(model, shifted(read, -1), *rest))
 
 
-def test_a_wrong_slope_is_a_breach(twin, one_way, monkeypatch):
-  einsum = objective.einsum
-  monkeypatch.setattr(objective, 'einsum', lambda letters, *rest: einsum(letters, *rest) * (1.01 if letters == 'PTV,VD->PTD' else 1))
-  assert not one_way(twin, {'loss': objective.dense}).holds
+def test_a_wrong_slope_is_a_breach(twin, monkeypatch):
+  def wrong(*arguments):
+    loss, sums, dh_gBLD, dw_PDV = objective.cross_entropy_and_gradients(*arguments)
+    return loss, sums, 1.01 * dh_gBLD, dw_PDV
+
+  monkeypatch.setattr(walk, 'cross_entropy_and_gradients', wrong)
+  assert not holds(twin, loss=objective.dense)
 
 
 def test_every_future_has_predictions_to_map():
@@ -83,57 +83,56 @@ def test_every_future_has_predictions_to_map():
     assert allowed.any((0, 2)).all()
 
 
-def test_rematerialisation_of_something_else_is_a_breach(twin, one_way, monkeypatch):
-  assert one_way(twin, {'remat': 'full'}).holds
+def test_rematerialisation_of_something_else_is_a_breach(twin, monkeypatch):
+  assert holds(twin, remat='full')
   slightly = lambda x: 1.001 * x if jnp.issubdtype(x.dtype, jnp.floating) else x
   plain = model.remat
   changed = lambda c, f: plain(c, f) if c.remat == 'none' else lambda *inputs: jax.checkpoint(f)(*jax.tree.map(slightly, inputs))
-  for module in (model, objective):
+  for module in (model, walk):
     monkeypatch.setattr(module, 'remat', changed)
-  assert not one_way(twin, {'remat': 'full'}).holds
+  assert not holds(twin, remat='full')
 
 
-def test_heads_at_once_that_share_a_state_wrongly_are_a_breach(twin, one_way, monkeypatch):
-  assert one_way(twin, {'head_batch': 3}).holds
-  advance = model.Futures.advance
-  monkeypatch.setattr(model.Futures, 'advance', lambda self, head, m, x, *rest: advance(self, head, m, x * (1 + 0.01 * (self.config.head_batch > 1)), *rest))
-  assert not one_way(twin, {'head_batch': 3}).holds
+def test_heads_at_once_that_share_a_state_wrongly_are_a_breach(twin, monkeypatch):
+  assert holds(twin, head_batch=3)
+  run_head = model.Futures.run_head
+  wrong = lambda self, head, x, *rest: run_head(self, head, x * (1 + 0.01 * (self.config.head_batch > 1)), *rest)
+  monkeypatch.setattr(model.Futures, 'run_head', wrong)
+  assert not holds(twin, head_batch=3)
+
+
+def of_kind(twin: Config, kind: str) -> Config:
+  return dataclasses.replace(twin, model=dataclasses.replace(twin.model, kind=kind))
 
 
 @pytest.mark.parametrize('kind', ['parallel', 'sequential'])
 def test_attention_across_documents_is_a_leak(twin, kind, monkeypatch):
-  twin = dataclasses.replace(twin, model=dataclasses.replace(twin.model, kind=kind))
+  twin = of_kind(twin, kind)
   assert next(certify.leakage(twin)).holds
-  monkeypatch.setattr(objective, 'documents', lambda segments_BL: documents(jnp.minimum(segments_BL, 1)))
-  found = next(certify.leakage(twin))
-  assert not found.holds and not found.found.startswith('0 leaks')
+  monkeypatch.setattr(walk, 'documents', lambda segments_BL: documents(jnp.minimum(segments_BL, 1)))
+  finding = next(certify.leakage(twin))
+  assert not finding.holds and not finding.found.startswith('0 leaks')
   assert any('L' in line for line in certify.pictures(twin)[1:-1])
 
 
 @pytest.mark.parametrize('shift', [-1, 1])
-def test_a_shifted_target_is_a_breach(twin, shift, monkeypatch):
-  original = objective.targets
-  monkeypatch.setattr(objective, 'targets', lambda batch, m, futures: original(batch, m + shift, futures))
-  assert not next(certify.leakage(twin)).holds
+def test_a_shifted_target_is_a_breach(twin, shift):
+  assert not next(certify.leakage(twin, lambda batch, futures: shifted(Read.of(batch, futures), shift))).holds
 
 
-def test_a_sequential_module_that_is_told_its_target_is_a_leak(twin, monkeypatch):
-  twin = dataclasses.replace(twin, model=dataclasses.replace(twin.model, kind='sequential'))
-  advance = model.Futures.advance
-  monkeypatch.setattr(model.Futures, 'advance', lambda self, head, m, *rest: advance(self, head, m + 1, *rest))
-  assert not next(certify.leakage(twin)).holds
+def test_a_sequential_module_that_is_given_its_target_is_a_leak(twin, monkeypatch):
+  monkeypatch.setattr(model.Futures, 'given', lambda self, futures, targets_MBL: targets_MBL[futures[0]:futures[-1] + 1])
+  assert not next(certify.leakage(of_kind(twin, 'sequential'))).holds
 
 
-def test_flops_that_are_not_counted_are_a_breach(twin, monkeypatch):
+def test_flops_that_are_not_counted_are_a_breach(twin):
   assert all(finding.holds for finding in certify.flops(twin, twin))
-  count = costs.flops_per_token
 
-  def without_the_futures_unembedding(*arguments):
-    found = count(*arguments)
-    return found | {'total': found['total'] - found['unembedding'] * 2 // 3}
+  def without_the_futures_unembedding(c: ModelConfig, length: int) -> int:
+    counts = costs.flops_per_token(c, length)
+    return counts['total'] + costs.recomputed_flops_per_token(c, length) - counts['unembedding'] * 2 // 3
 
-  monkeypatch.setattr(costs, 'flops_per_token', without_the_futures_unembedding)
-  assert not any(finding.holds for finding in certify.flops(twin, twin))
+  assert not any(finding.holds for finding in certify.flops(twin, twin, without_the_futures_unembedding))
 
 
 @pytest.mark.parametrize('kind', ['parallel', 'linear', 'causal', 'anticausal', 'sequential'])
@@ -144,7 +143,7 @@ def test_flops_are_counted_for_every_kind(kind):
 
 def test_the_rows_of_the_twin_count_unequally(twin):
   batch = certify.packed_rows(twin)
-  per_row = [int(objective.counts({key: x[b:b + 1] for key, x in batch.items()}, 3)[1]) for b in range(certify.ROWS)]
+  per_row = [int(Read.of({key: x[b:b + 1] for key, x in batch.items()}, 3).count_M[1]) for b in range(certify.ROWS)]
   assert len(set(per_row)) > 5 and (np.diff(batch['segments'], axis=1) != 0).any(1).all()
 
 

@@ -10,10 +10,12 @@ from jax.sharding import AxisType
 
 from mtp_jax.config import MeshConfig
 from mtp_jax.mesh import make_mesh, to_mesh_order, to_text_order
-from mtp_jax.model import attention as layers
+from mtp_jax.model import kernels
 from mtp_jax.model.attention import Cache, attend, documents, rotary, write
-from mtp_jax.model.block import normal, rms_norm, stack
-from mtp_jax.model.kernels import _cudnn, _splash
+from mtp_jax.model.block import Block
+from mtp_jax.model.feed_forward import SwiGLU
+from mtp_jax.model.norm import rms_norm
+from mtp_jax.model.parameters import matrix, stack
 from mtp_jax.sharding import AXES, place
 
 
@@ -126,14 +128,15 @@ def test_a_block_is_its_equations(tiny, random_model, qk_norm, assert_close):
   positions = np.array([[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 0, 0]])
   found = jax.jit(lambda block, x: block(x, positions, documents(jnp.asarray(SEGMENTS_BL)))[0])(block, jnp.asarray(x, jnp.float32))
 
-  w = {name: np.float64(getattr(block, name)[...]) for name in vars(block) if name[-1].isupper()}
+  parts = block, block.attention, block.feed_forward
+  w = {name: np.float64(getattr(part, name)[...]) for part in parts for name in vars(part) if name[-1].isupper()}
   h = norm_numpy(x, w['attention_norm_D'], 0.1)
   q, k, v = (np.einsum('bld,dhk->blhk', h, w[name]) for name in ('wq_DHK', 'wk_DGK', 'wv_DGK'))
   if qk_norm:
     q, k = norm_numpy(q, w['q_norm_K'], 0.1), norm_numpy(k, w['k_norm_K'], 0.1)
   o = attend_numpy(rotary_numpy(q, positions, 50.0), rotary_numpy(k, positions, 50.0), v, mask_numpy(SEGMENTS_BL))
   x = x + np.einsum('blhk,hkd->bld', o, w['wo_HKD'])
-  h = norm_numpy(x, w['mlp_norm_D'], 0.1)
+  h = norm_numpy(x, w['feed_forward_norm_D'], 0.1)
   gate = h @ w['gate_DF']
   assert_close(found, x + (gate / (1 + np.exp(-gate)) * (h @ w['up_DF'])) @ w['down_FD'])
 
@@ -163,7 +166,7 @@ def test_a_cache_shows_a_query_the_slots_up_to_its_own_and_no_other_sequence(tin
 def test_a_stack_holds_independent_modules_in_order():
   class Matrix(nnx.Module):
     def __init__(self, rngs):
-      self.w_DF = nnx.Param(normal(16)(rngs.params(), (16, 20)))
+      self.w_DF = matrix(rngs, 16, 16, 20)
 
   key = jax.random.key(3)
   stacked = np.asarray(stack(Matrix, 3, key).w_DF[...])
@@ -174,7 +177,7 @@ def test_a_stack_holds_independent_modules_in_order():
   assert stack(Matrix, 0, key).w_DF.shape == (0, 16, 20)
 
 
-KERNELS = {'tpu': functools.partial(_splash, interpret=True), 'gpu': functools.partial(_cudnn, implementation='xla')}
+KERNELS = {'tpu': functools.partial(kernels.splash, interpret=True), 'gpu': functools.partial(kernels.cudnn, implementation='xla')}
 
 
 @pytest.mark.parametrize('mesh', [MeshConfig(fsdp=2, tensor=2), MeshConfig(context=2, tensor=2), MeshConfig(fsdp=2, context=4)], ids=str)
@@ -189,8 +192,12 @@ def test_a_kernel_is_attention_within_documents_wherever_the_positions_lie(kerne
   wanted = run(lambda q, k, v: attend(q, k, v, documents(jnp.asarray(segments)).mask_BLS))(q, k, v, g)
 
   def on_mesh(q, k, v, g, segments_BL):
-    seen = documents(to_mesh_order(segments_BL))
-    attention = lambda q, k, v: KERNELS[kernel](to_mesh_order(q, 'BLHK'), place(to_mesh_order(k, 'BLGK'), 'BSGK'), place(to_mesh_order(v, 'BLGK'), 'BSGK'), seen)
+    keys = documents(to_mesh_order(segments_BL))
+    whole = lambda x_BLGK: place(to_mesh_order(x_BLGK, 'BLGK'), 'BSGK')
+
+    def attention(q, k, v):
+      return KERNELS[kernel](to_mesh_order(q, 'BLHK'), whole(k), whole(v), keys.segments_BL, keys.mask_BLS)
+
     o, back = jax.vjp(attention, q, k, v)
     return (to_text_order(o), *back(to_mesh_order(g, 'BLHK')))
 
@@ -199,20 +206,36 @@ def test_a_kernel_is_attention_within_documents_wherever_the_positions_lie(kerne
   assert_close(found, wanted, 1e-4)
 
 
-@pytest.mark.parametrize('kind, kernel, dtype, length, says', [
-    ('NVIDIA H100 80GB HBM3', '_cudnn', 'bfloat16', 100, True), ('NVIDIA H100 80GB HBM3', '_cudnn', 'float32', 100, False),
-    ('TPU v5p', '_splash', 'float32', 256, True), ('TPU v5p', '_splash', 'bfloat16', 128, False), ('TPU v5p', '_cudnn', 'bfloat16', 256, False),
-    ('cpu', '_splash', 'bfloat16', 256, False)])
-def test_a_mesh_of_chips_runs_its_kernel_where_the_shapes_fit(kind, kernel, dtype, length, says, monkeypatch):
-  """Two devices share the length: 128 positions are no whole tile each. Nothing runs: the shapes are traced on a mesh that is only described."""
-  ran = []
-  monkeypatch.setattr(layers, kernel, lambda q, *_: ran.append(kernel) or q)
-  mesh = jax.sharding.AbstractMesh((1, 1, 2, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 5, abstract_device=jax.sharding.AbstractDevice(kind, None, {'N': 'cuda', 'T': 'tpu', 'c': 'cpu'}[kind[0]]))
+H100 = 'NVIDIA H100 80GB HBM3'
 
-  def attention(segments_BL):
-    q = to_mesh_order(jnp.ones((1, length, 2, 64), dtype), 'BLHK')
-    return attend(q, place(q, 'BSGK'), place(q, 'BSGK'), documents(to_mesh_order(segments_BL)))
 
+@pytest.mark.parametrize('kind, dtype, length, kernel', [
+    (H100, 'bfloat16', 100, kernels.cudnn), (H100, 'float32', 100, None), ('TPU v5p', 'float32', 256, kernels.splash),
+    ('TPU v5p', 'bfloat16', 128, None), ('cpu', 'bfloat16', 256, None)])
+def test_a_mesh_of_chips_runs_its_kernel_where_the_shapes_fit(kind, dtype, length, kernel):
+  """Two devices share the length, of which 128 positions are no whole tile each. The mesh is only described."""
+  platform = {'N': 'cuda', 'T': 'tpu', 'c': 'cpu'}[kind[0]]
+  device = jax.sharding.AbstractDevice(kind, None, platform)
+  mesh = jax.sharding.AbstractMesh((1, 1, 2, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 5, abstract_device=device)
   with jax.sharding.use_abstract_mesh(mesh):
-    jax.eval_shape(attention, jax.ShapeDtypeStruct((1, length), jnp.int32))
-  assert ran == [kernel] * says
+    assert kernels.kernel_for(jax.ShapeDtypeStruct((1, length, 2, 64), dtype)) is kernel
+
+
+def test_documents_attend_by_the_kernel_of_the_mesh_where_there_is_one(monkeypatch):
+  """The kernel is called with segments and mask; without one, the plain softmax runs."""
+  segments_BL = jnp.ones((1, 4), int)
+  x = jnp.ones((1, 4, 2, 8))
+  keys = documents(segments_BL).write(x, x, None)
+  np.testing.assert_allclose(keys.attend(x, None), 1, rtol=1e-6)
+  monkeypatch.setattr(kernels, 'kernel_for', lambda q: lambda q, k, v, segments, mask: (q, k, v, segments, mask))
+  for given, passed_on in zip(keys.attend(x, None), (x, x, x, keys.segments_BL, keys.mask_BLS)):
+    np.testing.assert_array_equal(given, passed_on)
+
+
+def test_the_parts_of_a_block_count_the_flops_of_their_matrices_and_of_attention(tiny, random_model):
+  c = tiny()
+  block = jax.tree.map(lambda x: x[0], random_model(c).trunk)
+  products = lambda part: 2 * sum(x.size for x in jax.tree.leaves(part) if x.ndim > 1)
+  assert SwiGLU.flops(c) == products(block.feed_forward)
+  assert type(block.attention).flops(c, 10) == products(block.attention) + 4 * c.heads * c.head_width * 10
+  assert Block.flops(c, 10) == SwiGLU.flops(c) + type(block.attention).flops(c, 10)

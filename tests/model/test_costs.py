@@ -13,10 +13,9 @@ from jax.extend.core import jaxprs_in_params
 from mtp_jax import chips, objective
 from mtp_jax.config import MeshConfig, ModelConfig, ObjectiveConfig
 from mtp_jax.mesh import make_mesh
-from mtp_jax.model import costs
-from mtp_jax.model.attention import Documents
-from mtp_jax.model.kernels import _splash
+from mtp_jax.model import costs, kernels
 from mtp_jax.model.model import Model
+from mtp_jax.objective import Read
 from mtp_jax.report.log import Log
 from mtp_jax.sharding import place, shardings, spec
 
@@ -65,8 +64,8 @@ def test_of_a_tpus_attention_the_tiles_that_causality_leaves_are_counted(sizes, 
   tile, (B, H, K) = 512, (4, 4, 64)
 
   def attention(q, g, segments_BL):
-    k, o_of = place(q, 'BSGK'), Documents(None, segments_BL)
-    return jax.vjp(lambda q, k: _splash(q, k, k, o_of, interpret=True), q, k)[1](g)
+    k = place(q, 'BSGK')
+    return jax.vjp(lambda q, k: kernels.splash(q, k, k, segments_BL, interpret=True), q, k)[1](g)
 
   shape = lambda letters, *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype, sharding=jax.NamedSharding(mesh, spec(letters)))
   mesh = make_mesh(MeshConfig(**sizes))
@@ -80,7 +79,7 @@ def test_of_a_tpus_attention_the_tiles_that_causality_leaves_are_counted(sizes, 
 def loss_of(c: ModelConfig):
   """(function of a model, its gradient, arguments) of the loss."""
   batch = {name: jax.ShapeDtypeStruct((2, LENGTH + c.futures), np.int32) for name in ('tokens', 'segments', 'positions')}
-  forward = lambda model, batch: objective.loss(model, batch, jnp.ones(c.futures), ObjectiveConfig(chunk=8))
+  forward = lambda model, batch: objective.loss(model, Read.of(batch, c.futures), jnp.ones(c.futures), ObjectiveConfig(chunk=8))
   return forward, jax.value_and_grad(forward, has_aux=True), (shapes(c), batch)
 
 
@@ -90,10 +89,17 @@ def test_flops_are_those_of_the_operations_traced(tiny, variant, placement, futu
   c = tiny(layers=6, futures=futures, placement=placement, **variant)
   forward, gradient, arguments = loss_of(dataclasses.replace(c, remat='none'))
   count = lambda function: costs.matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr) / (2 * LENGTH)
-  claimed, again = costs.flops_per_token(arguments[0], LENGTH), costs.recomputed_flops_per_token(arguments[0], LENGTH)
+  claimed, again = costs.flops_per_token(c, LENGTH), costs.recomputed_flops_per_token(c, LENGTH)
   assert 3 * count(forward) == claimed['total']
   assert count(gradient) == claimed['total'] + again
   assert claimed['total'] == claimed['trunk'] + claimed['futures'] + claimed['unembedding']
+
+
+def test_causal_flops_count_half_the_keys_of_a_row(tiny, variant):
+  c = tiny(layers=6, **variant)
+  whole, causal = (costs.flops_per_token(c, LENGTH, causal=causal) for causal in (False, True))
+  assert causal == costs.flops_per_token(c, LENGTH // 2) and causal['unembedding'] == whole['unembedding']
+  assert whole['trunk'] - causal['trunk'] == 3 * c.trunk_layers * 2 * c.heads * c.head_width * LENGTH
 
 
 def test_a_train_steps_count_is_that_of_its_scans_unrolled(tiny, variant):

@@ -9,23 +9,18 @@ import numpy as np
 
 from mtp_jax.config import ObjectiveConfig
 from mtp_jax.model.attention import Documents, documents
-from mtp_jax.model.block import rms_norm
-from mtp_jax.objective import loss, states, targets
+from mtp_jax.model.norm import rms_norm
+from mtp_jax.objective import Read, future_states, loss
 
 LENGTH = 12
 
 
 def nats_MBL(model, batch):
   """-log p of each future's target at each position, 0 where it does not count."""
-  c = model.config
-  readout = model.readout()
-
-  def future(m, h_BLD):
-    y_BL, counted_BL = targets(batch, m, c.futures)
-    logp_BLV = jax.nn.log_softmax(h_BLD @ readout.table().T)
-    return jnp.where(counted_BL, -jnp.take_along_axis(logp_BLV, y_BL[..., None], -1)[..., 0], 0.0)
-
-  return readout.map(future, *states(model, batch))
+  read = Read.of(batch, model.config.futures)
+  logp_MBLV = jax.nn.log_softmax(future_states(model, read) @ model.readout().table().T)
+  nats = -jnp.take_along_axis(logp_MBLV, read.targets_MBL[..., None], -1)[..., 0]
+  return jnp.where(read.counted_MBL, nats, 0.0)
 
 
 def test_a_token_influences_exactly_the_predictions_it_should(tiny, random_model, variant):
@@ -52,7 +47,8 @@ def test_a_token_influences_exactly_the_predictions_it_should(tiny, random_model
 def gradients(model, batch, chunk=4):
   """(loss, sums, gradients), each future weighted differently."""
   coefficient_M = 1.0 / (1 + jnp.arange(model.config.futures))
-  (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(model, batch, coefficient_M, ObjectiveConfig(chunk=chunk))
+  read = Read.of(batch, model.config.futures)
+  (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(model, read, coefficient_M, ObjectiveConfig(chunk=chunk))
   return value, sums, grads
 
 
@@ -62,18 +58,18 @@ def unrolled(model, batch):
   L = batch['tokens'].shape[1] - c.futures
   take = lambda stack, i: jax.tree.map(lambda x: x[i], stack)
   positions_BL, segments_BL = batch['positions'][:, :L], batch['segments'][:, :L]
-  seen = Documents((segments_BL[:, :, None] == segments_BL[:, None, :]) & jnp.tril(jnp.ones((1, L, L), bool)), segments_BL)
+  keys = Documents((segments_BL[:, :, None] == segments_BL[:, None, :]) & jnp.tril(jnp.ones((1, L, L), bool)), segments_BL)
   norm = lambda x_BLD, scale: rms_norm(x_BLD, scale[...], c.norm_epsilon)
   x_BLD = model.embed_VD[...][batch['tokens'][:, :L]]
   for i in range(c.trunk_layers):
-    x_BLD, _ = take(model.trunk, i)(x_BLD, positions_BL, seen)
+    x_BLD, _ = take(model.trunk, i)(x_BLD, positions_BL, keys)
   states = [norm(x_BLD, model.final_norm_D)]
   if c.kind == 'linear':
     states = [norm(x_BLD @ model.futures.map_Dd[m], model.final_norm_D) for m in range(c.futures)]
   elif c.kind in ('parallel', 'causal', 'anticausal'):
     states = [None] * c.futures
     for m in range(c.futures)[::-1 if c.kind == 'anticausal' else 1]:
-      y_BLD, _ = take(model.futures, m)(x_BLD, positions_BL, seen)
+      y_BLD, _ = take(model.futures, m)(x_BLD, positions_BL, keys)
       states[m] = norm(y_BLD, model.final_norm_D)
       x_BLD = x_BLD if c.kind == 'parallel' else y_BLD
   else:
@@ -82,7 +78,7 @@ def unrolled(model, batch):
       module = take(model.futures, 0 if c.share_modules else k - 1)
       e_BLD = model.embed_VD[...][batch['tokens'][:, k:k + L]]
       joined_BLD = norm(e_BLD, module.embedding_norm_D) @ module.join_CD[:16] + norm(read, module.hidden_norm_D) @ module.join_CD[16:]
-      x_BLD, _ = module.block(joined_BLD, positions_BL, seen)
+      x_BLD, _ = module.block(joined_BLD, positions_BL, keys)
       states.append(norm(x_BLD, module.out_norm_D))
       read = states[-1] if c.hidden_input == 'post_norm' else x_BLD
   nats = []
@@ -113,8 +109,8 @@ def test_scans_equal_a_loop_however_much_is_recomputed_or_run_at_once(tiny, rand
 def test_remat_saves_the_matmuls_or_only_a_blocks_input_or_what_is_named_besides(tiny, random_model):
   def saved(remat, whole=False):
     model = random_model(tiny(feed_forward=20, remat=remat))
-    x_BLD, positions_BL, seen = jnp.zeros((2, LENGTH, 16)), jnp.zeros((2, LENGTH), int), documents(jnp.ones((2, LENGTH), int))
-    back = jax.eval_shape(lambda model, x_BLD: jax.vjp(lambda model, x_BLD: model.run_trunk(x_BLD, positions_BL, seen), model, x_BLD)[1], model, x_BLD)
+    x_BLD, positions_BL, keys = jnp.zeros((2, LENGTH, 16)), jnp.zeros((2, LENGTH), int), documents(jnp.ones((2, LENGTH), int))
+    back = jax.eval_shape(lambda model, x_BLD: jax.vjp(lambda model, x_BLD: model.run_trunk(x_BLD, positions_BL, keys), model, x_BLD)[1], model, x_BLD)
     return [x.shape for x in jax.tree.leaves(back) if whole or x.shape[1:3] == (2, LENGTH)]
 
   none, dots, full = saved('none'), saved('dots'), saved('full')
@@ -131,8 +127,8 @@ def test_remat_saves_the_matmuls_or_only_a_blocks_input_or_what_is_named_besides
 def plain(model, batch):
   """A next-token model and its loss: embedding, blocks, norm, unembedding, cross-entropy."""
   x_BLD = model['embed_VD'][batch['tokens'][:, :-1]]
-  positions_BL, seen = batch['positions'][:, :-1], documents(batch['segments'][:, :-1])
-  x_BLD, _ = jax.lax.scan(lambda x_BLD, block: (block(x_BLD, positions_BL, seen)[0], None), x_BLD, model['blocks'])
+  positions_BL, keys = batch['positions'][:, :-1], documents(batch['segments'][:, :-1])
+  x_BLD, _ = jax.lax.scan(lambda x_BLD, block: (block(x_BLD, positions_BL, keys)[0], None), x_BLD, model['blocks'])
   h_TD = rms_norm(x_BLD, model['norm_D'], 1e-6).reshape(-1, x_BLD.shape[-1])
   same_BL = (batch['segments'][:, 1:] == batch['segments'][:, :-1]) & (batch['segments'][:, :-1] > 0)
   return nats_of(h_TD @ model['unembed_VD'].T, batch['tokens'][:, 1:].ravel(), same_BL.ravel())

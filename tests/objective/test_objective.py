@@ -16,7 +16,7 @@ from mtp_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Objectiv
 from mtp_jax.mesh import make_mesh, put
 from mtp_jax.model import costs
 from mtp_jax.model.model import Model
-from mtp_jax.objective import cross_entropy
+from mtp_jax.objective import Labels, Read, cross_entropy, cross_entropy_and_gradients
 from mtp_jax.sharding import shardings, spec
 from mtp_jax.train import optimizer
 from mtp_jax.train import step as training
@@ -26,9 +26,9 @@ from mtp_jax.train import step as training
 def test_targets_equal_a_double_loop(tiny, packed, seed):
   c = tiny(futures=5)
   batch = packed(c, 6, 10, seed)
-  wanted_count = []
+  read, wanted_count = Read.of(batch, 5), []
   for m in range(5):
-    y_BL, counted_BL = objective.targets(batch, m, 5)
+    y_BL, counted_BL = read.targets_MBL[m], read.counted_MBL[m]
     wanted = np.zeros((6, 10), bool)
     for b, t in np.ndindex(6, 10):
       segment = batch['segments'][b, t]
@@ -36,17 +36,29 @@ def test_targets_equal_a_double_loop(tiny, packed, seed):
       assert y_BL[b, t] == batch['tokens'][b, t + 1 + m]
     np.testing.assert_array_equal(counted_BL, wanted)
     wanted_count.append(wanted.sum())
-  np.testing.assert_array_equal(objective.counts(batch, 5), wanted_count)
+  np.testing.assert_array_equal(read.count_M, wanted_count)
+  for cut, name in ((read.inputs_BL, 'tokens'), (read.positions_BL, 'positions'), (read.segments_BL, 'segments')):
+    np.testing.assert_array_equal(cut, batch[name][:, :10])
   assert any(min(np.unique(row, return_counts=True)[1]) == 1 for row in batch['segments']), 'some document must be shorter than M'
 
 
 def test_targets_end_with_their_document():
-  batch = {'tokens': jnp.arange(10, 18)[None], 'segments': jnp.array([[1, 1, 1, 2, 3, 3, 3, 0]])}
+  batch = {'tokens': jnp.arange(10, 18)[None], 'segments': jnp.array([[1, 1, 1, 2, 3, 3, 3, 0]]), 'positions': jnp.arange(8)[None]}
+  read = Read.of(batch, 3)
   tables = {0: [1, 1, 0, 0, 1], 1: [1, 0, 0, 0, 1], 2: [0, 0, 0, 0, 0]}
   for m, table in tables.items():
-    y_BL, counted_BL = objective.targets(batch, m, 3)
-    np.testing.assert_array_equal(y_BL[0], np.arange(10, 15) + m + 1)
-    np.testing.assert_array_equal(counted_BL[0], np.array(table, bool))
+    np.testing.assert_array_equal(read.targets_MBL[m, 0], np.arange(10, 15) + m + 1)
+    np.testing.assert_array_equal(read.counted_MBL[m, 0], np.array(table, bool))
+
+
+def test_microbatches_are_every_nth_row(tiny, packed):
+  read = Read.of(packed(tiny(futures=2), 6, 8), 2)
+  for i in range(3):
+    part = jax.tree.map(lambda x, i=i: x[i], read.microbatches(3))
+    for name in ('inputs_BL', 'positions_BL', 'segments_BL'):
+      np.testing.assert_array_equal(getattr(part, name), getattr(read, name)[i::3])
+    for name in ('targets_MBL', 'counted_MBL'):
+      np.testing.assert_array_equal(getattr(part, name), getattr(read, name)[:, i::3])
 
 
 TERMS = {'plain': (0.0, 0.0), 'z-loss': (0.1, 0.0), 'cap': (0.0, 4.0), 'both': (0.1, 4.0)}
@@ -74,16 +86,15 @@ def test_cross_entropy_and_its_gradients_are_the_dense_ones_in_float64(tiny, chu
 
   before = rng.standard_normal((1, D, V)).astype(np.float32)
   single = [jnp.asarray(x, jnp.float32) for x in (h, table)]
-  run = jax.jit(functools.partial(cross_entropy, c, o))
-  arguments = *single, jnp.asarray(y), jnp.asarray(k, jnp.float32), jnp.asarray(counted)
-  value, sums, dh, dw_PDV = run(*arguments, before)
+  arguments = *single, Labels(jnp.asarray(y), jnp.asarray(k, jnp.float32), jnp.asarray(counted))
+  value, sums, dh, dw_PDV = jax.jit(functools.partial(cross_entropy_and_gradients, c, o))(*arguments, before)
   assert_close((value, dh, dw_PDV), (wanted[0], wanted[1], before + wanted[2]))
   assert not np.any(dh[~counted])
   assert_close(sums.nats_M, (nats * counted).sum((1, 2)))
   np.testing.assert_array_equal(sums.count_M, counted.sum((1, 2)))
   np.testing.assert_array_equal(sums.correct_M, ((logits.argmax(-1) == y) & counted).sum((1, 2)))
   assert 0 < sums.correct_M.sum() < best.sum()
-  assert_close(run(*arguments), (value, sums, None, None))  # what an evaluation runs
+  assert_close(jax.jit(functools.partial(cross_entropy, c, o))(*arguments), (value, sums))
 
   def reference(h, table):
     logits = h @ table.T
@@ -97,24 +108,21 @@ def test_cross_entropy_and_its_gradients_are_the_dense_ones_in_float64(tiny, chu
 def test_cross_entropy_survives_large_logits(tiny):
   h, table = jnp.full((1, 1, 2, 4), 1e3), jnp.stack([jnp.ones(4), -jnp.ones(4)])
   ones = jnp.ones((1, 1, 2))
-  value, sums, dh, dw_PDV = cross_entropy(tiny(), ObjectiveConfig(chunk=1), h, table, jnp.array([[[0, 1]]]), ones, ones > 0, jnp.zeros((1, 4, 2)))
+  labels = Labels(jnp.array([[[0, 1]]]), ones, ones > 0)
+  value, sums, dh, dw_PDV = cross_entropy_and_gradients(tiny(), ObjectiveConfig(chunk=1), h, table, labels, jnp.zeros((1, 4, 2)))
   np.testing.assert_allclose((value, sums.nats_M[0]), 8e3)
   np.testing.assert_array_equal(dh, [[np.multiply.outer([0, 2], np.ones(4))]])
   np.testing.assert_array_equal(dw_PDV, [np.multiply.outer(np.ones(4), [1e3, -1e3])])
 
 
-def dense(model, batch, coefficient_M, o: ObjectiveConfig):
-  """The loss as it is written, one array of logits a future, to be differentiated by JAX."""
-  c, readout = model.config, model.readout()
-
-  def future(m, h_BLD):
-    y_BL, counted_BL = objective.targets(batch, m, c.futures)
-    logits_BLV = h_BLD @ readout.unembed_VD.T
-    logits_BLV = c.logit_cap * jnp.tanh(logits_BLV / c.logit_cap) if c.logit_cap else logits_BLV
-    nats_BL = -jnp.take_along_axis(jax.nn.log_softmax(logits_BLV), y_BL[..., None], -1)[..., 0]
-    return coefficient_M[m] * jnp.sum(nats_BL + o.z_loss * jax.nn.logsumexp(logits_BLV, -1)**2, where=counted_BL)
-
-  return jnp.sum(readout.map(future, *objective.states(model, batch)))
+def dense(model, read, coefficient_M, o: ObjectiveConfig):
+  """The loss as it is written, all logits of all futures, to be differentiated by JAX."""
+  c, table_VD = model.config, model.readout().unembed_VD
+  logits_MBLV = objective.future_states(model, read) @ table_VD.T
+  logits_MBLV = c.logit_cap * jnp.tanh(logits_MBLV / c.logit_cap) if c.logit_cap else logits_MBLV
+  nats_MBL = -jnp.take_along_axis(jax.nn.log_softmax(logits_MBLV), read.targets_MBL[..., None], -1)[..., 0]
+  terms_MBL = nats_MBL + o.z_loss * jax.nn.logsumexp(logits_MBLV, -1)**2
+  return jnp.dot(coefficient_M, jnp.sum(terms_MBL, (1, 2), where=read.counted_MBL))
 
 
 DENSE = {name: (name, {'tie_embeddings': True}) for name in FAMILIES} | {
@@ -125,10 +133,10 @@ DENSE = {name: (name, {'tie_embeddings': True}) for name in FAMILIES} | {
 def test_the_gradient_is_that_of_the_dense_objective(tiny, random_model, packed, family, changes, assert_close):
   o = ObjectiveConfig(chunk=5, z_loss=0.02)  # 24 positions in chunks of 5
   model = random_model(tiny(**{'layers': 6, 'futures': 4, 'logit_cap': 3.0} | FAMILIES[family] | changes))
-  batch = packed(model.config, 3, 8)
+  read = Read.of(packed(model.config, 3, 8), model.config.futures)
   coefficient_M = 1.0 / (2 + np.arange(model.config.futures, dtype=np.float32))
-  wanted = jax.jit(jax.value_and_grad(functools.partial(dense, o=o)))(model, batch, coefficient_M)
-  (value, _), grads = jax.jit(jax.value_and_grad(functools.partial(objective.loss, o=o), has_aux=True))(model, batch, coefficient_M)
+  wanted = jax.jit(jax.value_and_grad(functools.partial(dense, o=o)))(model, read, coefficient_M)
+  (value, _), grads = jax.jit(jax.value_and_grad(functools.partial(objective.loss, o=o), has_aux=True))(model, read, coefficient_M)
   assert_close((value, grads), wanted)
 
 
@@ -138,7 +146,7 @@ def test_only_the_loss_has_a_gradient_and_it_is_linear_in_its_cotangent(tiny, ra
 
   @jax.jit
   def run(model, batch):
-    value, back, sums = jax.vjp(lambda model: objective.loss(model, batch, jnp.ones(2), ObjectiveConfig()), model, has_aux=True)
+    value, back, sums = jax.vjp(lambda model: objective.loss(model, Read.of(batch, 2), jnp.ones(2), ObjectiveConfig()), model, has_aux=True)
     return back(jnp.float32(1))[0], back(jnp.float32(-3))[0]
 
   once, thrice = run(model, batch)
@@ -168,7 +176,7 @@ def test_a_future_of_weight_zero_is_skipped_and_changes_nothing(tiny, random_mod
   L, tokens, coefficient_M = 8, 16, jnp.float32(weights)
 
   def run(active):
-    loss = lambda model, batch: objective.loss(model, batch, coefficient_M, ObjectiveConfig(chunk=8), active)
+    loss = lambda model, batch: objective.loss(model, Read.of(batch, 4), coefficient_M, ObjectiveConfig(chunk=8), active)
     traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(model, batch)
     return costs.matmul_flops(traced.jaxpr.jaxpr), traced.lower().compile()(model, batch)
 
@@ -183,7 +191,7 @@ def test_a_future_of_weight_zero_is_skipped_and_changes_nothing(tiny, random_mod
   unembedding, model_flops = 2 * c.vocab * c.width, idle * (head + 2 * scores)
   chained = 0 if c.independent else min(idle, 2 if c.first_own_head else 3) * (head + 2 * scores)  # the last of a chain never runs twice
   assert all_flops - flops == tokens * (3 * (model_flops + unread * unembedding) + idle * scores + chained)
-  claimed = [costs.flops_per_token(model, L, a)['total'] for a in (None, active)]
+  claimed = [costs.flops_per_token(c, L, a)['total'] for a in (None, active)]
   assert claimed[0] - claimed[1] == 3 * (model_flops + active.count(False) * unembedding)
 
 
@@ -192,7 +200,7 @@ def test_the_unembedding_costs_three_matrix_products_a_chunk(tiny, variant):
     c = tiny(vocab=vocab, layers=6, futures=4, **variant)
     batch = {name: jax.ShapeDtypeStruct((2, 16 + 4), np.int32) for name in ('tokens', 'segments', 'positions')}
     model = jax.eval_shape(functools.partial(Model, c), jax.random.key(0))
-    gradient = jax.value_and_grad(lambda model, batch: objective.loss(model, batch, jnp.ones(4), ObjectiveConfig(chunk=8)), has_aux=True)
+    gradient = jax.value_and_grad(lambda model, batch: objective.loss(model, Read.of(batch, 4), jnp.ones(4), ObjectiveConfig(chunk=8)), has_aux=True)
     return costs.matmul_flops(jax.make_jaxpr(gradient)(model, batch).jaxpr)
 
   per_token = 3 * 2 * 16 * 4  # D, M
@@ -204,9 +212,9 @@ def gradients():
   """(loss, sums, gradients) of weights 1, 1/2, 1/3 .. over counts; no mesh's share of the positions is whole chunks."""
   @jax.jit
   def run(model, batch):
-    M = model.config.futures
-    coefficient_M = 1.0 / (1 + jnp.arange(M)) / jnp.maximum(objective.counts(batch, M), 1)
-    (value, sums), grads = jax.value_and_grad(objective.loss, has_aux=True)(model, batch, coefficient_M, ObjectiveConfig(chunk=6, z_loss=0.01))
+    read = Read.of(batch, model.config.futures)
+    coefficient_M = 1.0 / (1 + jnp.arange(model.config.futures)) / jnp.maximum(read.count_M, 1)
+    (value, sums), grads = jax.value_and_grad(objective.loss, has_aux=True)(model, read, coefficient_M, ObjectiveConfig(chunk=6, z_loss=0.01))
     return value, sums, grads
   return run
 
@@ -257,7 +265,7 @@ ACCUMULATED = {'parallel': ({}, (1.0, 0.5)), 'parallel, future 0': ({}, (1.0, 0.
 def test_accumulation_changes_nothing(tiny, random_model, packed, which, assert_close):
   family, weights = ACCUMULATED[which]
   batch = packed(tiny(futures=2), 4, 8, seed=0)
-  per_row = [tuple(objective.counts({name: x[i:i + 1] for name, x in batch.items()}, 2).tolist()) for i in range(4)]
+  per_row = [tuple(Read.of({name: x[i:i + 1] for name, x in batch.items()}, 2).count_M.tolist()) for i in range(4)]
   assert len(set(per_row)) == 4, f'the rows must count unequally, not {per_row}'
   wanted = one_step(tiny, random_model, batch, family, weights, 1)
   assert float(wanted[2]['gradient_norm']) > 0.1
@@ -296,7 +304,8 @@ def test_the_unembedding_is_gathered_once_for_all_futures_and_its_gradient_summe
   with jax.set_mesh(mesh):
     model = training.abstract(config, mesh).model
     batch = {name: jax.ShapeDtypeStruct((8, 16 + 4), jnp.int32, sharding=jax.NamedSharding(mesh, spec('Bt'))) for name in ('tokens', 'segments', 'positions')}
-    run = jax.jit(lambda model, batch: jax.value_and_grad(objective.loss, has_aux=True)(model, batch, jnp.ones(4), ObjectiveConfig(chunk=8)))
+    gradient = jax.value_and_grad(objective.loss, has_aux=True)
+    run = jax.jit(lambda model, batch: gradient(model, Read.of(batch, 4), jnp.ones(4), ObjectiveConfig(chunk=8)))
     found = collectives(run.lower(model, batch).compile().as_text())
   gathered, share = 44 * 48, 44 * 48 // 4
   assert [loops for operation, sizes, loops in found if operation == 'all-gather' and gathered in sizes] == [0]
@@ -308,11 +317,12 @@ def temporary_bytes(c: ModelConfig) -> int:
   """What the compiled loss and gradient hold besides parameters, batch and gradients."""
   model = jax.eval_shape(functools.partial(Model, c), jax.random.key(0))
   batch = {name: jax.ShapeDtypeStruct((16, 256 + c.futures), jnp.int32) for name in ('tokens', 'segments', 'positions')}
-  run = jax.jit(lambda model, batch: jax.value_and_grad(objective.loss, has_aux=True)(model, batch, jnp.ones(c.futures), ObjectiveConfig()))
+  gradient = jax.value_and_grad(objective.loss, has_aux=True)
+  run = jax.jit(lambda model, batch: gradient(model, Read.of(batch, c.futures), jnp.ones(c.futures), ObjectiveConfig()))
   return run.lower(model, batch).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_eight_futures_take_the_memory_of_one():
+def test_eight_futures_take_at_most_a_hundredth_more_memory_than_two_and_a_tenth_more_than_one():
   """At four chunks of logits; where a batch is a single chunk, a plain model has that much less alive beside it."""
   c = ModelConfig(vocab=1024, width=64, layers=5, heads=4, kv_heads=2, head_width=16, feed_forward=176, placement='appended')
   one, two, eight = (temporary_bytes(dataclasses.replace(c, futures=futures, layers=4 + (futures > 1))) for futures in (1, 2, 8))  # a trunk of four blocks
@@ -330,7 +340,7 @@ def test_bfloat16_gradients_add_up_in_float32():
   def gradient(dtype):
     cast = jax.tree.map(lambda x: x, model)
     cast.config = dataclasses.replace(c, dtype=dtype)
-    return jax.jit(jax.grad(lambda m: objective.loss(m, batch, jnp.ones(2) / 2000, ObjectiveConfig(chunk=32))[0]))(cast)
+    return jax.jit(jax.grad(lambda m: objective.loss(m, Read.of(batch, 2), jnp.ones(2) / 2000, ObjectiveConfig(chunk=32))[0]))(cast)
 
   wide, narrow = gradient('float32'), gradient('bfloat16')
   for name in ('embed_VD', 'unembed_VD'):

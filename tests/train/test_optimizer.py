@@ -11,7 +11,7 @@ from mtp_jax.config import ObjectiveConfig, OptimizerConfig
 from mtp_jax.train import optimizer
 
 DECAYED = {'embed_VD', 'unembed_VD', 'wq_DHK', 'wk_DGK', 'wv_DGK', 'wo_HKD', 'gate_DF', 'up_DF', 'down_FD', 'join_CD', 'map_Dd'}
-PLAIN = {'final_norm_D', 'attention_norm_D', 'mlp_norm_D', 'q_norm_K', 'k_norm_K', 'embedding_norm_D', 'hidden_norm_D', 'out_norm_D'}
+PLAIN = {'final_norm_D', 'attention_norm_D', 'feed_forward_norm_D', 'q_norm_K', 'k_norm_K', 'embedding_norm_D', 'hidden_norm_D', 'out_norm_D'}
 
 
 def name(path) -> str:
@@ -71,7 +71,7 @@ def test_updates_are_adamw_as_written(tiny, random_model, clip, assert_close):
 def test_every_parameter_learns_and_stands_in_the_group_of_its_kind(tiny, random_model, packed, variant, changes):
   model = random_model(tiny(qk_norm=True, layers=4, **variant, **changes))
   M = model.config.futures
-  run = jax.jit(jax.grad(lambda model, batch: objective.loss(model, batch, jnp.ones(M), ObjectiveConfig(chunk=8))[0]))
+  run = jax.jit(jax.grad(lambda model, batch: objective.loss(model, objective.Read.of(batch, M), jnp.ones(M), ObjectiveConfig(chunk=8))[0]))
   grads = run(model, packed(model.config, 2, 8))
   decayed = jax.tree_util.tree_leaves_with_path(optimizer.decayed(model))
   assert len(decayed) == len(jax.tree.leaves(model)) > 0

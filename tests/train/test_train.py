@@ -35,7 +35,7 @@ from mtp_jax.data.rows import validation_batches
 from mtp_jax.evaluation.held_out import evaluate
 from mtp_jax.mesh import make_mesh, put
 from mtp_jax.model import costs
-from mtp_jax.objective.targets import target_bytes
+from mtp_jax.objective import Read
 from mtp_jax.report import goodput
 from mtp_jax.report.events import read_events, split_runs
 from mtp_jax.train import step as training
@@ -451,10 +451,10 @@ def test_evaluation_on_a_mesh_is_that_on_one_device(folder):
 
 def test_bytes_are_those_of_the_targets_that_count():
   """Future 0 of five inputs: é is two bytes, a and b one, the end of a document none; no target reaches across documents."""
-  batch = {'tokens': jnp.array([[0, 3, 1, 1, 4, 2, 0]]), 'segments': jnp.array([[1, 1, 1, 2, 2, 2, 0]])}
+  batch = {'tokens': jnp.array([[0, 3, 1, 1, 4, 2, 0]]), 'segments': jnp.array([[1, 1, 1, 2, 2, 2, 0]]), 'positions': jnp.zeros((1, 7), int)}
   byte_length_V = jnp.array([0, 1, 1, 2, 0])
   #         input:  bos  é    a   | a    eos     target: é 2, a 1, across, eos 0, b 1
-  assert int(target_bytes(batch, byte_length_V, 2)) == 2 + 1 + 0 + 1
+  assert int(Read.of(batch, 2).target_bytes(byte_length_V)) == 2 + 1 + 0 + 1
 
 
 @pytest.mark.parametrize('text', ['plain text\n', 'é🙂 ﬁ\n'])

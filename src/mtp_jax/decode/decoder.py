@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.model.attention import Cache
-from mtp_jax.model.block import Block, rms_norm
+from mtp_jax.model.block import Block
 from mtp_jax.model.model import Model, capped
+from mtp_jax.model.norm import rms_norm
 from mtp_jax.sharding import einsum, letters
 
 

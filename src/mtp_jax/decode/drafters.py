@@ -71,8 +71,8 @@ class Heads:
 
   def learn(self, decoder, memory, forward, positions_BT, last_B1):
     """Every head writes, whether or not it will draft."""
-    keys_values = lambda m, cache: decoder.head(m).keys_values(forward.state_BTD, positions_BT, cache.slots)
-    caches = tuple(cache and cache.write(*keys_values(m, cache), positions_BT) for m, cache in enumerate(memory[1], 1))
+    write = lambda m, cache: decoder.head(m).write(forward.state_BTD, positions_BT, cache)
+    caches = tuple(write(m, cache) for m, cache in enumerate(memory[1], 1))
     return _at(forward.state_BTD, last_B1), caches
 
 

@@ -4,9 +4,9 @@ import math
 import jax
 import numpy as np
 
-from mtp_jax import objective
 from mtp_jax.data.prepared_set import Prepared
 from mtp_jax.data.rows import SourceRows
+from mtp_jax.objective import Read
 from mtp_jax.report.picture import picture
 from mtp_jax.report.tables import Column, render
 from mtp_jax.tokenizer import Tokenizer
@@ -76,7 +76,7 @@ def shown(rows: SourceRows, tokenizer: Tokenizer, futures: int, count: int, posi
 
 def _row_table(rows: SourceRows, i: int, tokenizer: Tokenizer, futures: int, positions: int, colour: bool) -> list[str]:
   batch = rows.batch([i])
-  targets = [jax.device_get(objective.targets(batch, m, futures)) for m in range(futures)]
+  read = jax.device_get(Read.of(batch, futures))
   segments = batch['segments'][0, :-futures]  # of the inputs
   boundaries = np.flatnonzero(np.diff(segments)) + 1
   first = max(0, min(int(boundaries[0]) if len(boundaries) else 0, len(segments)) - positions // 2)
@@ -85,7 +85,8 @@ def _row_table(rows: SourceRows, i: int, tokenizer: Tokenizer, futures: int, pos
     if t == first or segments[t] != segments[t - 1]:
       sections.append([])
     document, position = (str(batch[name][0, t]) if segments[t] else '' for name in ('segments', 'positions'))
-    future_tokens = [_token(y_BL[0, t], tokenizer) if counted_BL[0, t] else '·' for y_BL, counted_BL in targets]
+    targets_M, counted_M = read.targets_MBL[:, 0, t], read.counted_MBL[:, 0, t]
+    future_tokens = [_token(y, tokenizer) if counted else '·' for y, counted in zip(targets_M, counted_M)]
     sections[-1].append([str(t), document, position, _token(batch['tokens'][0, t], tokenizer), *future_tokens])
   columns = [Column('position', right=True), Column('document', right=True), Column('in it', right=True), Column('input')]
   columns += [Column(f'future {m}', colour=COLOURS[m % len(COLOURS)]) for m in range(futures)]

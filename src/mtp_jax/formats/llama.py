@@ -54,14 +54,14 @@ def export(lm: LanguageModel) -> Llama:
 
 def _block(block, c) -> dict[str, np.ndarray]:
   return {'input_layernorm': np.array(block.attention_norm_D[...]),
-          'post_attention_layernorm': np.array(block.mlp_norm_D[...]),
-          'self_attn.q_proj': _linear(block.wq_DHK[...], c.width),
-          'self_attn.k_proj': _linear(block.wk_DGK[...], c.width),
-          'self_attn.v_proj': _linear(block.wv_DGK[...], c.width),
-          'self_attn.o_proj': _linear(block.wo_HKD[...], c.heads * c.head_width),
-          'mlp.gate_proj': _linear(block.gate_DF[...], c.width),
-          'mlp.up_proj': _linear(block.up_DF[...], c.width),
-          'mlp.down_proj': _linear(block.down_FD[...], c.feed_forward)}
+          'post_attention_layernorm': np.array(block.feed_forward_norm_D[...]),
+          'self_attn.q_proj': _linear(block.attention.wq_DHK[...], c.width),
+          'self_attn.k_proj': _linear(block.attention.wk_DGK[...], c.width),
+          'self_attn.v_proj': _linear(block.attention.wv_DGK[...], c.width),
+          'self_attn.o_proj': _linear(block.attention.wo_HKD[...], c.heads * c.head_width),
+          'mlp.gate_proj': _linear(block.feed_forward.gate_DF[...], c.width),
+          'mlp.up_proj': _linear(block.feed_forward.up_DF[...], c.width),
+          'mlp.down_proj': _linear(block.feed_forward.down_FD[...], c.feed_forward)}
 
 
 def _linear(w, inputs: int) -> np.ndarray:

@@ -36,7 +36,7 @@ class Steps:
       step = jax.jit(functools.partial(training.step, config, active=o.active(M), loss=loss), donate_argnums=0)
       self.compiled = step.lower(self.state, put(next(self.batches), self.mesh), *self.others).compile()
       self.flops_per_token, self.flops_per_token_causal = (
-          costs.flops_per_token(self.state.model, config.data.length, o.active(M), causal)['total']
+          costs.flops_per_token(config.model, config.data.length, o.active(M), causal)['total']
           for causal in (False, True))
       self.parameters = costs.parameters(self.state.model)['total']
     self.temporary_bytes = self.compiled.memory_analysis().temp_size_in_bytes

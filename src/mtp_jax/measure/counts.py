@@ -20,4 +20,4 @@ def counts(config: Config) -> dict:
 
 def _counts(c: ModelConfig, length: int) -> dict:
   shapes = jax.eval_shape(lambda key: Model(c, key), jax.random.key(0))
-  return {'parameters': costs.parameters(shapes), 'flops_per_token': costs.flops_per_token(shapes, length)}
+  return {'parameters': costs.parameters(shapes), 'flops_per_token': costs.flops_per_token(shapes.config, length)}

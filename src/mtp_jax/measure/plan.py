@@ -101,7 +101,7 @@ def plan(config: Config, topology: str) -> Plan:
 
   L, model = config.data.length, step_arguments[0].model
   flops_per_token = costs.matmul_flops(traced.jaxpr) / tokens
-  model_flops, model_flops_causal = (costs.flops_per_token(model, L, causal=causal)['total'] for causal in (False, True))
+  model_flops, model_flops_causal = (costs.flops_per_token(config.model, L, causal=causal)['total'] for causal in (False, True))
 
   chip, moved = chip_of(chips), traffic(hlo, slice_count(chips))
   link_seconds, network_seconds = _communication_seconds(moved.collectives, mesh, chip)

@@ -1,5 +1,7 @@
-"""model/kernels."""
+"""Attention kernels of the chips, each called under `jax.shard_map` on a device's own rows, heads and positions.
 
+A kernel keeps the scores in the chip's own memory. Where none fits the platform or the shapes, `attention.attend` runs.
+"""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,58 +10,73 @@ from mtp_jax.mesh import mesh_order
 from mtp_jax.sharding import place, spec
 
 
-def _platform() -> str:
-  """'tpu', 'gpu', or '' for all else: what the mesh is of, be it here or only described."""
+def kernel_for(q_BLHK):
+  """The attention kernel for the platform of the mesh and for such shapes, or None.
+
+  It is called with (q_BLHK, k_BSGK, v_BSGK, segments_BL, mask_BLS). A TPU's takes tiles of 128; cuDNN's takes heads of up to 128
+  in bfloat16.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   kind = getattr(None if mesh.empty else mesh.abstract_device, 'device_kind', '')
-  return 'tpu' if 'TPU' in kind else 'gpu' if 'NVIDIA' in kind else ''
-
-
-def _fits(kernel, q_BLHK) -> bool:
-  """Whether the kernel takes such shapes: tiles of 128 on a TPU; cuDNN heads of up to 128 in 16 bits."""
   _, L, _, K = q_BLHK.shape
-  c = jax.sharding.get_abstract_mesh().shape['context']
-  if kernel is _cudnn:
-    return q_BLHK.dtype == jnp.bfloat16 and K <= 128 and K % 8 == 0
-  return L % (128 * c) == 0 and L % c**2 == 0 and K % 64 == 0
+  if 'TPU' in kind:
+    c = mesh.shape['context']
+    return splash if L % (128 * c) == 0 and L % c**2 == 0 and K % 64 == 0 else None
+  if 'NVIDIA' in kind:
+    return cudnn if q_BLHK.dtype == jnp.bfloat16 and K <= 128 and K % 8 == 0 else None
+  return None
 
 
-def _splash(q_BLHK, k_BSGK, v_BSGK, seen, interpret: bool = False):
-  """JAX's TPU kernel of causal attention within segments, each device on its own rows, heads and stretches of the length; tiles that a causal
-  mask hides are skipped. `interpret` runs it anywhere."""
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+def splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, mask_BLS=None, interpret: bool = False):
+  """JAX's TPU kernel of causal attention within segments; it skips tiles that the causal mask hides. [B, L, H, K]
+
+  Args:
+    mask_BLS: not used; the kernel makes its own from segments.
+    interpret: run it on any platform, slowly.
+  """
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernels
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-  mesh, (_, L, H, _), G = jax.sharding.get_abstract_mesh(), q_BLHK.shape, k_BSGK.shape[2]
-  context, heads = mesh.shape['context'], H // mesh.shape['tensor']
-  laid_L = mesh_order(L)
-  as_they_come = None if context == 1 else np.argsort(laid_L)
+  mesh = jax.sharding.get_abstract_mesh()
+  _, L, H, _ = q_BLHK.shape
+  G, context, order_L = k_BSGK.shape[2], mesh.shape['context'], mesh_order(L)
+  text_order_S = None if context == 1 else np.argsort(order_L)
   tile = next(size for size in (512, 256, 128) if L // context % size == 0)
   mask = masks.CausalMask((L, L), shard_count=context)
-  mask.q_sequence = laid_L
-  sizes = kernels.BlockSizes(block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile, block_q_dq=tile, block_kv_dq=tile)
-  kernel = kernels.make_splash_mha(mask=masks.MultiHeadMask([mask] * heads), head_shards=1, q_seq_shards=context, block_sizes=sizes,
-                                   residual_checkpoint_name='attention', interpret=interpret)
-  specs = kernel.manual_sharding_spec(jax.NamedSharding(mesh, jax.P(None, 'context')))
-  kernel = jax.tree.map(jax.sharding.reshard, kernel, specs)
+  mask.q_sequence = order_L
+  kernel = splash_kernels.make_splash_mha(
+      mask=masks.MultiHeadMask([mask] * (H // mesh.shape['tensor'])), head_shards=1, q_seq_shards=context,
+      block_sizes=splash_kernels.BlockSizes(block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile,
+                                            block_q_dq=tile, block_kv_dq=tile),
+      residual_checkpoint_name='attention', interpret=interpret)
+  kernel_specs = kernel.manual_sharding_spec(jax.NamedSharding(mesh, jax.P(None, 'context')))
+  kernel = jax.tree.map(jax.sharding.reshard, kernel, kernel_specs)
 
-  def local(kernel, q_BLHK, k_BSGK, v_BSGK, segments_BL, segments_BS):
-    if as_they_come is not None:
-      k_BSGK, v_BSGK, segments_BS = (x[:, as_they_come] for x in (k_BSGK, v_BSGK, segments_BS))
-    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q_BLHK * q_BLHK.shape[3]**-0.5, jnp.repeat(k_BSGK, H // G, 2), jnp.repeat(v_BSGK, H // G, 2)))
-    o_BHLK = jax.vmap(lambda q, k, v, own, all: kernel(q, k, v, segment_ids=kernels.SegmentIds(own, all)))(q, k, v, segments_BL, segments_BS)
-    return jnp.moveaxis(o_BHLK, 1, 2)
+  def on_device(kernel, q_BLHK, k_BSGK, v_BSGK, segments_BL, segments_BS):
+    if text_order_S is not None:
+      k_BSGK, v_BSGK, segments_BS = (x[:, text_order_S] for x in (k_BSGK, v_BSGK, segments_BS))
+    q_BHLK = jnp.moveaxis(q_BLHK * q_BLHK.shape[3]**-0.5, 2, 1)
+    k_BHSK, v_BHSK = (jnp.moveaxis(jnp.repeat(x_BSGK, H // G, 2), 2, 1) for x_BSGK in (k_BSGK, v_BSGK))
+    row = lambda q, k, v, own, all: kernel(q, k, v, segment_ids=splash_kernels.SegmentIds(own, all))
+    return jnp.moveaxis(jax.vmap(row)(q_BHLK, k_BHSK, v_BHSK, segments_BL, segments_BS), 1, 2)
 
-  return jax.shard_map(local, in_specs=(specs, *map(spec, ('BLHK', 'BSGK', 'BSGK', 'BL', 'BS'))), out_specs=spec('BLHK'), check_vma=False)(
-      kernel, q_BLHK, k_BSGK, v_BSGK, seen.segments_BL, place(seen.segments_BL, 'BS'))
+  specs = kernel_specs, *map(spec, ('BLHK', 'BSGK', 'BSGK', 'BL', 'BS'))
+  return jax.shard_map(on_device, in_specs=specs, out_specs=spec('BLHK'), check_vma=False)(
+      kernel, q_BLHK, k_BSGK, v_BSGK, segments_BL, place(segments_BL, 'BS'))
 
 
-def _cudnn(q_BLHK, k_BSGK, v_BSGK, seen, implementation: str = 'cudnn'):
-  """cuDNN's flash attention, each device on its own rows, heads and stretches of the length; 'xla' runs the same call anywhere."""
+def cudnn(q_BLHK, k_BSGK, v_BSGK, segments_BL, mask_BLS, implementation: str = 'cudnn'):
+  """cuDNN's flash attention, with the dense mask of the documents. [B, L, H, K]
+
+  Args:
+    segments_BL: not used; JAX's public call takes no segments.
+    implementation: 'xla' runs the same call on any platform.
+  """
   whole = jax.sharding.get_abstract_mesh().shape['context'] == 1  # then later keys are skipped, not only masked
 
-  def local(q_BLHK, k_BSGK, v_BSGK, mask_BLS):
-    return jax.nn.dot_product_attention(q_BLHK, k_BSGK, v_BSGK, mask=mask_BLS[:, None], is_causal=whole, implementation=implementation)
+  def on_device(q_BLHK, k_BSGK, v_BSGK, mask_BLS):
+    return jax.nn.dot_product_attention(
+        q_BLHK, k_BSGK, v_BSGK, mask=mask_BLS[:, None], is_causal=whole, implementation=implementation)
 
-  return jax.shard_map(local, in_specs=tuple(map(spec, ('BLHK', 'BSGK', 'BSGK', 'BLS'))), out_specs=spec('BLHK'), check_vma=False)(
-      q_BLHK, k_BSGK, v_BSGK, seen.mask_BLS)
+  specs = tuple(map(spec, ('BLHK', 'BSGK', 'BSGK', 'BLS')))
+  return jax.shard_map(on_device, in_specs=specs, out_specs=spec('BLHK'), check_vma=False)(q_BLHK, k_BSGK, v_BSGK, mask_BLS)

@@ -1,18 +1,18 @@
-"""A decoder trunk and its futures: blocks stacked on a leading axis, once for depth and once for what lies ahead.
+"""A decoder trunk and its futures: blocks stacked on a leading axis, once for depth and once for the tokens ahead.
 
-    tokens_BT -> x_BLD (embedding) -> z_BLD (trunk, N blocks) -> h_BLD of each future m -> logits_BLV (one shared unembedding)
+    tokens_BL -> x_BLD (embedding) -> z_BLD (trunk, N blocks) -> h_BLD of each future m -> logits_BLV (one shared unembedding)
 
 Future m at position t predicts token t+1+m. The kinds of Gloeckle et al. 2024 (arXiv:2404.19737, section 2, appendix B):
 
     parallel, linear    h^m = norm(head_m(z)),                      m = 0..M-1; a head is a block, or one linear map
-    causal              h^m = norm(head_m(... head_1(head_0(z)))),  the next token's head stands at the trunk
-    anticausal          h^m = norm(head_m(... head_{M-1}(z))),      the farthest token's does
+    causal              h^m = norm(head_m(... head_1(head_0(z)))),  the next token's head comes first
+    anticausal          h^m = norm(head_m(... head_{M-1}(z))),      the farthest token's comes first
 
-sequential (DeepSeek-V3, arXiv:2412.19437, equations 21-23): a causal chain that is told the tokens in between,
+sequential (DeepSeek-V3, arXiv:2412.19437, equations 21-23): a causal chain that is given the tokens in between,
 
     h^0 = norm(z),  h^k_t = norm_k(block_k(join_k [norm_e(embed(token_{t+k})) ; norm_h(h^{k-1}_t)])),  k = 1..M-1
 
-A model of one future is the plain decoder, whatever its kind. There is no loss and no sampling here.
+A model of one future is the plain decoder, of whatever kind. There is no loss and no sampling here.
 """
 import dataclasses
 import functools
@@ -23,19 +23,22 @@ import numpy as np
 from flax import nnx
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.mesh import to_mesh_order
-from mtp_jax.model.block import Block, Linear, normal, rms_norm, stack
+from mtp_jax.model.block import Block, Linear
+from mtp_jax.model.norm import rms_norm
+from mtp_jax.model.parameters import matrix, normal, scale, stack
 from mtp_jax.sharding import einsum, lookup, place
 
 
 def remat(c: ModelConfig, f):
-  """f, whose backward pass makes again what config.model.remat says."""
+  """f with activations recomputed in its backward pass as config.model.remat says."""
   if c.remat == 'none':
     return f
   if c.remat == 'full':
     return jax.checkpoint(f)
   policies = jax.checkpoint_policies
-  return jax.checkpoint(f, policy=policies.dots_with_no_batch_dims_saveable if c.remat == 'dots' else policies.save_only_these_names(*c.remat.split(',')))
+  if c.remat == 'dots':
+    return jax.checkpoint(f, policy=policies.dots_with_no_batch_dims_saveable)
+  return jax.checkpoint(f, policy=policies.save_only_these_names(*c.remat.split(',')))
 
 
 class Module(nnx.Module):
@@ -43,16 +46,23 @@ class Module(nnx.Module):
 
   def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
     D = c.width
-    self.embedding_norm_D, self.hidden_norm_D, self.out_norm_D = (nnx.Param(jnp.ones(D)) for _ in range(3))
-    self.join_CD = nnx.Param(normal(2 * D)(rngs.params(), (2 * D, D)))
+    self.embedding_norm_D, self.hidden_norm_D, self.out_norm_D = scale(D), scale(D), scale(D)
+    self.join_CD = matrix(rngs, 2 * D, 2 * D, D)
     self.block = Block(c, rngs)
 
-  def __call__(self, e_BLD, h_BLD, positions_BL, seen):
-    """(state before its norm, state after it, seen)."""
+  def __call__(self, e_BLD, h_BLD, positions_BL, keys):
+    """(state before its norm, state after it, keys with those of these tokens)."""
     epsilon = self.block.config.norm_epsilon
-    x_BLC = jnp.concatenate([rms_norm(e_BLD, self.embedding_norm_D[...], epsilon), rms_norm(h_BLD, self.hidden_norm_D[...], epsilon)], -1)
-    x_BLD, seen = self.block(einsum('BLC,CD->BLD', x_BLC, self.join_CD[...]), positions_BL, seen)
-    return x_BLD, rms_norm(x_BLD, self.out_norm_D[...], epsilon), seen
+    e_BLD = rms_norm(e_BLD, self.embedding_norm_D[...], epsilon)
+    h_BLD = rms_norm(h_BLD, self.hidden_norm_D[...], epsilon)
+    x_BLD = einsum('BLC,CD->BLD', jnp.concatenate([e_BLD, h_BLD], -1), self.join_CD[...])
+    x_BLD, keys = self.block(x_BLD, positions_BL, keys)
+    return x_BLD, rms_norm(x_BLD, self.out_norm_D[...], epsilon), keys
+
+  @staticmethod
+  def flops(c: ModelConfig, keys: int) -> int:
+    """Forward FLOPs of one token that attends to so many keys."""
+    return 2 * 2 * c.width * c.width + Block.flops(c, keys)
 
 
 HEADS = {'parallel': Block, 'linear': Linear, 'causal': Block, 'anticausal': Block, 'sequential': Module}
@@ -61,10 +71,17 @@ HEADS = {'parallel': Block, 'linear': Linear, 'causal': Block, 'anticausal': Blo
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Futures:
-  """What turns the trunk's state into predictions: the futures' heads or modules, stacked, and what they share."""
+  """What turns the trunk's state into predictions.
+
+  Attributes:
+    heads: the futures' heads or modules, stacked over those that have their own; None in a plain language model.
+    final_norm_D: the norm that they share. Sequential modules have their own.
+    embed_VD: the embedding, for sequential modules, else None.
+    unembed_VD: the unembedding.
+  """
   heads: nnx.Module | None
   final_norm_D: jax.Array
-  embed_VD: jax.Array | None  # of the sequential kind, which looks up the tokens in between
+  embed_VD: jax.Array | None
   unembed_VD: jax.Array
   config: ModelConfig = dataclasses.field(metadata={'static': True})
 
@@ -76,63 +93,82 @@ class Futures:
     return place(self.unembed_VD.astype(self.config.dtype), 'Vd')
 
   def start(self, z_BLD):
-    """(the state that the first head reads, what the unembedding reads for a future 0 that has no head of its own, else None)."""
-    h_BLD = self.norm(z_BLD) if self.config.first_own_head else None
-    return h_BLD if self.config.first_own_head and self.config.hidden_input == 'post_norm' else z_BLD, h_BLD
+    """(the state that the first head reads; h_BLD of a future 0 without a head of its own, else None)."""
+    if not self.config.first_own_head:
+      return z_BLD, None
+    h_BLD = self.norm(z_BLD)
+    return h_BLD if self.config.hidden_input == 'post_norm' else z_BLD, h_BLD
 
-  def advance(self, head, m, state_BLD, tokens_BT, positions_BL, seen):
-    """One future: (the state that the next head reads, the normed state that the unembedding reads). m may be traced."""
+  def run_head(self, head, state_BLD, given_BL, positions_BL, keys):
+    """One future: (the state that the next head reads, the normed state that the unembedding reads).
+
+    Args:
+      given_BL: the token that a sequential module is given at each position; not read by other kinds.
+    """
     c = self.config
     if c.kind == 'sequential':
-      between_BL = to_mesh_order(jax.lax.dynamic_slice_in_dim(tokens_BT, m, state_BLD.shape[1], 1))
-      e_BLD = lookup(self.embed_VD, between_BL, c.dtype)
-      raw_BLD, h_BLD, _ = head(e_BLD, state_BLD, positions_BL, seen)
+      raw_BLD, h_BLD, _ = head(lookup(self.embed_VD, given_BL, c.dtype), state_BLD, positions_BL, keys)
       return h_BLD if c.hidden_input == 'post_norm' else raw_BLD, h_BLD
-    x_BLD, _ = head(state_BLD, positions_BL, seen)
+    x_BLD, _ = head(state_BLD, positions_BL, keys)
     return state_BLD if c.independent else x_BLD, self.norm(x_BLD)
 
   def stacked(self, futures: list[int]):
-    """(heads of these futures, stacked, or None where one is shared; their numbers): what a scan over futures runs through."""
+    """The heads of these futures, stacked; None where all share one."""
+    if self.config.share_modules:
+      return None
     own = np.array(futures) - self.config.first_own_head
-    if self.config.share_modules:
-      return None, jnp.array(futures)
-    return self.heads if len(own) == self.config.own_heads else jax.tree.map(lambda x: x[own], self.heads), jnp.array(futures)
-
-  def unstacked(self, futures: list[int], own, shared):
-    """The inverse of `stacked` and `shared`, for trees of the same shape: that of `heads`, with zeros for all other futures."""
-    if self.config.share_modules:
-      return jax.tree.map(lambda x: x[None], shared)
-    if not futures:
-      return jax.tree.map(jnp.zeros_like, self.heads)
-    at = np.array(futures) - self.config.first_own_head
-    return own if len(at) == self.config.own_heads else jax.tree.map(lambda x, part: jnp.zeros_like(x).at[at].set(part), self.heads, own)
+    return self.heads if len(own) == self.config.own_heads else jax.tree.map(lambda x: x[own], self.heads)
 
   def shared(self):
     """The module that all futures share, or None where each has a head of its own."""
     return jax.tree.map(lambda x: x[0], self.heads) if self.config.share_modules else None
 
-  def map(self, f, z_BLD, tokens_BT, positions_BL, seen):
-    """f(m, h_BLD) of every future m, stacked over M.
+  def unstacked(self, futures: list[int], stacked, shared):
+    """The inverse of `stacked` and `shared`, for gradients: in the shape of `heads`, zeros for all other futures."""
+    if self.config.share_modules:
+      return jax.tree.map(lambda x: x[None], shared)
+    if not futures:
+      return jax.tree.map(jnp.zeros_like, self.heads)
+    own = np.array(futures) - self.config.first_own_head
+    if len(own) == self.config.own_heads:
+      return stacked
+    return jax.tree.map(lambda x, part: jnp.zeros_like(x).at[own].set(part), self.heads, stacked)
+
+  def given(self, futures: list[int], targets_MBL):
+    """The tokens that the modules of these futures are given, stacked: the targets of the future before; else None."""
+    if self.config.kind != 'sequential':
+      return None
+    return targets_MBL[futures[0] - 1:futures[-1]]
+
+  def map(self, f, xs, z_BLD, targets_MBL, positions_BL, keys):
+    """f(h_BLD, x) of every future, stacked over M: one head after the other, in the order of the chain.
 
     Args:
-      f: called with m (traced) and the normed state that the unembedding reads; returns a pytree of arrays.
+      f: called with the normed state that the unembedding reads, and the future's entry of xs; returns a pytree of arrays.
+      xs: a pytree of arrays with a leading axis M.
       z_BLD: what `run_trunk` returned.
-      tokens_BT: T = L + M of each row; only the sequential kind reads them.
+      targets_MBL: what each future predicts; sequential modules are given those of the future before.
     """
     c = self.config
-    futures = c.heads_to_run((True,) * c.futures)
+    heads_to_run = c.heads_to_run((True,) * c.futures)
 
     def step(state_BLD, inputs):
-      head, m = inputs
-      state_BLD, h_BLD = self.advance(self.shared() if head is None else head, m, state_BLD, tokens_BT, positions_BL, seen)
-      return state_BLD, f(m, h_BLD)
+      head, given_BL, x = inputs
+      head = self.shared() if head is None else head
+      state_BLD, h_BLD = self.run_head(head, state_BLD, given_BL, positions_BL, keys)
+      return state_BLD, f(h_BLD, x)
 
     with jax.named_scope('futures'):
       state_BLD, h_BLD = self.start(z_BLD)
-      parts = [] if h_BLD is None else [jax.tree.map(lambda x: x[None], f(jnp.int32(0), h_BLD))]
-      if futures:
-        parts.append(jax.lax.scan(step, state_BLD, self.stacked(futures), reverse=c.kind == 'anticausal')[1])
-      return jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)
+      results = []
+      if h_BLD is not None:
+        first = f(h_BLD, jax.tree.map(lambda x_M: x_M[0], xs))
+        results.append(jax.tree.map(lambda x: x[None], first))
+      if heads_to_run:
+        later = jax.tree.map(lambda x_M: x_M[c.first_own_head:], xs)
+        inputs = self.stacked(heads_to_run), self.given(heads_to_run, targets_MBL), later
+        results.append(jax.lax.scan(step, state_BLD, inputs, reverse=c.kind == 'anticausal')[1])
+      return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
 
 
 class Model(nnx.Module):
@@ -140,10 +176,10 @@ class Model(nnx.Module):
 
   def __init__(self, c: ModelConfig, key):
     keys = jax.random.split(key, 4)
-    table = lambda key: nnx.Param(normal(c.width)(key, (c.vocab, c.width)))
+    table = lambda key: normal(key, c.width, c.vocab, c.width)
     self.embed_VD = table(keys[0])
     self.trunk = stack(functools.partial(Block, c), c.trunk_layers, keys[1])
-    self.final_norm_D = nnx.Param(jnp.ones(c.width))
+    self.final_norm_D = scale(c.width)
     if c.own_heads:
       self.futures = stack(functools.partial(HEADS[c.kind], c), c.own_heads, keys[2])
     if not c.tie_embeddings:
@@ -151,18 +187,19 @@ class Model(nnx.Module):
     self.config = c
 
   def embed(self, tokens_BL):
-    """float[B, L, D] in the compute type."""
+    """[B, L, D] in the compute type."""
     return lookup(self.embed_VD[...], tokens_BL, self.config.dtype)
 
-  def run_trunk(self, x_BLD, positions_BL, seen):
+  def run_trunk(self, x_BLD, positions_BL, keys):
     """The residual stream after N blocks, not normed."""
     def layer(x_BLD, block):
-      return block(x_BLD, positions_BL, seen)[0], None
+      return block(x_BLD, positions_BL, keys)[0], None
 
     with jax.named_scope('trunk'):
       return jax.lax.scan(remat(self.config, layer), x_BLD, self.trunk)[0]
 
   def readout(self) -> Futures:
+    """What turns the trunk's state into predictions."""
     table_VD = self.embed_VD if self.config.tie_embeddings else self.unembed_VD
     embed_VD = self.embed_VD[...] if self.config.kind == 'sequential' else None
     return Futures(getattr(self, 'futures', None), self.final_norm_D[...], embed_VD, table_VD[...], self.config)
@@ -174,7 +211,7 @@ def capped(logits_BLV, c: ModelConfig):
 
 
 def conventions(c: ModelConfig) -> dict:
-  """What a reader of the weights must know besides their shapes; travels in every checkpoint."""
+  """What a reader of the weights must know besides their shapes; every checkpoint holds it."""
   sequential = c.kind == 'sequential'
   return {
       'target': 'future m at position t predicts token t+1+m',

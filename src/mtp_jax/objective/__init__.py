@@ -1,6 +1,7 @@
-"""What is trained: targets, and the loss of every future with its gradient."""
-from mtp_jax.objective.stream import chunked, cross_entropy, whole
-from mtp_jax.objective.targets import Sums, all_targets, counts, states, target_bytes, targets
-from mtp_jax.objective.walk import dense, loss
+"""What is trained: the targets of a batch, and the loss of every future with its gradient."""
+from mtp_jax.objective.stream import chunked, cross_entropy, cross_entropy_and_gradients, whole
+from mtp_jax.objective.targets import Labels, Read, Sums
+from mtp_jax.objective.walk import dense, future_states, loss, trunk_state
 
-__all__ = ['Sums', 'all_targets', 'chunked', 'counts', 'cross_entropy', 'dense', 'loss', 'states', 'target_bytes', 'targets', 'whole']
+__all__ = ['Labels', 'Read', 'Sums', 'chunked', 'cross_entropy', 'cross_entropy_and_gradients', 'dense', 'future_states', 'loss',
+           'trunk_state', 'whole']

@@ -1,72 +1,112 @@
-"""objective/stream."""
+"""Cross-entropy in chunks: logits are made once, turned into their gradient at once, and dropped.
 
+    logits = h u^T        nats = lse - logit of the target        lse = log sum exp logits
+    g      = weight * ((1 + 2 z lse) softmax - one-hot)           dh = g u        du += g^T h
+
+Weights are known before the walk, hence so is every logit's gradient the moment its softmax is: three matrix products a chunk,
+none again in the backward pass. One chunk's logits are alive at a time. (z-loss: PaLM, arXiv:2204.02311, section 5.)
+"""
 import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import ModelConfig, ObjectiveConfig
 from mtp_jax.mesh import by_device, by_row
 from mtp_jax.model.model import capped
-from mtp_jax.objective.targets import Sums
+from mtp_jax.objective.targets import Labels, Sums
 from mtp_jax.sharding import einsum, out, place
 
 
-def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_GBLD, w_VD, y_GBL, k_GBL, counted_GBL, dw_PDV=None):
-  """Weighted cross-entropy of G futures, and its gradients in the same walk over chunks of (future, position).
+def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_gBLD, w_VD, labels: Labels):
+  """(float32 loss, Sums of the g futures).
 
   Args:
-    h_GBLD: normed states. w_VD: the unembedding, in the same type.
-    y_GBL: targets. k_GBL: weight of each in the loss. counted_GBL: where it counts.
-    dw_PDV: float32, the gradient of the unembedding so far, each part that of its own tokens; None computes no gradient.
-
-  Returns:
-    (float32 loss, Sums of G, gradient of h_GBLD or None, dw_PDV with this one's added or None).
+    h_gBLD: normed states.
+    w_VD: the unembedding, in the same type.
   """
-  G, B, L, _ = h_GBLD.shape
-
-  def step(dw_PDV, inputs):
-    h_PTD, y_PT, k_PT, counted_PT = inputs
-    k_PT = jnp.where(counted_PT, k_PT, 0.0)
-    logits_PTV = capped(einsum('PTD,VD->PTV', h_PTD, w_VD, jnp.float32), c)
-    top_PT = jnp.max(logits_PTV, -1)
-    e_PTV = jnp.exp(logits_PTV - top_PT[..., None])
-    sum_PT = jnp.sum(e_PTV, -1)
-    lse_PT = top_PT + jnp.log(sum_PT)
-    ids_V = place(jnp.arange(logits_PTV.shape[-1]), 'V')
-    hit_PTV = ids_V == y_PT[..., None]
-    nats_PT = lse_PT - jnp.sum(logits_PTV, -1, where=hit_PTV)
-    correct_PT = jnp.min(jnp.where(logits_PTV == top_PT[..., None], ids_V, len(ids_V)), -1) == y_PT  # the first of equals
-    sums = Sums(jnp.sum(nats_PT, where=counted_PT), jnp.sum(correct_PT, where=counted_PT, dtype=jnp.int32), jnp.sum(counted_PT, dtype=jnp.int32))
-    loss = jnp.sum(k_PT * (nats_PT + o.z_loss * lse_PT**2))
-    if dw_PDV is None:
-      return None, (loss, sums, None)
-    slope_PT = k_PT * (1 + 2 * o.z_loss * lse_PT) / sum_PT
-    g_PTV = slope_PT[..., None] * e_PTV - jnp.where(hit_PTV, k_PT[..., None], 0.0)
-    if c.logit_cap:
-      g_PTV *= 1 - (logits_PTV / c.logit_cap)**2
-    g_PTV = g_PTV.astype(h_PTD.dtype)
-    return dw_PDV + einsum('PTD,PTV->PDV', h_PTD, g_PTV, jnp.float32), (loss, sums, einsum('PTV,VD->PTD', g_PTV, w_VD))
+  def step(_, inputs):
+    return None, _Chunk(c, o, w_VD, *inputs).scores()
 
   with jax.named_scope('loss'):
-    dw_PDV, (loss_n, sums_n, dh_nPTD) = jax.lax.scan(step, dw_PDV, tuple(chunked(x, o.chunk) for x in (h_GBLD, y_GBL, k_GBL, counted_GBL)))
-    sums_G = jax.tree.map(lambda x_n: jnp.sum(jnp.reshape(x_n, (G, -1)), 1), sums_n)
-    return jnp.sum(loss_n), sums_G, None if dh_nPTD is None else whole(dh_nPTD, G, B, L), dw_PDV
+    _, (loss_n, sums_n) = jax.lax.scan(step, None, _chunks(h_gBLD, labels, o.chunk))
+    return jnp.sum(loss_n), _by_future(sums_n, len(h_gBLD))
 
 
-def chunked(x_GBL, chunk: int):
-  """[G, B, L, ...] -> [n, P, T, ...]: each part's tokens, at most `chunk` at a time and in equal chunks; the last ones are filled up."""
-  x_GPT = jnp.stack([by_device(x_BL) for x_BL in x_GBL])
-  G, P, T, *rest = x_GPT.shape
-  n = -(-T // chunk)
-  size, tail = -(-T // n), 'r' * len(rest)
-  x_GPT = jnp.pad(x_GPT, [(0, 0), (0, 0), (0, n * size - T), *[(0, 0)] * len(rest)])
-  x_GPnT = jnp.reshape(x_GPT, (G, P, n, size, *rest), **out('gPnt' + tail))
-  return jnp.reshape(jnp.moveaxis(x_GPnT, 2, 1), (G * n, P, size, *rest), **out('nPt' + tail))
+def cross_entropy_and_gradients(c: ModelConfig, o: ObjectiveConfig, h_gBLD, w_VD, labels: Labels, dw_PDV):
+  """(float32 loss, Sums of the g futures, gradient of h_gBLD, dw_PDV plus the gradient of the unembedding).
+
+  Args:
+    dw_PDV: float32, the gradient of the unembedding so far, on each device that of its own tokens.
+  """
+  def step(dw_PDV, inputs):
+    chunk = _Chunk(c, o, w_VD, *inputs)
+    dh_PtD, added_PDV = chunk.gradients()
+    return dw_PDV + added_PDV, (*chunk.scores(), dh_PtD)
+
+  with jax.named_scope('loss'):
+    dw_PDV, (loss_n, sums_n, dh_nPtD) = jax.lax.scan(step, dw_PDV, _chunks(h_gBLD, labels, o.chunk))
+    return jnp.sum(loss_n), _by_future(sums_n, len(h_gBLD)), whole(dh_nPtD, h_gBLD.shape[:3]), dw_PDV
 
 
-def whole(x_nPT, G: int, B: int, L: int):
-  """The inverse of `chunked`: [G, B, L, ...]."""
-  n, P, size, *rest = x_nPT.shape
-  tail = 'r' * len(rest)
-  x_GnPT = jnp.reshape(x_nPT, (G, n // G, P, size, *rest), **out('gnPt' + tail))
-  x_GPT = jnp.reshape(jnp.moveaxis(x_GnPT, 1, 2), (G, P, n // G * size, *rest), **out('gPt' + tail))
-  return jnp.stack([by_row(x_PT[:, :B * L // P], B) for x_PT in x_GPT])
+class _Chunk:
+  """The logits of some tokens of every device, and what follows from them."""
+
+  def __init__(self, c: ModelConfig, o: ObjectiveConfig, w_VD, h_PtD, labels: Labels):
+    self.c, self.o, self.w_VD, self.h_PtD = c, o, w_VD, h_PtD
+    self.target_Pt, self.counted_Pt = labels.target_gBL, labels.counted_gBL
+    self.weight_Pt = jnp.where(self.counted_Pt, labels.weight_gBL, 0.0)
+    self.logits_PtV = capped(einsum('PtD,VD->PtV', h_PtD, w_VD, jnp.float32), c)
+    self.top_Pt = jnp.max(self.logits_PtV, -1)
+    self.e_PtV = jnp.exp(self.logits_PtV - self.top_Pt[..., None])
+    self.sum_Pt = jnp.sum(self.e_PtV, -1)
+    self.lse_Pt = self.top_Pt + jnp.log(self.sum_Pt)
+    self.ids_V = place(jnp.arange(self.logits_PtV.shape[-1]), 'V')
+    self.hit_PtV = self.ids_V == self.target_Pt[..., None]
+
+  def scores(self):
+    """(loss, sums of one future)."""
+    nats_Pt = self.lse_Pt - jnp.sum(self.logits_PtV, -1, where=self.hit_PtV)
+    is_top_PtV = self.logits_PtV == self.top_Pt[..., None]
+    first_top_Pt = jnp.min(jnp.where(is_top_PtV, self.ids_V, len(self.ids_V)), -1)
+    count = lambda where_Pt: jnp.sum(where_Pt, where=self.counted_Pt, dtype=jnp.int32)
+    sums = Sums(jnp.sum(nats_Pt, where=self.counted_Pt), count(first_top_Pt == self.target_Pt),
+                jnp.sum(self.counted_Pt, dtype=jnp.int32))
+    return jnp.sum(self.weight_Pt * (nats_Pt + self.o.z_loss * self.lse_Pt**2)), sums
+
+  def gradients(self):
+    """(gradient of h_PtD, gradient of the unembedding, [P, D, V])."""
+    slope_Pt = self.weight_Pt * (1 + 2 * self.o.z_loss * self.lse_Pt) / self.sum_Pt
+    g_PtV = slope_Pt[..., None] * self.e_PtV - jnp.where(self.hit_PtV, self.weight_Pt[..., None], 0.0)
+    if self.c.logit_cap:
+      g_PtV *= 1 - (self.logits_PtV / self.c.logit_cap)**2
+    g_PtV = g_PtV.astype(self.h_PtD.dtype)
+    dw_PDV = einsum('PtD,PtV->PDV', self.h_PtD, g_PtV, jnp.float32)
+    return einsum('PtV,VD->PtD', g_PtV, self.w_VD), dw_PDV
+
+
+def _chunks(h_gBLD, labels: Labels, chunk: int):
+  return jax.tree.map(lambda x: chunked(x, chunk), (h_gBLD, labels))
+
+
+def _by_future(sums_n: Sums, futures: int) -> Sums:
+  return jax.tree.map(lambda x_n: jnp.sum(jnp.reshape(x_n, (futures, -1)), 1), sums_n)
+
+
+def chunked(x_gBL, chunk: int):
+  """[g, B, L, ...] -> [n, P, t, ...]: each device's tokens in equal chunks of at most `chunk`, filled up at the end."""
+  x_gPt = jnp.stack([by_device(x_BL) for x_BL in x_gBL])
+  g, P, tokens, *rest = x_gPt.shape
+  n = -(-tokens // chunk)
+  t, tail = -(-tokens // n), 'x' * len(rest)
+  x_gPt = jnp.pad(x_gPt, [(0, 0), (0, 0), (0, n * t - tokens), *[(0, 0)] * len(rest)])
+  x_gPnt = jnp.reshape(x_gPt, (g, P, n, t, *rest), **out('gPnt' + tail))
+  return jnp.reshape(jnp.moveaxis(x_gPnt, 2, 1), (g * n, P, t, *rest), **out('nPt' + tail))
+
+
+def whole(x_nPt, shape: tuple[int, int, int]):
+  """The inverse of `chunked`: [n, P, t, ...] -> [g, B, L, ...], the first three sizes being `shape`."""
+  g, B, L = shape
+  n, P, t, *rest = x_nPt.shape
+  tail = 'x' * len(rest)
+  x_gnPt = jnp.reshape(x_nPt, (g, n // g, P, t, *rest), **out('gnPt' + tail))
+  x_gPt = jnp.reshape(jnp.moveaxis(x_gnPt, 1, 2), (g, P, n // g * t, *rest), **out('gPt' + tail))
+  return jnp.stack([by_row(x_Pt[:, :B * L // P], B) for x_Pt in x_gPt])

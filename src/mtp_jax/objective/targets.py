@@ -1,14 +1,77 @@
-"""objective/targets."""
+"""What a step asks of a batch, made once: inputs, positions, documents, and what each future predicts and where it counts.
+
+Future m at position t predicts token t+1+m, and counts iff that token is in the same document as t. A batch is a dict of
+int32[B, T], T = L + M: 'tokens', 'segments' (the number of a token's document in its row, 0 for padding) and 'positions' (from
+the document's first token). A row holds M tokens more than inputs, so the farthest future has a target at the last position.
+"""
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from mtp_jax import objective
 from mtp_jax.mesh import to_mesh_order
-from mtp_jax.model.attention import documents
-from mtp_jax.model.model import Model
 from mtp_jax.sharding import out
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Read:
+  """A batch as the model reads it, in mesh order.
+
+  Attributes:
+    inputs_BL, positions_BL, segments_BL: int32.
+    targets_MBL: int32, the token that each future predicts; sequential module k is given those of future k-1.
+    counted_MBL: bool, whether it counts.
+  """
+  inputs_BL: jax.Array
+  positions_BL: jax.Array
+  segments_BL: jax.Array
+  targets_MBL: jax.Array
+  counted_MBL: jax.Array
+
+  @classmethod
+  def of(cls, batch, futures: int) -> 'Read':
+    """Reads int32[B, L + M] each. Every device cuts its part from the whole row."""
+    L = batch['tokens'].shape[1] - futures
+    cut = lambda x_BT, start: to_mesh_order(x_BT[:, start:start + L])
+    segments_BL = cut(batch['segments'], 0)
+    ahead = range(1, futures + 1)
+    targets_MBL = jnp.stack([cut(batch['tokens'], start) for start in ahead])
+    same_MBL = jnp.stack([cut(batch['segments'], start) == segments_BL for start in ahead])
+    return cls(cut(batch['tokens'], 0), cut(batch['positions'], 0), segments_BL, targets_MBL, same_MBL & (segments_BL > 0))
+
+  @property
+  def count_M(self):
+    """How many positions count for each future: int32[M]."""
+    return jnp.sum(self.counted_MBL, (1, 2), dtype=jnp.int32)
+
+  def microbatches(self, n: int) -> 'Read':
+    """With a leading axis n: every n-th row each, so that each microbatch is spread over the devices like the batch."""
+    def split(x):
+      *stacked, B, L = x.shape
+      letters = 'M' * len(stacked) + 'BnL'
+      return jnp.moveaxis(jnp.reshape(x, (*stacked, B // n, n, L), **out(letters)), -2, 0)
+    return jax.tree.map(split, self)
+
+  def target_bytes(self, byte_length_V):
+    """How many bytes future 0's counted targets stand for: int32."""
+    bytes_BL = byte_length_V.at[self.targets_MBL[0]].get(**out('BL'))
+    return jnp.sum(bytes_BL, where=self.counted_MBL[0], dtype=jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Labels:
+  """What some futures are scored against: target tokens, the weight of each in the loss, and where they count."""
+  target_gBL: jax.Array
+  weight_gBL: jax.Array
+  counted_gBL: jax.Array
+
+  @classmethod
+  def of(cls, read: Read, coefficient_M) -> 'Labels':
+    """Those of all futures; coefficient_M: weight of a future's position in the loss."""
+    weight_MBL = jnp.where(read.counted_MBL, coefficient_M[:, None, None], 0.0)
+    return cls(read.targets_MBL, weight_MBL, read.counted_MBL)
 
 
 @jax.tree_util.register_dataclass
@@ -19,45 +82,14 @@ class Sums:
   correct_M: jax.Array
   count_M: jax.Array
 
+  @classmethod
+  def zeros(cls, futures: int) -> 'Sums':
+    zeros_M = jnp.zeros(futures, jnp.int32)
+    return cls(jnp.zeros(futures), zeros_M, zeros_M)
+
   def __add__(self, other: 'Sums') -> 'Sums':
     return jax.tree.map(jnp.add, self, other)
 
-
-def targets(batch, m, futures: int):
-  """What future m predicts and where it counts: int32[B, L] tokens, bool[B, L]. m may be traced. Each device cuts its own from the whole row."""
-  L = batch['tokens'].shape[1] - futures
-  ahead = lambda x_BT: to_mesh_order(jax.lax.dynamic_slice_in_dim(x_BT, m + 1, L, 1))
-  segments_BL = to_mesh_order(batch['segments'][:, :L])
-  return ahead(batch['tokens']), (ahead(batch['segments']) == segments_BL) & (segments_BL > 0)
-
-
-def all_targets(batch, futures: int):
-  """`targets` of every future: int32[M, B, L], bool[M, B, L]."""
-  return jax.tree.map(lambda *x: jnp.stack(x), *(targets(batch, m, futures) for m in range(futures)))
-
-
-def counts(batch, futures: int):
-  """How many positions count for each future: int32[M]."""
-  return jnp.stack([jnp.sum(targets(batch, m, futures)[1], dtype=jnp.int32) for m in range(futures)])
-
-
-def states(model: Model, batch):
-  """What the futures read: (z_BLD of the trunk, tokens_BT, positions_BL, documents)."""
-  c = model.config
-  L = batch['tokens'].shape[1] - c.futures
-  positions_BL, seen = to_mesh_order(batch['positions'][:, :L]), documents(to_mesh_order(batch['segments'][:, :L]))
-  x_BLD = model.embed(to_mesh_order(batch['tokens'][:, :L]))
-  return model.run_trunk(x_BLD, positions_BL, seen), batch['tokens'], positions_BL, seen
-
-
-def _weighted(batch, m_G, futures: int, coefficient_M):
-  """Targets of some futures, the weight of each in the loss, and where they count: int32, float32, bool [G, B, L]."""
-  found = [(*targets(batch, m, futures), coefficient_M[m]) for m in m_G]
-  y, k, counted = zip(*((y_BL, jnp.where(counted_BL, k, 0.0), counted_BL) for y_BL, counted_BL, k in found))
-  return jnp.stack(y), jnp.stack(k), jnp.stack(counted)
-
-
-def target_bytes(batch, byte_length_V, futures: int):
-  """Bytes that future 0's counted targets stand for: int32."""
-  y_BL, counted_BL = objective.targets(batch, 0, futures)
-  return jnp.sum(byte_length_V.at[y_BL].get(**out('BL')), where=counted_BL, dtype=jnp.int32)
+  def set(self, futures, sums: 'Sums') -> 'Sums':
+    """With the sums of these futures replaced."""
+    return jax.tree.map(lambda x_M, new: x_M.at[futures].set(new), self, sums)

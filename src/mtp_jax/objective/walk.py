@@ -1,23 +1,16 @@
-"""Targets, and the loss of every future with its gradient, computed in one walk.
+"""The loss of every future and its gradient, in one walk over the heads.
 
-Future m at position t predicts token t+1+m, and counts iff that token stands in the same document as t:
+    loss = sum_m weight_m / count_m * sum_{b,t} (nats + z * lse^2)
 
-    loss = sum_m weight_m / count_m * sum_{b,t} (nats + z * lse^2)         nats = lse - logit of the target, lse = log sum exp logits
+(Gloeckle et al. 2024, arXiv:2404.19737, section 2.) With several futures the unembedding is the cost, so its gradient is our own:
 
-(Gloeckle et al. 2024, arXiv:2404.19737, section 2; z-loss: PaLM, arXiv:2204.02311, section 5.) A batch is a dict of int32[B, T],
-T = L + M: 'tokens', 'segments' (0 is padding) and 'positions'. Targets are read off the tokens at hand, m+1 places on, so there is
-no roll and the farthest future has a target at the last position.
+    for each group of futures, the last of a chain first:     heads forward
+      for each chunk of their positions:                      logits, their gradient, dh, du: see stream.py
+                                                              heads backward, into the gradient of the state they read
 
-With several futures the unembedding is the cost, so its gradient is our own. Weights and counts are known before the walk, hence
-so is every logit's gradient the moment its softmax is: each chunk of logits is made once, turned into its gradient, multiplied
-into the gradients of states and of the unembedding, and dropped: three matrix products a chunk, none again in the backward pass.
-
-    for each future, the last of a chain first:           head forward
-      for each chunk of its positions:                    logits = h u^T;  g = weight/count * (softmax - one-hot);  dh = g u;  du += g^T h
-                                                          head backward, into the gradient of the state it read
-
-One head's activations and one chunk's logits are alive at a time (Gloeckle et al., figure 2), whatever the number of futures; a chain
-keeps one state a head besides, the way a trunk keeps one a block.
+One group's activations and one chunk's logits are alive at a time (Gloeckle et al., figure 2), whatever the number of futures; a
+chain also keeps one state a head, as a trunk keeps one a block. config.model.head_batch independent heads run as a group,
+vmapped; the links of a chain run one by one.
 """
 import dataclasses
 import functools
@@ -28,135 +21,192 @@ import numpy as np
 
 from mtp_jax.config import ObjectiveConfig
 from mtp_jax.mesh import sum_over_devices, token_shards
+from mtp_jax.model.attention import Documents, documents
 from mtp_jax.model.model import Futures, Model, capped, remat
-from mtp_jax.objective.stream import cross_entropy
-from mtp_jax.objective.targets import Sums, _weighted, all_targets, states
+from mtp_jax.objective.stream import cross_entropy, cross_entropy_and_gradients
+from mtp_jax.objective.targets import Labels, Read, Sums
 from mtp_jax.sharding import out
 
 
-def loss(model: Model, batch, coefficient_M, o: ObjectiveConfig, active: tuple[bool, ...] | None = None):
-  """sum_m coefficient_M[m] * (nats_M[m] + z-loss), and the sums it is made of; only the loss has a gradient, and only to the model.
+def trunk_state(model: Model, read: Read):
+  """(z_BLD of the trunk, the documents within which its tokens attend)."""
+  keys = documents(read.segments_BL)
+  return model.run_trunk(model.embed(read.inputs_BL), read.positions_BL, keys), keys
+
+
+def future_states(model: Model, read: Read):
+  """The normed state of every future, which the unembedding reads: [M, B, L, D]."""
+  z_BLD, keys = trunk_state(model, read)
+  take = lambda h_BLD, _: h_BLD
+  return model.readout().map(take, None, z_BLD, read.targets_MBL, read.positions_BL, keys)
+
+
+def loss(model: Model, read: Read, coefficient_M, o: ObjectiveConfig, active: tuple[bool, ...] | None = None):
+  """sum_m coefficient_M[m] * (nats_M[m] + z-loss), and the sums it is made of.
+
+  Only the loss has a gradient, and only to the model.
 
   Args:
-    batch: rows of L + M tokens.
-    coefficient_M: weight_m / count_m, the counts being those of the whole step, so that microbatches add up exactly.
-    active: futures that are computed, all of them unless given; of the others the sums are 0. In a chain those that an active one hangs
-      from are computed too.
+    coefficient_M: weight_m / count_m, with the counts of the whole step, so that microbatches add up exactly.
+    active: futures that are computed, by default all; of the others the sums are 0. In a chain those that an active one
+      depends on are computed too.
 
   Returns:
     (float32 scalar, Sums).
   """
-  z_BLD, _, positions_BL, seen = states(model, batch)
-  run = _Run(o, active or (True,) * model.config.futures)
-  return _futures(run, model.readout(), z_BLD, coefficient_M, (batch, positions_BL, seen))
+  z_BLD, keys = trunk_state(model, read)
+  active = active or (True,) * model.config.futures
+  return _loss(o, active, model.readout(), z_BLD, coefficient_M, read, keys)
 
 
-def dense(model: Model, batch, coefficient_M, o: ObjectiveConfig, active: tuple[bool, ...] | None = None):
-  """`loss` as one would first write it, every future's logits at once and JAX's own gradient: to be compared with, in value and in cost."""
-  c, readout = model.config, model.readout()
-  h_MBLD = readout.map(lambda m, h_BLD: h_BLD, *states(model, batch))
-  y_MBL, counted_MBL = all_targets(batch, c.futures)
-  counted_MBL &= jnp.array(active or (True,) * c.futures)[:, None, None]
-  logits_MBLV = capped(jnp.einsum('MBLD,VD->MBLV', h_MBLD, readout.table(), preferred_element_type=jnp.float32), c)
+def dense(model: Model, read: Read, coefficient_M, o: ObjectiveConfig, active: tuple[bool, ...] | None = None):
+  """`loss` as one would first write it: every future's logits at once, and JAX's own gradient. For comparison."""
+  c, h_MBLD = model.config, future_states(model, read)
+  counted_MBL = read.counted_MBL & jnp.array(active or (True,) * c.futures)[:, None, None]
+  logits_MBLV = jnp.einsum('MBLD,VD->MBLV', h_MBLD, model.readout().table(), preferred_element_type=jnp.float32)
+  logits_MBLV = capped(logits_MBLV, c)
   lse_MBL = jax.nn.logsumexp(logits_MBLV, -1)
-  nats_MBL = lse_MBL - jnp.sum(logits_MBLV, -1, where=jnp.arange(c.vocab) == y_MBL[..., None])
+  nats_MBL = lse_MBL - jnp.sum(logits_MBLV, -1, where=jnp.arange(c.vocab) == read.targets_MBL[..., None])
   total = lambda x_MBL: jnp.sum(x_MBL, (1, 2), where=counted_MBL)
   count = lambda x_MBL: jnp.sum(x_MBL, (1, 2), dtype=jnp.int32)
-  sums = Sums(total(nats_MBL), count((jnp.argmax(logits_MBLV, -1) == y_MBL) & counted_MBL), count(counted_MBL))
+  correct_MBL = (jnp.argmax(logits_MBLV, -1) == read.targets_MBL) & counted_MBL
+  sums = Sums(total(nats_MBL), count(correct_MBL), count(counted_MBL))
   return jnp.dot(coefficient_M, total(nats_MBL + o.z_loss * lse_MBL**2)), sums
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-  objective: ObjectiveConfig
-  active: tuple[bool, ...]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(o: ObjectiveConfig, active: tuple[bool, ...], futures: Futures, z_BLD, coefficient_M, read: Read, keys: Documents):
+  """Loss and sums, without a gradient."""
+  w_VD, active_M = futures.table(), jnp.array(active)
 
+  def score(h_BLD, labels):
+    group = jax.tree.map(lambda x_BL: x_BL[None], (h_BLD, labels))
+    return cross_entropy(futures.config, o, group[0], w_VD, group[1])
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _futures(run: _Run, readout: Futures, z_BLD, coefficient_M, rows):
-  """Loss and sums without a gradient: what an evaluation runs."""
-  batch, positions_BL, seen = rows
-  c, w_VD, active_M = readout.config, readout.table(), jnp.array(run.active)
-
-  def future(m, h_BLD):
-    return cross_entropy(c, run.objective, h_BLD[None], w_VD, *_weighted(batch, m[None], c.futures, coefficient_M))[:2]
-
-  loss_M, sums_M1 = readout.map(future, z_BLD, batch['tokens'], positions_BL, seen)
+  labels = Labels.of(read, coefficient_M)
+  loss_M, sums_M1 = futures.map(score, labels, z_BLD, read.targets_MBL, read.positions_BL, keys)
   return jnp.sum(loss_M, where=active_M), jax.tree.map(lambda x_M1: jnp.where(active_M, x_M1[:, 0], 0), sums_M1)
 
 
-def _futures_forward(run: _Run, readout: Futures, z_BLD, coefficient_M, rows):
-  """Loss and sums, and as residuals the gradients of the readout and of the trunk's state."""
-  batch, positions_BL, seen = rows
-  c, w_VD, needed = readout.config, readout.table(), readout.config.heads_to_run(run.active)
-  G = c.head_batch if c.independent and len(needed) % c.head_batch == 0 else 1
-
-  grouped = lambda tree: jax.tree.map(lambda x: jnp.reshape(x, (-1, G, *x.shape[1:])), tree) if G > 1 else tree  # one by one, XLA copies nothing
-  single = lambda tree: jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), tree) if G > 1 else tree
-
-  def heads(own, common, state_BLD, m_G):
-    """A head, or a group of G: (the state that the next one reads, what the unembedding reads: [G, B, L, D])."""
-    shared, norm_D, embed_VD = common
-    reader = dataclasses.replace(readout, final_norm_D=norm_D, embed_VD=embed_VD)
-    advance = lambda own, m: reader.advance(shared if own is None else own, m, state_BLD, batch['tokens'], positions_BL, seen)
-    if G > 1:
-      return state_BLD, jax.vmap(lambda own, m: advance(own, m)[1])(own, m_G)
-    state_BLD, h_BLD = advance(own, m_G)
-    return state_BLD, h_BLD[None]
-
-  def read(total, h_GBLD, m_G):
-    """Adds the loss of some futures and its gradient of the unembedding: (total, Sums of G, gradient of h_GBLD)."""
-    loss, dw_DV = total
-    zeros_PDV = jnp.zeros((token_shards(), *w_VD.shape[::-1]), jnp.float32, **out('PDV'))
-    added, sums, dh_GBLD, dw_PDV = cross_entropy(c, run.objective, h_GBLD, w_VD, *_weighted(batch, m_G, c.futures, coefficient_M), zeros_PDV)
-    # Each device's own sum is as large as the whole table: the barrier has it shared out before a head's activations come back to life.
-    dw_DV, dh_GBLD = jax.lax.optimization_barrier((dw_DV + sum_over_devices(dw_PDV, 'DV'), dh_GBLD))
-    return (loss + added, dw_DV), sums, dh_GBLD
-
-  def inputs_of_chain(own, m_nG):
-    """The state that each head reads; the last one of the chain need not run for that."""
-    far_first = c.kind == 'anticausal'
-    others = jax.tree.map(lambda x: x[1:] if far_first else x[:-1], (own, m_nG))
-    onward = lambda state_BLD, inputs: (heads(inputs[0], common, state_BLD, inputs[1])[0], state_BLD)
-    last_BLD, state_nBLD = jax.lax.scan(onward, start_BLD, others, reverse=far_first)
-    return jnp.concatenate([last_BLD[None], state_nBLD] if far_first else [state_nBLD, last_BLD[None]])
-
-  def back(carry, inputs):
-    total, dcommon, dstate_BLD = carry
-    own, m_G, state_BLD = inputs
-    (_, h_GBLD), pull = jax.vjp(remat(c, functools.partial(heads, m_G=m_G)), own, common, start_BLD if state_BLD is None else state_BLD)
-    total, sums, dh_GBLD = read(total, h_GBLD, jnp.reshape(m_G, G))
-    down, dcommon_, dstate_BLD = pull((dstate_BLD, dh_GBLD))
-    return (total, jax.tree.map(jnp.add, dcommon, dcommon_), dstate_BLD), (sums, down)
-
+def _loss_forward(o: ObjectiveConfig, active: tuple[bool, ...], futures: Futures, z_BLD, coefficient_M, read, keys):
+  """Loss and sums, and as residuals the gradients of the futures and of the trunk's state."""
   with jax.named_scope('futures'):
-    start = lambda norm_D, z_BLD: dataclasses.replace(readout, final_norm_D=norm_D).start(z_BLD)
-    (start_BLD, h_BLD), to_trunk = jax.vjp(start, readout.final_norm_D, z_BLD)
-    common = readout.shared(), readout.final_norm_D, readout.embed_VD
-    total = jnp.zeros(()), jnp.zeros(w_VD.shape[::-1], jnp.float32, **out('DV'))
-    carry = total, *jax.tree.map(jnp.zeros_like, (common, start_BLD))
-    sums = Sums(*(jnp.zeros(c.futures, dtype) for dtype in (jnp.float32, jnp.int32, jnp.int32)))
-    down = None
-    if needed:
-      own, m_nG = grouped(readout.stacked(needed))
-      state_nBLD = None if c.independent else inputs_of_chain(own, m_nG)
-      carry, (found, down) = jax.lax.scan(back, carry, (own, m_nG, state_nBLD), reverse=c.kind != 'anticausal')
-      sums = jax.tree.map(lambda x_M, y_nG: x_M.at[np.array(needed)].set(y_nG.ravel()), sums, found)
-      down = single(down)
-    total, (dshared, dnorm_D, dembed_VD), dstate_BLD = carry
+    walk = _Walk(o, futures, futures.table(), read.positions_BL, keys)
+    return walk.run(active, z_BLD, read.targets_MBL, Labels.of(read, coefficient_M))
+
+
+def _loss_backward(o, active, gradients, cotangents):
+  futures, z_BLD = jax.tree.map(lambda x: cotangents[0].astype(x.dtype) * x, gradients)
+  return futures, z_BLD, None, None, None
+
+
+_loss.defvjp(_loss_forward, _loss_backward)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Total:
+  """What the walk adds up: the loss, and the gradient of the unembedding, float32[D, V]."""
+  loss: jax.Array
+  dw_DV: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+  """The walk over the heads, and what is the same at each of its steps."""
+  o: ObjectiveConfig
+  futures: Futures
+  w_VD: jax.Array
+  positions_BL: jax.Array
+  keys: Documents
+
+  def run(self, active: tuple[bool, ...], z_BLD, targets_MBL, labels: Labels):
+    """((loss, Sums of all futures), (gradients in the shape of `Futures`, gradient of z_BLD))."""
+    futures, c, w_VD = self.futures, self.futures.config, self.w_VD
+    start = lambda norm_D, z_BLD: dataclasses.replace(futures, final_norm_D=norm_D).start(z_BLD)
+    (state_BLD, h_BLD), back_to_trunk = jax.vjp(start, futures.final_norm_D, z_BLD)
+    common = futures.shared(), futures.final_norm_D, futures.embed_VD
+    total = _Total(jnp.zeros(()), jnp.zeros(w_VD.shape[::-1], jnp.float32, **out('DV')))
+    sums, dstacked, dcommon, dstate_BLD = Sums.zeros(c.futures), None, *jax.tree.map(jnp.zeros_like, (common, state_BLD))
+
+    heads_to_run = c.heads_to_run(active)
+    if heads_to_run:
+      groups = self.grouped(heads_to_run, targets_MBL, labels)
+      total, sums_ng, dstacked, dcommon, dstate_BLD = self.walk_back(total, groups, common, state_BLD)
+      sums = sums.set(np.array(heads_to_run), jax.tree.map(jnp.ravel, sums_ng))
+      dstacked = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), dstacked)
+
     dh_BLD = None if h_BLD is None else jnp.zeros_like(h_BLD)
-    if h_BLD is not None and run.active[0]:
-      total, found, dh_1BLD = read(total, h_BLD[None], jnp.zeros(1, jnp.int32))
-      sums, dh_BLD = jax.tree.map(lambda x_M, y_1: x_M.at[0].set(y_1[0]), sums, found), dh_1BLD[0]
-    dstart_D, dz_BLD = to_trunk((dstate_BLD, dh_BLD))
-    loss, dw_DV = total
-  active_M = jnp.array(run.active)
-  gradients = Futures(readout.unstacked(needed, down, dshared), dnorm_D + dstart_D, dembed_VD, dw_DV.T, c), dz_BLD
-  return (loss, jax.tree.map(lambda x_M: jnp.where(active_M, x_M, 0), sums)), gradients
+    if h_BLD is not None and active[0]:  # future 0 reads the trunk itself
+      total, sums_g, dh_gBLD = self.score(total, h_BLD[None], jax.tree.map(lambda x_MBL: x_MBL[:1], labels))
+      sums, dh_BLD = sums.set(np.array([0]), sums_g), dh_gBLD[0]
 
+    dnorm_D, dz_BLD = back_to_trunk((dstate_BLD, dh_BLD))
+    dshared, dcommon_norm_D, dembed_VD = dcommon
+    dheads = futures.unstacked(heads_to_run, dstacked, dshared)
+    gradients = Futures(dheads, dcommon_norm_D + dnorm_D, dembed_VD, total.dw_DV.T, c)
+    sums = jax.tree.map(lambda x_M: jnp.where(jnp.array(active), x_M, 0), sums)
+    return (total.loss, sums), (gradients, dz_BLD)
 
-def _futures_backward(run: _Run, gradients, cotangents):
-  return *jax.tree.map(lambda x: cotangents[0].astype(x.dtype) * x, gradients), None, None
+  def grouped(self, heads_to_run: list[int], targets_MBL, labels: Labels):
+    """(heads, the tokens they are given, their labels), each with leading axes (groups, futures of a group)."""
+    c, of = self.futures.config, np.array(heads_to_run)
+    g = c.head_batch if c.independent and len(of) % c.head_batch == 0 else 1
+    split = lambda x: jnp.reshape(x, (-1, g, *x.shape[1:]))
+    chosen = jax.tree.map(lambda x_MBL: x_MBL if len(of) == len(x_MBL) else jnp.stack([x_MBL[m] for m in of]), labels)
+    given = self.futures.given(heads_to_run, targets_MBL)
+    return jax.tree.map(split, (self.futures.stacked(heads_to_run), given, chosen))
 
+  def heads(self, head_g, common, state_BLD, given_gBL):
+    """A group of heads that read one state: (the state that the next group reads, h_gBLD)."""
+    shared, norm_D, embed_VD = common
+    futures = dataclasses.replace(self.futures, final_norm_D=norm_D, embed_VD=embed_VD)
 
-_futures.defvjp(_futures_forward, _futures_backward)
+    def run(head, given_BL):
+      return futures.run_head(shared if head is None else head, state_BLD, given_BL, self.positions_BL, self.keys)
+
+    next_gBLD, h_gBLD = jax.vmap(run)(head_g, given_gBL)
+    return state_BLD if futures.config.independent else next_gBLD[0], h_gBLD
+
+  def score(self, total: _Total, h_gBLD, labels: Labels):
+    """(total with the loss of these futures added, their Sums, the gradient of h_gBLD)."""
+    zeros_PDV = jnp.zeros((token_shards(), *self.w_VD.shape[::-1]), jnp.float32, **out('PDV'))
+    loss, sums, dh_gBLD, dw_PDV = cross_entropy_and_gradients(
+        self.futures.config, self.o, h_gBLD, self.w_VD, labels, zeros_PDV)
+    # A device's own sum is as large as the whole table. The barrier makes the devices share it out before the heads'
+    # activations are made again.
+    dw_DV, dh_gBLD = jax.lax.optimization_barrier((total.dw_DV + sum_over_devices(dw_PDV, 'DV'), dh_gBLD))
+    return _Total(total.loss + loss, dw_DV), sums, dh_gBLD
+
+  def states_of_chain(self, head_ng, common, state_BLD, given_ngBL):
+    """The state that each link reads: [n, B, L, D]. The last link need not run for that."""
+    last_first = self.futures.config.kind == 'anticausal'
+    links = jax.tree.map(lambda x: x[1:] if last_first else x[:-1], (head_ng, given_ngBL))
+
+    def onward(state_BLD, link):
+      head_g, given_gBL = link
+      return self.heads(head_g, common, state_BLD, given_gBL)[0], state_BLD
+
+    end_BLD, state_nBLD = jax.lax.scan(onward, state_BLD, links, reverse=last_first)
+    order = [end_BLD[None], state_nBLD] if last_first else [state_nBLD, end_BLD[None]]
+    return jnp.concatenate(order)
+
+  def walk_back(self, total: _Total, groups, common, start_BLD):
+    """Each group forward, scored, and backward: (total, Sums, gradients of the heads, of `common` and of start_BLD)."""
+    c = self.futures.config
+    head_ng, given_ngBL, labels_ng = groups
+    state_nBLD = None if c.independent else self.states_of_chain(head_ng, common, start_BLD, given_ngBL)
+
+    def step(carry, group):
+      total, dcommon, dstate_BLD = carry
+      head_g, given_gBL, labels, state_BLD = group
+      run = remat(c, functools.partial(self.heads, given_gBL=given_gBL))
+      (_, h_gBLD), back = jax.vjp(run, head_g, common, start_BLD if state_BLD is None else state_BLD)
+      total, sums, dh_gBLD = self.score(total, h_gBLD, labels)
+      dhead_g, added, dstate_BLD = back((dstate_BLD, dh_gBLD))
+      return (total, jax.tree.map(jnp.add, dcommon, added), dstate_BLD), (sums, dhead_g)
+
+    zeros = jax.tree.map(jnp.zeros_like, (common, start_BLD))
+    (total, dcommon, dstate_BLD), (sums_ng, dhead_ng) = jax.lax.scan(
+        step, (total, *zeros), (head_ng, given_ngBL, labels_ng, state_nBLD), reverse=c.kind != 'anticausal')
+    return total, sums_ng, dhead_ng, dcommon, dstate_BLD

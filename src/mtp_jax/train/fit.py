@@ -169,7 +169,7 @@ class _Run:
   def _enter_stage(self, active: tuple[bool, ...]) -> None:
     """From the next step on these futures are computed, by a program that is not compiled yet."""
     self.recorder.flush()
-    flops_per_token = costs.flops_per_token(self.state.model, self.config.data.length, active)['total']
+    flops_per_token = costs.flops_per_token(self.config.model, self.config.data.length, active)['total']
     self.flops_per_step = flops_per_token * self.config.train.batch * self.config.data.length
     if self.active or not all(active):
       computed = ' '.join(str(m) for m, is_active in enumerate(active) if is_active)

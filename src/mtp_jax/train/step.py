@@ -22,8 +22,8 @@ from mtp_jax.checkpoint import store
 from mtp_jax.config import Config
 from mtp_jax.model import costs
 from mtp_jax.model.model import Model
-from mtp_jax.objective.targets import target_bytes
-from mtp_jax.sharding import out, parameter_spec
+from mtp_jax.objective import Read, Sums
+from mtp_jax.sharding import parameter_spec
 from mtp_jax.train import optimizer
 
 
@@ -61,57 +61,67 @@ def abstract(config: Config, mesh) -> State:
   return jax.tree.map(on_mesh, shapes)
 
 
-def gradients(config: Config, model: Model, batch, weight_M, active: tuple[bool, ...], loss=objective.loss):
-  """Of the loss over a whole batch, in config.train.accumulate microbatches: (float32 loss, Sums, a Model of gradients).
+def gradients(config: Config, model: Model, read: Read, weight_M, active: tuple[bool, ...], loss=objective.loss):
+  """Those of the loss over a batch, in config.train.accumulate microbatches: (float32 loss, Sums, a Model of gradients).
 
   Args:
-    batch: int32[B, L + M], rows over (data, fsdp).
+    read: the whole batch, rows over (data, fsdp).
     weight_M: float32, the weight of each future.
     active: futures that are computed at all.
     loss: with the arguments and results of `objective.loss`.
   """
-  M, k = config.model.futures, config.train.accumulate
-  coefficient_M = weight_M / jnp.maximum(objective.counts(batch, M), 1)
-  gradient = jax.value_and_grad(lambda model, batch: loss(model, batch, coefficient_M, config.objective, active), has_aux=True)
+  coefficient_M = weight_M / jnp.maximum(read.count_M, 1)
+  loss_of = lambda model, read: loss(model, read, coefficient_M, config.objective, active)
+  gradient = jax.value_and_grad(loss_of, has_aux=True)
 
-  def microbatch(total, batch):
-    (loss, sums), grads = gradient(model, batch)
+  def microbatch(total, read):
+    (loss, sums), grads = gradient(model, read)
     return jax.tree.map(jnp.add, total, (loss, sums, grads)), None
 
-  if k == 1:
-    (loss, sums), grads = gradient(model, batch)
+  if config.train.accumulate == 1:
+    (loss, sums), grads = gradient(model, read)
     return loss, sums, grads
-  zeros_M = jnp.zeros(M, jnp.int32)
-  nothing = (jnp.zeros(()), objective.Sums(jnp.zeros(M), zeros_M, zeros_M), jax.tree.map(jnp.zeros_like, model))
-  return jax.lax.scan(microbatch, nothing, jax.tree.map(functools.partial(_split, k=k), batch))[0]
+  zeros = jnp.zeros(()), Sums.zeros(config.model.futures), jax.tree.map(jnp.zeros_like, model)
+  return jax.lax.scan(microbatch, zeros, read.microbatches(config.train.accumulate))[0]
 
 
 def counted_flops_per_token(config: Config) -> float:
-  """What `gradients` really multiplies, recomputation included: traced on one device and counted, loops times their length."""
+  """FLOPs that `gradients` multiplies, recomputation included: traced on one device, loops counted times their length."""
   M, L = config.model.futures, config.data.length
   model = jax.eval_shape(lambda: Model(config.model, jax.random.key(0)))
-  batch = {name: jax.ShapeDtypeStruct((config.train.batch, L + M), jnp.int32) for name in ('tokens', 'segments', 'positions')}
-  traced = jax.make_jaxpr(functools.partial(gradients, config, active=(True,) * M))(model, batch, jax.ShapeDtypeStruct((M,), jnp.float32))
+  ids_BT = jax.ShapeDtypeStruct((config.train.batch, L + M), jnp.int32)
+  batch = dict.fromkeys(('tokens', 'segments', 'positions'), ids_BT)
+
+  def run(model, batch, weight_M):
+    return gradients(config, model, Read.of(batch, M), weight_M, (True,) * M)
+
+  traced = jax.make_jaxpr(run)(model, batch, jax.ShapeDtypeStruct((M,), jnp.float32))
   return costs.matmul_flops(traced.jaxpr) / (config.train.batch * L)
 
 
-def step(config: Config, state: State, batch, byte_length_V, weight_M, active: tuple[bool, ...], loss=objective.loss) -> tuple[State, dict]:
+def step(config: Config, state: State, batch, byte_length_V, weight_M, active: tuple[bool, ...],
+         loss=objective.loss) -> tuple[State, dict]:
   """One optimizer step.
 
   Args:
-    byte_length_V: int32, bytes that each id stands for. The others are those of `gradients`.
+    batch: int32[B, L + M] 'tokens', 'segments' and 'positions', rows over (data, fsdp).
+    byte_length_V: int32, bytes that each id stands for.
+    weight_M, active, loss: as in `gradients`.
 
   Returns:
     The next state, and metrics: scalars and [M] arrays, each a sum divided once by its count; nan where nothing counted.
   """
-  loss, sums, grads = gradients(config, state.model, batch, weight_M, active, loss)
+  read = Read.of(batch, config.model.futures)
+  loss, sums, grads = gradients(config, state.model, read, weight_M, active, loss)
   with jax.named_scope('update'):
     norm = optax.tree.norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, moments = optimizer.update(config.optimizer, config.train.steps, grads, state.optimizer, state.model, ok)
-    model = jax.tree.map(lambda new, old: jnp.where(ok, new, old), optax.apply_updates(state.model, updates), state.model)
+    updated = optax.apply_updates(state.model, updates)
+    model = jax.tree.map(lambda new, old: jnp.where(ok, new, old), updated, state.model)
     bad = (~ok).astype(jnp.int32)
     following = State(state.step + 1, state.skipped + bad, (state.skipped_in_a_row + 1) * bad, model, moments)
+  bits_per_byte = sums.nats_M[0] / math.log(2) / read.target_bytes(byte_length_V)
   return following, {
       'loss': loss,
       'nats': sums.nats_M / sums.count_M,
@@ -120,20 +130,14 @@ def step(config: Config, state: State, batch, byte_length_V, weight_M, active: t
       'correct': sums.correct_M,
       'count': sums.count_M,
       'weight': weight_M,
-      'bits_per_byte': jnp.where(active[0], sums.nats_M[0] / math.log(2) / target_bytes(batch, byte_length_V, config.model.futures), jnp.nan),
+      'bits_per_byte': jnp.where(active[0], bits_per_byte, jnp.nan),
       'gradient_norm': norm,
       'update_norm': jnp.where(ok, optax.tree.norm(updates), 0.0),
       'learning_rate': optimizer.learning_rate(config.optimizer, config.train.steps, state.optimizer),
-      'padding': jnp.mean(batch['segments'][:, :config.data.length] == 0, dtype=jnp.float32),
+      'padding': jnp.mean(read.segments_BL == 0, dtype=jnp.float32),
       'skipped': following.skipped,
       'skipped_in_a_row': following.skipped_in_a_row,
   }
-
-
-def _split(x_BT, k: int):
-  """[B, T] -> [k, B/k, T]: every k-th row, so that each microbatch is spread over the devices like the batch."""
-  B, T = x_BT.shape
-  return jnp.moveaxis(jnp.reshape(x_BT, (B // k, k, T), **out('Bkt')), 1, 0)
 
 
 def compiled_step(config: Config):
