@@ -130,7 +130,7 @@ BAD = {
     'batch in words': (['benchmark', 'decode', '--workdir=run', '--batch=1,two'], '--batch=1,two: must be numbers of prompts decoded at once, such as 1,8'),
     'draft: batch that does not divide': (['benchmark', 'decode', '--workdir=run', '--prompts=2', '--prompt_tokens=8', '--batch=3'], '--batch=3: 2 prompts do not divide into such batches; --prompts=3 would'),
     'decode against nobody': (['benchmark', 'decode', '--workdir=run', '--against=torch'], "--against=torch: must be 'transformers'"),
-    'weight in other words': ([*TRAIN, "--config.objective.weights=(1, '0.3 until 0.5 0.1')"], "config.objective.weights=(1.0, '0.3 until 0.5 0.1'): 'until' is no step, linear or cosine"),
+    'weight in other words': ([*TRAIN, "--config.objective.weights=(1, '0.3 until 0.5 0.1')"], "config.objective.weights=(1.0, '0.3 until 0.5 0.1'): 'until' is not step, linear or cosine"),
     'against nothing': (['benchmark', 'train', '--config=tiny.py', '--against=nowhere.py'], '--against=nowhere.py: no such file'),
     'against a config that raises': (['benchmark', 'train', '--config=tiny.py', '--against=raises.py'], '--against=raises.py: ZeroDivisionError'),
     'prepare nothing': (['prepare', '--output=set'], '--input: missing'),

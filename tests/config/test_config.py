@@ -1,4 +1,4 @@
-"""A config is checked at the door: what is wrong, where, and how to mend it, in one line and without JAX."""
+"""A wrong config is refused in one line: what is wrong, where, and how to fix it; and without importing JAX."""
 import dataclasses
 import importlib.util
 import json
@@ -10,11 +10,21 @@ import typing
 import ml_collections
 import pytest
 
-from mtp_jax.config import SECTIONS, BadInput, Config, ModelConfig, ObjectiveConfig, OptimizerConfig, forward_curriculum, reverse_curriculum, weight_at
+from mtp_jax.config import (
+    SECTIONS,
+    BadInput,
+    Config,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    forward_curriculum,
+    reverse_curriculum,
+    weight_at,
+)
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[2] / 'configs').glob('*.py'))
 
-# values, then what the one line must hold: the field with its value, and the nearest name or the fix.
+# values; in the message: the field with its value, and the nearest name or the fix
 WRONG = {
     'section misspelt': ({'modle': {'layers': 4}}, 'config.modle: no such section', "did you mean 'model'?"),
     'section unlike any': ({'zzz': {}}, 'config.zzz: no such section', 'valid names: model, objective, data, optimizer, train, mesh'),
@@ -52,7 +62,7 @@ WRONG = {
     'negative cap': ({'model': {'logit_cap': -30.0}}, 'config.model.logit_cap=-30.0', 'must be positive, or 0 for none'),
     'linear futures and head_batch': ({'model': {'kind': 'linear', 'head_batch': 3}}, 'config.model.futures=4', 'must be a multiple of config.model.head_batch=3'),
     'shared chain': ({'model': {'kind': 'causal', 'share_modules': True}}, 'config.model.share_modules=True', "set config.model.kind='sequential'"),
-    'all held out': ({'data': {'validation_share': 1.0}}, 'config.data.validation_share=1.0', 'must lie between 0 and 1'),
+    'all held out': ({'data': {'validation_share': 1.0}}, 'config.data.validation_share=1.0', 'must be between 0 and 1'),
     'warm-up too long': ({'train': {'steps': 50}}, 'config.optimizer.warmup_steps=100', 'below config.train.steps=50'),
     'wsd too long': ({'optimizer': {'schedule': 'wsd', 'decay_share': 0.95}}, 'config.optimizer.decay_share=0.95', 'do not fit into the steps'),
     'batch and accumulate': ({'train': {'accumulate': 3}}, 'config.train.batch=32', 'must be a multiple of config.train.accumulate=3, such as 30'),
@@ -69,22 +79,22 @@ WRONG = {
 
 # weights, what is wrong with them
 WRONG_WEIGHTS = {
-    'a word': ((1.0, 'a'), "'a' is no number"),
-    'empty': (('',), "'nothing' is no number"),
-    'shape misspelt': (('1 stepp 0.5 0.1',), "'stepp' is no step, linear or cosine"),
-    'two numbers': (('1 0.5',), "'0.5' is no step, linear or cosine"),
-    'step over a stretch': (('1 step 0.2:0.4 0.1',), "'0.2:0.4' after step must be a fraction of training, such as 0.5"),
+    'a word': ((1.0, 'a'), "'a' is not a number"),
+    'empty': (('',), "'nothing' is not a number"),
+    'shape misspelt': (('1 stepp 0.5 0.1',), "'stepp' is not step, linear or cosine"),
+    'two numbers': (('1 0.5',), "'0.5' is not step, linear or cosine"),
+    'step over an interval': (('1 step 0.2:0.4 0.1',), "'0.2:0.4' after step must be a fraction of training, such as 0.5"),
     'linear at a point': (('1 linear 0.5 0.1',), "'0.5' after linear must be two fractions of training, such as 0:0.5"),
     'cosine at a point': (('1 cosine 0.5 0.1',), "'0.5' after cosine must be two fractions of training, such as 0:0.5"),
-    'no place': (('1 step',), "'' is no number"),
-    'no goal': (('1 step 0.5',), "'' is no number"),
-    'goal is a word': (('1 step 0.5 low',), "'low' is no number"),
-    'place is a word': (('1 step half 0.1',), "'half' is no number"),
-    'half a stretch': (('1 linear 0.5: 0.1',), "'' is no number"),
+    'no place': (('1 step',), "'' is not a number"),
+    'no goal': (('1 step 0.5',), "'' is not a number"),
+    'goal is a word': (('1 step 0.5 low',), "'low' is not a number"),
+    'place is a word': (('1 step half 0.1',), "'half' is not a number"),
+    'half an interval': (('1 linear 0.5: 0.1',), "'' is not a number"),
     'backwards': (('1 step 0.5 0.1 step 0.2 1',), 'fractions of training must rise from 0 to 1'),
     'overlapping': (('1 linear 0:0.5 2 linear 0.4:0.8 1',), 'fractions of training must rise from 0 to 1'),
-    'a stretch backwards': (('1 linear 0.6:0.4 2',), 'fractions of training must rise from 0 to 1'),
-    'a stretch of nothing': (('1 cosine 0.5:0.5 2',), 'fractions of training must rise from 0 to 1'),
+    'interval backwards': (('1 linear 0.6:0.4 2',), 'fractions of training must rise from 0 to 1'),
+    'empty interval': (('1 cosine 0.5:0.5 2',), 'fractions of training must rise from 0 to 1'),
     'past the end': (('1 step 1.5 2',), 'fractions of training must rise from 0 to 1'),
     'before the start': (('1 step -0.5 2',), 'fractions of training must rise from 0 to 1'),
     'nowhere': (('1 step nan 2',), 'fractions of training must rise from 0 to 1'),
@@ -103,7 +113,7 @@ WRONG_WEIGHTS = {
 
 
 @pytest.mark.parametrize('weights, what', WRONG_WEIGHTS.values(), ids=WRONG_WEIGHTS)
-def test_wrong_weights_are_refused_in_one_line_that_says_why(weights, what):
+def test_wrong_weights_are_refused_with_the_reason(weights, what):
   with pytest.raises(BadInput) as error:
     Config(objective=ObjectiveConfig(weights=weights))
   message = str(error.value)
@@ -149,13 +159,20 @@ def test_curricula_are_those_of_their_paper(futures, steps):
       assert o.weights_M(futures, step / steps) == (1.0,) * k + (0.0,) * (futures - k)
 
 
-@pytest.mark.parametrize('kind, active, needed', [
-    ('parallel', (0, 1, 0, 1), [1, 3]), ('linear', (1, 0, 0, 1), [0, 3]), ('parallel', (0, 0, 0, 0), []),
-    ('causal', (0, 1, 0, 0), [0, 1]), ('causal', (1, 0, 0, 1), [0, 1, 2, 3]), ('anticausal', (0, 1, 0, 0), [1, 2, 3]), ('anticausal', (0, 0, 0, 1), [3]),
-    ('sequential', (0, 0, 1, 0), [1, 2]), ('sequential', (1, 0, 0, 0), []), ('sequential', (1, 1, 1, 1), [1, 2, 3]),
+@pytest.mark.parametrize('kind, active, heads', [
+    ('parallel', (0, 1, 0, 1), [1, 3]),
+    ('parallel', (0, 0, 0, 0), []),
+    ('linear', (1, 0, 0, 1), [0, 3]),
+    ('causal', (0, 1, 0, 0), [0, 1]),
+    ('causal', (1, 0, 0, 1), [0, 1, 2, 3]),
+    ('anticausal', (0, 1, 0, 0), [1, 2, 3]),
+    ('anticausal', (0, 0, 0, 1), [3]),
+    ('sequential', (0, 0, 1, 0), [1, 2]),
+    ('sequential', (1, 0, 0, 0), []),
+    ('sequential', (1, 1, 1, 1), [1, 2, 3]),
 ])
-def test_a_future_needs_its_head_and_in_a_chain_all_that_it_hangs_from(kind, active, needed):
-  assert ModelConfig(kind=kind).heads_to_run(tuple(map(bool, active))) == needed
+def test_a_future_needs_its_head_and_in_a_chain_those_it_depends_on(kind, active, heads):
+  assert ModelConfig(kind=kind).heads_to_run(tuple(map(bool, active))) == heads
 
 
 def test_the_defaults_are_valid():
@@ -188,7 +205,7 @@ def test_a_config_built_in_python_is_checked_too(section, field, value):
     Config(**{section: SECTIONS[section](**{field: value})})
 
 
-def test_an_int_stands_for_a_float():
+def test_an_int_becomes_a_float():
   config = Config(optimizer=OptimizerConfig(clip=2), objective=ObjectiveConfig(weights=(1, 2)))
   assert config == Config.from_dict({'optimizer': {'clip': 2}, 'objective': {'weights': [1, 2]}})
   assert type(config.optimizer.clip) is float and [type(w) for w in config.objective.weights] == [float, float]
@@ -219,7 +236,7 @@ def test_eight_layers_are_shared_between_trunk_and_futures(fields, trunk_layers,
   assert (config.trunk_layers, config.own_heads) == (trunk_layers, modules)
 
 
-def test_every_field_says_what_it_means():
+def test_every_field_has_one_line_of_meaning():
   for section in typing.get_type_hints(Config).values():
     for field in dataclasses.fields(section):
       meaning = field.metadata['meaning']

@@ -1,4 +1,11 @@
-"""The schema of an experiment and its checks; the door to ml_collections. Nothing here needs JAX."""
+"""The config of an experiment: its fields and the checks on them. Importing this needs no JAX.
+
+    schema.py    the sections and fields;          checks.py   which values are valid
+    weights.py   weights as paths in words;        files.py    config files and --config.section.field=value
+    errors.py    BadInput: what the user can fix
+
+Only this folder imports ml_collections.
+"""
 from mtp_jax.config.errors import BadInput, nearest
 from mtp_jax.config.schema import (
     SECTIONS,
@@ -13,5 +20,6 @@ from mtp_jax.config.schema import (
 )
 from mtp_jax.config.weights import forward_curriculum, reverse_curriculum, weight_at
 
-__all__ = ['SECTIONS', 'BadInput', 'Config', 'DataConfig', 'MeshConfig', 'ModelConfig', 'ObjectiveConfig', 'OptimizerConfig', 'TrainConfig',
-           'check_name', 'forward_curriculum', 'nearest', 'reverse_curriculum', 'weight_at']
+__all__ = [
+    'SECTIONS', 'BadInput', 'Config', 'DataConfig', 'MeshConfig', 'ModelConfig', 'ObjectiveConfig', 'OptimizerConfig',
+    'TrainConfig', 'check_name', 'forward_curriculum', 'nearest', 'reverse_curriculum', 'weight_at']
