@@ -10,7 +10,8 @@ from mtp_jax.config import BadInput, Config, ModelConfig
 from mtp_jax.decode.decoder import Decoder
 from mtp_jax.formats import llama
 
-SIZES = {'vocab': 264, 'width': 16, 'layers': 4, 'heads': 4, 'kv_heads': 2, 'head_width': 8, 'feed_forward': 20,
+SIZES = {'vocab': 264, 'width': 16, 'layers': 4, 'heads': 4, 'kv_heads': 2, 'head_width': 8,
+         'feed_forward': 20,
          'futures': 3}
 
 
@@ -23,8 +24,10 @@ def model(random_model, **changes):
 
 def logits(exported: llama.Llama, ids: np.ndarray) -> np.ndarray:
   """float64[L, V] of Hugging Face's Llama for one text."""
-  c, w = exported.config, {name.removesuffix('.weight'): np.float64(array) for name, array in exported.weights.items()}
-  L, heads, groups, width = len(ids), c['num_attention_heads'], c['num_key_value_heads'], c['head_dim']
+  c, w = exported.config, {name.removesuffix('.weight'): np.float64(array)
+                           for name, array in exported.weights.items()}
+  L, width = len(ids), c['head_dim']
+  heads, groups = c['num_attention_heads'], c['num_key_value_heads']
 
   def norm(x, scale):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + c['rms_norm_eps']) * scale
@@ -33,7 +36,8 @@ def logits(exported: llama.Llama, ids: np.ndarray) -> np.ndarray:
     frequencies = c['rope_parameters']['rope_theta'] ** (-np.arange(0, width, 2) / width)
     angles = np.arange(L)[:, None, None] * frequencies
     a, b = np.split(x, 2, -1)
-    return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], -1)
+    return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles)
+                           + a * np.sin(angles)], -1)
 
   x = w['model.embed_tokens'][ids]
   for i in range(c['num_hidden_layers']):
@@ -60,17 +64,21 @@ def test_the_exported_llama_has_the_logits_of_the_model(random_model, variant):
   tokens_BS = jnp.asarray(ids[None], jnp.int32)
   forward, _ = lm.decoder.forward(tokens_BS, jnp.arange(12)[None], lm.decoder.caches(1, 12))
   expected = np.asarray(lm.decoder.logits(forward.next_BTD))[0]
-  np.testing.assert_allclose(logits(llama.export(lm), ids), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+  np.testing.assert_allclose(logits(llama.export(lm), ids), expected, rtol=0,
+                             atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize('changes', [{'qk_norm': True}, {'logit_cap': 30.0}, {'dtype': 'bfloat16'}], ids=str)
+@pytest.mark.parametrize('changes', [{'qk_norm': True}, {'logit_cap': 30.0}, {'dtype': 'bfloat16'}],
+                         ids=str)
 def test_a_model_that_llama_cannot_hold_is_refused(random_model, changes):
-  with pytest.raises(BadInput, match='its Llama has no qk_norm and no logit_cap, and is compared in float32'):
+  with pytest.raises(BadInput,
+                     match='its Llama has no qk_norm and no logit_cap, and is compared in float32'):
     llama.export(model(random_model, **changes))
 
 
 def test_every_array_is_float32_and_of_the_size_that_the_config_says(random_model):
   exported = llama.export(model(random_model))
-  assert all(array.dtype == np.float32 and array.flags.c_contiguous for array in exported.weights.values())
+  assert all(array.dtype == np.float32 and array.flags.c_contiguous
+             for array in exported.weights.values())
   assert exported.weights['model.layers.0.self_attn.k_proj.weight'].shape == (2 * 8, 16)
   assert len(exported.weights) == 3 + 9 * exported.config['num_hidden_layers']

@@ -11,7 +11,8 @@ from mtp_jax.measure.topology import collective_seconds, devices
 from mtp_jax.measure.traffic import Collective
 from mtp_jax.mesh import make_mesh
 
-IMPOSSIBLE = ['v9', 'v9z:4x4', 'v5p:4x4', 'v5e:4', 'cpu', 'cpu:0', 'cpu:x', 'cpu:2x2', '2xcpu:4', '0xv5e:4x4', 'v5e:0x4',
+IMPOSSIBLE = ['v9', 'v9z:4x4', 'v5p:4x4', 'v5e:4', 'cpu', 'cpu:0', 'cpu:x', 'cpu:2x2', '2xcpu:4',
+              '0xv5e:4x4', 'v5e:0x4',
               'v5e:4x', '']
 
 
@@ -40,7 +41,8 @@ class Torus:
   """A mesh over slices of so many chips along each dimension."""
 
   def __init__(self, *sizes: int, slices: int = 1):
-    self.devices = np.array([Place(coords, i) for i in range(slices) for coords in np.ndindex(*sizes)])
+    self.devices = np.array([Place(coords, i) for i in range(slices)
+                             for coords in np.ndindex(*sizes)])
 
 
 @pytest.mark.parametrize('torus, group, kind, seconds', [
@@ -48,27 +50,31 @@ class Torus:
     (Torus(4, 4, 4), (0, 1, 2, 3), 'all-gather', (12, 0)),
     (Torus(4, 4, 4), (0, 1, 4, 5), 'all-gather', (12 / 2, 0)),
     (Torus(4, 4, 4), (0, 63), 'collective-permute', (12, 0)),
-    (Torus(2, 4, 8), range(64), 'all-gather', (12 / 1.5, 0)),  # no dimension closes, so each has half
-    (Torus(2, 8, 1), range(16), 'all-gather', (12 / (0.5 + 1), 0)),  # in two dimensions each closes by itself
+    (Torus(2, 4, 8), range(64), 'all-gather', (12 / 1.5, 0)),
+    # no dimension closes, so each has half
+    (Torus(2, 8, 1), range(16), 'all-gather', (12 / (0.5 + 1), 0)),
+    # in two dimensions each closes by itself
     (Torus(2, 2, 2, slices=2), (0, 8), 'all-gather', (0, 12 / 0.5)),
 ])
-def test_a_group_uses_the_links_of_all_dimensions_that_it_covers_and_a_line_has_half_of_a_rings(torus, group, kind, seconds):
-  """12 bytes; each link carries 1 byte/s along a dimension, the network between slices 0.5."""
+def test_a_group_uses_the_links_of_every_dimension_it_covers(torus, group, kind, seconds):
+  """12 bytes; a ring carries 1 byte/s along a dimension, a line half of it, the network 0.5."""
   chip = Chip(1, 1, 1, link_bandwidth=1.0, network_bandwidth=0.5, ring=4)
   assert collective_seconds(Collective(kind, tuple(group), 12.0), torus, chip) == seconds
 
 
 def test_chips_have_peaks_that_belong_together():
-  """A matrix product does a few hundred FLOPs per byte; memory is faster than links, links than the network."""
+  """Memory is faster than links, and links are faster than the network."""
   for name, chip in CHIPS.items():
     assert 150 < chip.flops / chip.hbm_bandwidth < 600, name
-    assert chip.hbm_bandwidth > 3 * chip.link_bandwidth and not chip.network_bandwidth >= chip.link_bandwidth, name
+    assert chip.hbm_bandwidth > 3 * chip.link_bandwidth, name
+    assert not chip.network_bandwidth >= chip.link_bandwidth, name  # nan where it is not published
 
 
 def test_a_mesh_of_slices_is_refused_when_it_cuts_across_them():
   class Device:
     def __init__(self, i: int):
-      self.slice_index, self.process_index, self.platform, self.device_kind, self.id = i // 4, 0, 'tpu', 'TPU v5', i
+      self.slice_index, self.process_index, self.id = i // 4, 0, i
+      self.platform, self.device_kind = 'tpu', 'TPU v5'
 
   line = (r'config.mesh: data 1 x fsdp 8 .* the 8 devices stand in 2 slices.*'
           'set config.mesh.data to a multiple of 2')

@@ -25,7 +25,8 @@ def test_spans_are_written_even_when_what_they_time_fails(tmp_path):
   with pytest.raises(RuntimeError), events.span('save', 3):
     raise RuntimeError
   events.close()
-  assert [(event['kind'], event['step']) for event in read_events(tmp_path)] == [('start', 0), ('save', 3)]
+  assert [(event['kind'], event['step']) for event in read_events(tmp_path)] == [('start', 0),
+                                                                                 ('save', 3)]
 
 
 def test_no_log_and_no_run_are_one_line(tmp_path):

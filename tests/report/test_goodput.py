@@ -13,14 +13,17 @@ def log(*events: tuple) -> list[dict]:
 TWO_RUNS = log(
     (100, 'start', 0, 0), (100, 'setup', 5, 0), (105, 'compile', 10, 0),
     (115, 'data_wait', 1, 10), (115, 'step', 19, 10), (135, 'save', 2, 10),
-    (137, 'step', 20, 20), (157, 'evaluation', 3, 20),  # killed here, at second 160, with a checkpoint of step 14
-    (200, 'start', 0, 14), (200, 'setup', 4, 14), (204, 'restore', 6, 14), (210, 'step', 12, 20), (222, 'save', 1, 20))
+    (137, 'step', 20, 20), (157, 'evaluation', 3, 20),
+    # killed here, at second 160, with a checkpoint of step 14
+    (200, 'start', 0, 14), (200, 'setup', 4, 14), (204, 'restore', 6, 14), (210, 'step', 12, 20),
+    (222, 'save', 1, 20))
 
 
 def test_every_second_is_accounted_for_once():
   account = goodput.account(TWO_RUNS)
   assert account['seconds'] == {
-      'step': 19 + 20 * 0.4 + 12, 'data_wait': 1, 'evaluation': 3, 'save': 3, 'compile': 10, 'restore': 6, 'setup': 9,
+      'step': 19 + 20 * 0.4 + 12, 'data_wait': 1, 'evaluation': 3, 'save': 3, 'compile': 10,
+      'restore': 6, 'setup': 9,
       'lost': 12, 'other': 0, 'down': 40}
   assert account['wall_seconds'] == 223 - 100 and account['goodput'] == 39 / 123
   assert (account['runs'], account['steps'], account['lost_steps']) == (2, 20, 6)

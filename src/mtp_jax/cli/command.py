@@ -1,4 +1,4 @@
-"""What every command needs: its flags, the config, the model, a way to print results, the exit code."""
+"""What every command needs: its flags, the config, the model, printing results, the exit code."""
 import time
 
 STARTED = time.perf_counter()
@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from mtp_jax.config import BadInput, Config, files
 
-CONFIG = ('config', None, 'the experiment, such as configs/tiny.py; --config.section.field=value changes a field')
+CONFIG = ('config', None,
+          'the experiment, such as configs/tiny.py; --config.section.field=value changes a field')
 WORKDIR = ('workdir', None, 'folder of the run')
 STEP = ('step', -1, 'step of the checkpoint; -1 is the newest')
 JSON = ('json', False, 'print one JSON object on the last line')
@@ -19,7 +20,8 @@ JSON = ('json', False, 'print one JSON object on the last line')
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-  """A command: what it calls, one line for the overview, its flags (name, default, meaning), and a line to copy.
+  """A command: what it calls, one line for the overview, its flags (name, default, meaning), and a
+  line to copy.
 
   run: takes absl's FlagValues, returns the exit code. Its docstring is shown by --help.
   """
@@ -30,7 +32,7 @@ class Command:
 
 
 def exit_code_of(run: Callable[[], int]) -> int:
-  """The exit code that `run` returns; an error a user can fix is printed as one line instead of a traceback."""
+  """The exit code that `run` returns; an error that a user can fix is printed as one line."""
   try:
     return run()
   except BadInput as error:
@@ -75,7 +77,7 @@ def model_of(flags):
 
 
 def use_cpu_devices(count: int) -> None:
-  """Makes JAX, which must not have started yet, split the CPU into `count` devices, unless XLA_FLAGS already does."""
+  """Splits the CPU into `count` devices, unless XLA_FLAGS already does; before JAX starts."""
   flag = 'xla_force_host_platform_device_count'
   if flag not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'--{flag}={count} {os.environ.get("XLA_FLAGS", "")}'
@@ -91,4 +93,5 @@ def table(head: Sequence, rows: Iterable[Sequence]) -> list[str]:
   """Lines of a table in columns as wide as their widest cell."""
   cells = [[str(cell) for cell in row] for row in [head, *rows]]
   widths = [max(map(len, column)) for column in zip(*cells)]
-  return ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells]
+  return ['  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+          for row in cells]

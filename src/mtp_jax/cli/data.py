@@ -6,12 +6,15 @@ from mtp_jax.cli.command import JSON, Command, need, need_at_least, print_result
 from mtp_jax.config import BadInput, Config, DataConfig
 
 INPUT = (
-    ('input', None, 'files, directories or globs, separated by commas; text, .jsonl, .parquet, also .gz and .zst; '
-                    'gs:// and s3:// too'),
+    ('input', None,
+     'files, directories or globs, separated by commas; text, .jsonl, .parquet, also .gz and .zst; '
+     'gs:// and s3:// too'),
     ('format', 'auto', 'text (one document per file), jsonl, parquet, or auto: by the extension'),
-    ('field', 'text', 'key of the JSON objects, or column of the Parquet files, that holds the text'),
-    ('keep', '', 'kinds of bad records to keep as they are: invalid_utf8, lone_surrogate, nul, separated by commas; '
-                 'others are skipped'),
+    ('field', 'text',
+     'key of the JSON objects, or column of the Parquet files, that holds the text'),
+    ('keep', '',
+     'bad records to keep as they are, separated by commas: invalid_utf8, lone_surrogate, nul; '
+     'others are skipped'),
     ('max_document_bytes', 64 * 2**20, 'longer documents are bad records'),
     ('bad_share', 0.05, 'fraction of the records that may be skipped; above it the command stops'))
 
@@ -19,7 +22,8 @@ INPUT = (
 def prepare(flags) -> int:
   """Reads text, JSON lines or Parquet once and writes token shards.
 
-  The shards hold the same bytes whatever the number of workers and however often the command was interrupted.
+  The shards hold the same bytes whatever the number of workers and however often the command was
+  interrupted.
   """
   need(flags, 'input')
   need(flags, 'output')
@@ -34,20 +38,24 @@ def prepare(flags) -> int:
   tokens = tokenizer.load(flags.tokenizer, '--tokenizer')
   workers = os.cpu_count() if flags.workers < 0 else flags.workers
   try:
-    prepared = prepare(files(_inputs(flags), '--input'), tokens, options, flags.output, workers, '--input', print_stderr, Meter)
+    prepared = prepare(files(_inputs(flags), '--input'), tokens, options, flags.output, workers,
+                       '--input', print_stderr, Meter)
   except KeyboardInterrupt:
     print('mtp_jax: interrupted; run the same command to continue', file=sys.stderr)
     return 130
-  bad, splits = prepared.index['bad'], {'train': prepared.train.counts, 'validation': prepared.validation.counts}
+  bad = prepared.index['bad']
+  splits = {'train': prepared.train.counts, 'validation': prepared.validation.counts}
   lines = [f'{split}: {_counts(n)}, {n["shards"]} shards' for split, n in splits.items()]
-  lines += [f'bad records: {kind} {n["skipped"]:,} skipped, {n["kept"]:,} kept' for kind, n in bad.items()]
+  lines += [f'bad records: {kind} {n["skipped"]:,} skipped, {n["kept"]:,} kept'
+            for kind, n in bad.items()]
   if bad:
     lines.append(f'they are listed in {prepared.folder.url}/bad_records.jsonl')
   lines.append(f'fingerprint {prepared.fingerprint}')
   train_on_it = f"train on it with: --config.data.sources=\"('{flags.output}',)\""
   if flags.tokenizer != 'bytes':
     train_on_it += f' --config.data.tokenizer={flags.tokenizer} --config.model.vocab={tokens.size}'
-  values = {'fingerprint': prepared.fingerprint, 'records': prepared.index['records'], 'bad': bad, **splits}
+  values = {'fingerprint': prepared.fingerprint, 'records': prepared.index['records'], 'bad': bad,
+            **splits}
   print_result(flags, values, [*lines, train_on_it])
   return 0
 
@@ -68,33 +76,36 @@ def train_tokenizer(flags) -> int:
   from mtp_jax.data.train_tokenizer import train_tokenizer
   from mtp_jax.report.display import print_stderr
   inputs = files(_inputs(flags), '--input')
-  trained = train_tokenizer(inputs, _reading(flags), flags.vocab, '--input', flags.kind, flags.sample_bytes,
+  trained = train_tokenizer(inputs, _reading(flags), flags.vocab, '--input', flags.kind,
+                            flags.sample_bytes,
                             flags.bad_share, print_stderr)
   with open(flags.output + '.unfinished', 'wb') as file:
     file.write(trained.model)
   os.replace(flags.output + '.unfinished', flags.output)
   size = trained.tokenizer.size
   values = {'vocab': size, 'bytes_per_token': trained.bytes_per_token,
-            'held_out_documents': trained.held_out_documents, 'held_out_bytes': trained.held_out_bytes,
+            'held_out_documents': trained.held_out_documents,
+            'held_out_bytes': trained.held_out_bytes,
             'bytes_per_second': trained.bytes_per_second, 'digest': trained.tokenizer.digest}
   print_result(flags, values, [
       f'{flags.output}: {size:,} ids; {trained.bytes_per_token:.3f} bytes per token on '
-      f'{trained.held_out_documents:,} held-out documents ({trained.held_out_bytes / 1e6:,.1f} MB), '
-      f'{trained.bytes_per_second / 1e6:.1f} MB/s',
+      f'{trained.held_out_documents:,} held-out documents ({trained.held_out_bytes / 1e6:,.1f} '
+      f'MB), {trained.bytes_per_second / 1e6:.1f} MB/s',
       f'use it with: --tokenizer={flags.output}, and '
       f'--config.data.tokenizer={flags.output} --config.model.vocab={size}'])
   return 0
 
 
 def inspect_data(flags) -> int:
-  """What a prepared set holds, and rows of it as the model sees them: documents, inputs, targets of each future."""
+  """What a prepared set holds, and rows of it as the model reads them, with all targets."""
   need(flags, 'data')
   need_at_least(flags, length=1, futures=1, rows=0, positions=1)
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   from mtp_jax.data.folder import Folder
   from mtp_jax.data.prepared_set import open_set
   try:
-    section = DataConfig(sources=(flags.data,), length=flags.length, packing=flags.packing, boundary=flags.boundary)
+    section = DataConfig(sources=(flags.data,), length=flags.length, packing=flags.packing,
+                         boundary=flags.boundary)
     config = Config(data=section).data
   except BadInput as error:
     raise BadInput(str(error).replace('config.data.', '--')) from error
@@ -106,15 +117,18 @@ def inspect_data(flags) -> int:
   tokenizer, values = tokenizer_of(prepared), inspection.summary(prepared)
   if flags.plot:
     inspection.plot(values, flags.plot)
-  bad = ''.join(f'; {kind}: {n["skipped"]:,} skipped, {n["kept"]:,} kept' for kind, n in values['bad'].items())
+  bad = ''.join(f'; {kind}: {n["skipped"]:,} skipped, {n["kept"]:,} kept'
+                for kind, n in values['bad'].items())
   lines = [f'fingerprint {prepared.fingerprint}; {values["records"]:,} records{bad}']
   for split in ('train', 'validation'):
     n = values[split]
-    lines += ['', f'{split}: {_counts(n)}, {n["bytes_per_token"]:.3f} bytes per token, {n["shards"]} shards',
-              *inspection.bars(n['lengths'])]
+    density = f'{n["bytes_per_token"]:.3f} bytes per token'
+    lines += ['', f'{split}: {_counts(n)}, {density}, {n["shards"]} shards', *inspection.bars(n['lengths'])]
   if flags.rows and not damaged:
     rows = Corpus(config, tokenizer, (prepared,)).rows(flags.futures, print_stderr)
-    lines += ['', *inspection.shown(rows, tokenizer, flags.futures, flags.rows, flags.positions, sys.stdout.isatty())]
+    lines += ['',
+              *inspection.shown(rows, tokenizer, flags.futures, flags.rows, flags.positions,
+                                sys.stdout.isatty())]
   if flags.verify:
     values['damaged'] = damaged
     lines += damaged or ['every byte of every shard is what was written']
@@ -129,7 +143,8 @@ def _counts(n: dict) -> str:
 def _inputs(flags) -> tuple[str, ...]:
   names = tuple(flags.input.split(','))
   if not all(names):
-    raise BadInput(f'--input={flags.input}: holds an empty name; write files, directories or globs, separated by commas')
+    raise BadInput(f'--input={flags.input}: holds an empty name; write files, directories or '
+                   'globs, separated by commas')
   return names
 
 
@@ -138,7 +153,8 @@ def _check_outside_inputs(flags) -> None:
   output = os.path.realpath(flags.output)
   for name in _inputs(flags):
     if os.path.isdir(name) and output.startswith(os.path.realpath(name) + os.sep):
-      raise BadInput(f'--output={flags.output}: is within the input {name} and would be read; choose another folder')
+      raise BadInput(f'--output={flags.output}: is within the input {name} and would be read; '
+                     'choose another folder')
 
 
 def _reading(flags):
@@ -149,30 +165,38 @@ def _reading(flags):
 
 
 COMMANDS = {
-    'prepare': Command(prepare, 'text to token shards, once', (
-        *INPUT,
-        ('tokenizer', 'bytes', 'bytes, or the path of a SentencePiece model file'),
-        ('output', None, 'folder of the prepared set; empty, or of an interrupted run of the same command'),
-        ('validation_share', 0.01, 'fraction of the documents held out, chosen by a hash of their names'),
-        ('workers', -1, 'processes; -1: one per core, 0: only this process'),
-        ('shard_bytes', 0, 'bytes of input per shard; 0: 1/64 of all, between 4 and 256 MiB'), JSON),
+    'prepare': Command(
+        prepare, 'text to token shards, once',
+        (*INPUT,
+         ('tokenizer', 'bytes', 'bytes, or the path of a SentencePiece model file'),
+         ('output', None,
+          'folder of the prepared set; empty, or of an interrupted run of the same command'),
+         ('validation_share', 0.01,
+          'fraction of the documents held out, chosen by a hash of their names'),
+         ('workers', -1, 'processes; -1: one per core, 0: only this process'),
+         ('shard_bytes', 0, 'bytes of input per shard; 0: 1/64 of all, between 4 and 256 MiB'),
+         JSON),
         "prepare --input='corpus/*.jsonl.gz' --output=data/corpus"),
-    'train-tokenizer': Command(train_tokenizer, 'a SentencePiece model for your text', (
-        *INPUT,
-        ('output', None, 'the model file'),
-        ('vocab', 32_000, 'number of ids, including bos, eos, pad and 256 bytes'),
-        ('kind', 'bpe', 'bpe or unigram'),
-        ('sample_bytes', 100_000_000, 'bytes of text to train on, sampled from all inputs'), JSON),
+    'train-tokenizer': Command(
+        train_tokenizer, 'a SentencePiece model for your text',
+        (*INPUT,
+         ('output', None, 'the model file'),
+         ('vocab', 32_000, 'number of ids, including bos, eos, pad and 256 bytes'),
+         ('kind', 'bpe', 'bpe or unigram'),
+         ('sample_bytes', 100_000_000, 'bytes of text to train on, sampled from all inputs'),
+         JSON),
         "train-tokenizer --input='corpus/*.jsonl.gz' --output=corpus.model --vocab=32000"),
-    'inspect-data': Command(inspect_data, 'what a prepared set holds and shows a model', (
-        ('data', None, 'folder that prepare wrote'),
-        ('length', 256, 'L, as config.data.length'),
-        ('futures', 4, 'M, as config.model.futures'),
-        ('packing', 'stream', 'stream or best_fit'),
-        ('boundary', 'within', 'within or across'),
-        ('rows', 2, 'rows to show, evenly spaced'),
-        ('positions', 24, 'positions to show of each row, around its first document boundary'),
-        ('verify', False, 'read every byte and compare digests; exit code 1 if one differs'),
-        ('plot', '', 'a PNG of the lengths of documents'), JSON),
+    'inspect-data': Command(
+        inspect_data, 'what a prepared set holds and shows a model',
+        (('data', None, 'folder that prepare wrote'),
+         ('length', 256, 'L, as config.data.length'),
+         ('futures', 4, 'M, as config.model.futures'),
+         ('packing', 'stream', 'stream or best_fit'),
+         ('boundary', 'within', 'within or across'),
+         ('rows', 2, 'rows to show, evenly spaced'),
+         ('positions', 24, 'positions to show of each row, around its first document boundary'),
+         ('verify', False, 'read every byte and compare digests; exit code 1 if one differs'),
+         ('plot', '', 'a PNG of the lengths of documents'),
+         JSON),
         'inspect-data --data=data/corpus'),
 }

@@ -1,7 +1,7 @@
 """python -m mtp_jax COMMAND: train, evaluate, generate, inspect and measure.
 
-Exit codes: 0 done; 1 the run failed, or another process of its job did; 2 bad input, one line says what to fix;
-130 and 143 interrupted by Ctrl-C or SIGTERM, after saving a checkpoint to resume from.
+Exit codes: 0 done; 1 the run failed, or another process of its job did; 2 bad input, one line says
+what to fix; 130 and 143 interrupted by Ctrl-C or SIGTERM, after saving a checkpoint to resume from.
 """
 import dataclasses
 import typing
@@ -14,7 +14,8 @@ from mtp_jax.config import BadInput, Config, files, nearest
 
 COMMANDS = {**run.COMMANDS, **data.COMMANDS, **measure.COMMANDS}
 
-DEFINE = {bool: absl_flags.DEFINE_boolean, int: absl_flags.DEFINE_integer, float: absl_flags.DEFINE_float}
+DEFINE = {bool: absl_flags.DEFINE_boolean, int: absl_flags.DEFINE_integer,
+          float: absl_flags.DEFINE_float}
 
 
 def main(arguments: list[str]) -> int:
@@ -23,7 +24,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-  words = 2 if arguments[:1] == ['benchmark'] and arguments[1:2] and not arguments[1].startswith('-') else 1
+  of_two_words = arguments[:1] == ['benchmark'] and len(arguments) > 1 and arguments[1][:1] != '-'
+  words = 2 if of_two_words else 1
   name, rest = ' '.join(arguments[:words]), arguments[words:]
   if name in ('', '--help', '-h', 'help', 'benchmark'):
     print(_overview())
@@ -38,11 +40,12 @@ def _run(arguments: list[str]) -> int:
 
 
 def _parse(name: str, command: Command, arguments: list[str]) -> absl_flags.FlagValues:
-  """The values of a command's flags; that of `config` is the list of --config=FILE and overrides, or None."""
+  """The values of a command's flags; that of `config` is the list of --config... arguments."""
   defaults = {flag: default for flag, default, _ in command.flags}
   for argument in arguments:
     flag = argument.lstrip('-').partition('=')[0].partition('.')[0]
-    if argument.startswith('-') and flag not in defaults and flag.removeprefix('no') not in defaults:
+    known = flag in defaults or flag.removeprefix('no') in defaults
+    if argument.startswith('-') and not known:
       raise BadInput(f'{argument}: {name} has no such flag; {nearest(flag, defaults)}')
   config_arguments, others = files.split(arguments)
   values = absl_flags.FlagValues()
@@ -82,7 +85,8 @@ def _default(value) -> str:
 
 def _config_fields() -> list[tuple[str, str, str]]:
   return [(f'--config.{section}.{field.name}', f'[{field.default}]', field.metadata['meaning'])
-          for section, kind in typing.get_type_hints(Config).items() for field in dataclasses.fields(kind)]
+          for section, kind in typing.get_type_hints(Config).items()
+          for field in dataclasses.fields(kind)]
 
 
 def _indent(lines: list[str]) -> list[str]:

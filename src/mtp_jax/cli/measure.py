@@ -1,4 +1,4 @@
-"""inspect, certify, plan, benchmark: what a config or a model holds, what it costs, and whether it is computed right."""
+"""inspect, certify, plan, benchmark: what a model holds, what it costs, whether it is right."""
 import dataclasses
 import os
 
@@ -37,12 +37,15 @@ def inspect(flags) -> int:
   rows = [(part, *(f'{count:,}' for side in (counted, counted['twin'])
                    for count in (side['parameters'][part], side['flops_per_token'].get(part, 0))))
           for part in counted['parameters']]
-  lines = [f'step {step}', *table(('part', 'parameters', 'FLOPs/token', 'twin parameters', 'twin FLOPs/token'), rows),
+  lines = [f'step {step}',
+           *table(('part', 'parameters', 'FLOPs/token', 'twin parameters', 'twin FLOPs/token'),
+                  rows),
            'FLOPs of the forward and backward pass; the twin is the same model with one future', '',
            *(f'{name}: {value}' for name, value in conventions.items())]
   if lm:
     lines.append(f'parameters SHA-256: {sha256}')
-  print_result(flags, {'step': step, **counted, 'conventions': conventions, 'parameters_sha256': sha256,
+  print_result(flags,
+               {'step': step, **counted, 'conventions': conventions, 'parameters_sha256': sha256,
                        'config': config.to_dict()}, lines)
   return 0
 
@@ -50,9 +53,10 @@ def inspect(flags) -> int:
 def certify(flags) -> int:
   """Checks a small float32 twin of the config; it is not a proof of the config itself.
 
-  The twin has the config's kind of futures and objective, a few layers, small sizes and random parameters, on eight
-  devices of the CPU. Its gradients must agree however a step is run, no token may reach a prediction that must not
-  know it, and the FLOPs must be as counted. Exit code 1 if a check fails.
+  The twin has the config's kind of futures and objective, a few layers, small sizes and random
+  parameters, on eight devices of the CPU. Its gradients must agree however a step is run, no token
+  may reach a prediction that must not know it, and the FLOPs must be as counted. Exit code 1 if a
+  check fails.
   """
   config = config_of(flags)
   os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -62,21 +66,25 @@ def certify(flags) -> int:
   for finding in certificate.certify(config):
     findings.append(finding)
     if not flags.json:
-      print(f'{verdict[finding.holds]:7} {finding.check:44} {finding.found:36} allowed {finding.allowed}', flush=True)
+      line = f'{verdict[finding.holds]:7} {finding.check:44} {finding.found:36}'
+      print(f'{line} allowed {finding.allowed}', flush=True)
   breaches = sum(not finding.holds for finding in findings)
   pictures = certificate.pictures(certificate.small(config))
-  values = {'holds': not breaches, 'findings': [dataclasses.asdict(finding) for finding in findings],
+  values = {'holds': not breaches,
+            'findings': [dataclasses.asdict(finding) for finding in findings],
             'influence': pictures}
-  print_result(flags, values, ['', *pictures, '', f'{len(findings) - breaches} of {len(findings)} checks hold'])
+  print_result(flags, values,
+               ['', *pictures, '', f'{len(findings) - breaches} of {len(findings)} checks hold'])
   return 1 if breaches else 0
 
 
 def plan(flags) -> int:
   """Compiles the train step for a TPU slice, on a machine without one.
 
-  Prints the memory of a chip, FLOPs, collectives, and the least time of a step and of the run, at the chips' published
-  peaks. A config whose mesh has one device is spread over all chips. Several topologies show weak scaling: the same
-  number of rows per chip on each as on the first, the mesh growing along its data axis. Exit code 1 if nothing fits.
+  Prints the memory of a chip, FLOPs, collectives, and the least time of a step and of the run, at
+  the chips' published peaks. A config whose mesh has one device is spread over all chips. Several
+  topologies show weak scaling: the same number of rows per chip on each as on the first, the mesh
+  growing along its data axis. Exit code 1 if nothing fits.
   """
   config = config_of(flags)
   need(flags, 'topology')
@@ -102,10 +110,11 @@ def plan(flags) -> int:
   values = [{name: value for name, value in vars(made).items() if name != 'hlo'} for made in plans]
   lines = _plan_lines(plans[0], mesh_text(plans[0].mesh))
   if len(plans) > 1:
-    head = ('topology', 'mesh', 'accumulate', 'remat', 'HBM GiB', 'fits', 'step s', 'bound', 'MFU at most')
-    rows = [(made.topology, mesh_text(made.mesh), made.accumulate, made.remat, f'{made.hbm_bytes / 2**30:.2f}',
-             'yes' if made.fits else 'no', f'{made.step_seconds:.3f}', made.bound, f'{made.mfu_bound:.1%}')
-            for made in plans]
+    head = ('topology', 'mesh', 'accumulate', 'remat', 'HBM GiB', 'fits', 'step s', 'bound',
+            'MFU at most')
+    rows = [(made.topology, mesh_text(made.mesh), made.accumulate, made.remat,
+             f'{made.hbm_bytes / 2**30:.2f}', 'yes' if made.fits else 'no',
+             f'{made.step_seconds:.3f}', made.bound, f'{made.mfu_bound:.1%}') for made in plans]
     lines = table(head, rows) + (['', 'the first of them:', *lines] if flags.sweep else [])
   print_result(flags, {**values[0], 'plans': values} if len(plans) > 1 else values[0], lines)
   return 0 if any(made.fits for made in plans) else 1
@@ -117,27 +126,32 @@ def _cpu_count(topology: str) -> int:
 
 
 def _plan_lines(p, mesh: str) -> list[str]:
-  sent = [(kind, over, _size_text(size)) for kind, by_axes in p.collective_bytes.items() for over, size in by_axes.items()]
+  sent = [(kind, over, _size_text(size)) for kind, by_axes in p.collective_bytes.items()
+          for over, size in by_axes.items()]
   host = f', in the host {_size_text(p.host_bytes)}' if p.host_bytes else ''
-  by_kind = ', '.join(f'{kind} {_seconds_text(seconds)}' for kind, seconds in p.seconds.items() if seconds > 0)
+  by_kind = ', '.join(f'{kind} {_seconds_text(seconds)}' for kind, seconds in p.seconds.items()
+                      if seconds > 0)
   return [
-      f'{p.parameters:,} parameters on {p.chips} chips of {p.topology}: {mesh}, microbatches {p.accumulate}, '
-      f'remat {p.remat}; compiled in {p.compile_seconds:.0f} s',
+      f'{p.parameters:,} parameters on {p.chips} chips of {p.topology}: {mesh}, microbatches '
+      f'{p.accumulate}, remat {p.remat}; compiled in {p.compile_seconds:.0f} s',
       '',
-      f'memory of a chip, at the peak: {_size_text(p.hbm_bytes)} of {_size_text(p.hbm_capacity_bytes)}: '
-      f'{"fits" if p.fits else "DOES NOT FIT"}',
-      f'  state and batch {_size_text(p.argument_bytes)}, the rest {_size_text(p.hbm_bytes - p.argument_bytes)}, '
+      f'memory of a chip, at the peak: {_size_text(p.hbm_bytes)} of '
+      f'{_size_text(p.hbm_capacity_bytes)}: {"fits" if p.fits else "DOES NOT FIT"}',
+      f'  state and batch {_size_text(p.argument_bytes)}, the rest '
+      f'{_size_text(p.hbm_bytes - p.argument_bytes)}, '
       f"results that do not take an argument's place {_size_text(p.output_bytes)}{host}",
-      f'FLOPs of a token: {p.flops_per_token:.4g} multiplied; model FLOPs, which count nothing twice: '
-      f'{p.model_flops_per_token:.4g} with attention over the whole length, '
+      f'FLOPs of a token: {p.flops_per_token:.4g} multiplied; model FLOPs, which count nothing '
+      f'twice: {p.model_flops_per_token:.4g} with attention over the whole length, '
       f'{p.model_flops_per_token_causal:.4g} over half of it (causal)',
       '',
-      'sent by a chip in a step:', *('  ' + row for row in table(('collective', 'mesh axes', ''), sent)[1:]),
+      'sent by a chip in a step:',
+      *('  ' + row for row in table(('collective', 'mesh axes', ''), sent)[1:]),
       '',
       f'least seconds of a step: {by_kind}',
-      f'  bound by {p.bound}: {_seconds_text(p.step_seconds)} s, {p.tokens_per_second:,.0f} tokens/s, '
-      f'MFU at most {p.mfu_bound:.1%}, causal {p.mfu_bound_causal:.1%}',
-      f'the run of {p.run_tokens:,} tokens: at least {p.run_days:.2f} days, {p.chip_hours:,.0f} chip-hours']
+      f'  bound by {p.bound}: {_seconds_text(p.step_seconds)} s, {p.tokens_per_second:,.0f} '
+      f'tokens/s, MFU at most {p.mfu_bound:.1%}, causal {p.mfu_bound_causal:.1%}',
+      f'the run of {p.run_tokens:,} tokens: at least {p.run_days:.2f} days, '
+      f'{p.chip_hours:,.0f} chip-hours']
 
 
 def _size_text(size: float) -> str:
@@ -151,8 +165,8 @@ def _seconds_text(seconds: float) -> str:
 def benchmark_train(flags) -> int:
   """Seconds of a train step, tokens/s and model-FLOP utilisation (MFU), on the config's own data.
 
-  MFU is against the chip's published peak, or on a CPU against a matrix product measured in the same run. `mfu` counts
-  attention over the whole length, `mfu_causal` over half of it.
+  MFU is against the chip's published peak, or on a CPU against a matrix product measured in the
+  same run. `mfu` counts attention over the whole length, `mfu_causal` over half of it.
   """
   config = config_of(flags)
   need_at_least(flags, steps=1)
@@ -164,17 +178,19 @@ def benchmark_train(flags) -> int:
   other = None if flags.against == 'dense' else files.load([f'--config={flags.against}'], 'against')
   from mtp_jax.measure.benchmark_train import benchmark_against
   values = benchmark_against(config, other, flags.steps)
-  rows = [(name, f'{value:,.4g}', f'{values["other"][name]:,.4g}') for name, value in values['config'].items()]
+  rows = [(name, f'{value:,.4g}', f'{values["other"][name]:,.4g}')
+          for name, value in values['config'].items()]
   time_ratio, flops_ratio = values['time_ratio'], values['flops_ratio']
   print_result(flags, values, [
       *table(('', f'--config={files.path(flags.config)}', flags.against), rows), '',
-      f'time ratio {time_ratio:.3f}, the median over {flags.steps} pairs of steps; FLOPs ratio {flops_ratio:.3f}; '
-      f'one over the other {time_ratio / flops_ratio:.3f}; memory ratio {values["memory_ratio"]:.3f}'])
+      f'time ratio {time_ratio:.3f}, the median over {flags.steps} pairs of steps; FLOPs ratio '
+      f'{flops_ratio:.3f}; one over the other {time_ratio / flops_ratio:.3f}; memory ratio '
+      f'{values["memory_ratio"]:.3f}'])
   return 0
 
 
 def benchmark_data(flags) -> int:
-  """Speed of making batches on the device, and of `prepare` with the byte tokenizer and with SentencePiece."""
+  """Speed of batches on the device, and of `prepare` with bytes and with SentencePiece."""
   config = Config() if flags.config is None else config_of(flags)
   if not flags.seconds > 0:
     raise BadInput(f'--seconds={flags.seconds}: must be positive')
@@ -184,8 +200,9 @@ def benchmark_data(flags) -> int:
       f'rows to batches on the device: {values["tokens_per_second"]:,.0f} tokens/s, '
       f'{values["rows_per_second"]:,.0f} rows/s of {config.data.length} tokens; '
       f'{values["share_of_memory_speed"]:.2f} x the same from an array in memory',
-      f'prepare, byte tokenizer: {values["prepare_bytes_per_second"] / 1e6:,.1f} MB/s in one process',
-      f'prepare, SentencePiece: {values["sentencepiece_bytes_per_second"] / 1e6:,.2f} MB/s in one process, '
+      'prepare, in one process, byte tokenizer: '
+      f'{values["prepare_bytes_per_second"] / 1e6:,.1f} MB/s; SentencePiece: '
+      f'{values["sentencepiece_bytes_per_second"] / 1e6:,.2f} MB/s, '
       f'{values["share_of_raw_encoding"]:.2f} x its raw encoding'])
   return 0
 
@@ -198,15 +215,16 @@ def benchmark_decode(flags) -> int:
   need_at_least(flags, prompts=1, prompt_tokens=1, max_tokens=1, repeats=1, draft=-1)
   sizes = flags.batch.split(',')
   if not all(size.isdigit() and int(size) > 0 for size in sizes):
-    raise BadInput(f'--batch={flags.batch}: must be numbers of prompts decoded at once, such as 1,8')
+    raise BadInput(f'--batch={flags.batch}: must be numbers of prompts decoded at once, '
+                   'such as 1,8')
   if flags.against not in ('', 'transformers'):
     raise BadInput(f"--against={flags.against}: must be 'transformers', or nothing")
   lm = model_of(flags)
   from mtp_jax.measure.benchmark_decode import benchmark_decode, plot
   values = benchmark_decode(
-      lm, flags.prompts, flags.prompt_tokens, flags.max_tokens, flags.repeats, tuple(map(int, sizes)),
-      None if flags.draft < 0 else flags.draft, drafter_of(flags, lm), flags.temperature,
-      flags.against == 'transformers')
+      lm, flags.prompts, flags.prompt_tokens, flags.max_tokens, flags.repeats,
+      tuple(map(int, sizes)), None if flags.draft < 0 else flags.draft, drafter_of(flags, lm),
+      flags.temperature, flags.against == 'transformers')
   if flags.plot:
     plot(values, flags.plot)
   print_result(flags, values, _decode_lines(flags, values))
@@ -215,12 +233,14 @@ def benchmark_decode(flags) -> int:
 
 def _decode_lines(flags, values: dict) -> list[str]:
   choice = 'greedy' if flags.temperature == 0 else f'temperature {flags.temperature:g}'
-  about = (f'{flags.prompts} held-out prompts of {flags.prompt_tokens} tokens, {flags.max_tokens} new tokens each, '
-           f'{choice}, drafts by {flags.drafter}')
+  about = (f'{flags.prompts} held-out prompts of {flags.prompt_tokens} tokens, {flags.max_tokens} '
+           f'new tokens each, {choice}, drafts by {flags.drafter}')
   if flags.temperature == 0:
     differing = sum(row['differing'] for row in values['rows'])
-    about += f'; {differing} texts differ from plain decoding' if differing else '; every text is that of plain decoding'
-  head = ('batch', 'drafts', 'speed-up', 'tokens/forward', 'overhead/step', 'tokens/s', 'drafting', 'acceptance by depth')
+    about += (f'; {differing} texts differ from plain decoding' if differing
+              else '; every text is that of plain decoding')
+  head = ('batch', 'drafts', 'speed-up', 'tokens/forward', 'overhead/step', 'tokens/s', 'drafting',
+          'acceptance by depth')
   rows = [(row['batch'], row['draft'], f'{row["speed_up"]:.2f}', f'{row["tokens_per_forward"]:.2f}',
            f'{row["overhead"]:.2f}', f'{row["tokens_per_second"]:,.0f}', f'{row["drafting"]:.0%}',
            ' '.join(f'{rate:.2f}' for rate in row['acceptance'])) for row in values['rows']]
@@ -228,9 +248,11 @@ def _decode_lines(flags, values: dict) -> list[str]:
   for theirs in values['transformers']:
     ours = [row for row in values['rows'] if row['batch'] == theirs['batch']]
     best = max(ours, key=lambda row: row['tokens_per_second'])
-    plain_ratio, best_ratio = (row['tokens_per_second'] / theirs['tokens_per_second'] for row in (ours[0], best))
-    lines.append(f'transformers, batch {theirs["batch"]}: {theirs["tokens_per_second"]:,.0f} tokens/s, '
-                 f'{theirs["differing"]} texts differ; plain decoding here is {plain_ratio:.2f} x that, '
+    plain_ratio, best_ratio = (row['tokens_per_second'] / theirs['tokens_per_second']
+                               for row in (ours[0], best))
+    per_second = f'{theirs["tokens_per_second"]:,.0f} tokens/s'
+    lines.append(f'transformers, batch {theirs["batch"]}: {per_second}, {theirs["differing"]} texts '
+                 f'differ; plain decoding here is {plain_ratio:.2f} x that, '
                  f'with {best["draft"]} drafts {best_ratio:.2f} x')
   sample = values['sample']
   return [*lines, '', 'a sample; the new text begins after the bar:',
@@ -238,37 +260,53 @@ def _decode_lines(flags, values: dict) -> list[str]:
 
 
 COMMANDS = {
-    'inspect': Command(inspect, 'parameters, FLOPs, conventions, digest', (WORKDIR, STEP, CONFIG, JSON),
-                       'inspect --config=configs/tiny.py'),
-    'certify': Command(certify, 'check gradients, leakage and FLOPs of a small float32 twin of a config', (CONFIG, JSON),
-                       'certify --config=configs/tiny.py'),
-    'plan': Command(plan, 'memory, FLOPs, collectives and least time of a step on a TPU slice, without one', (
-        CONFIG,
-        ('topology', None, 'a slice: v5p:4x4x4, v5e:16x16, v6e:16x16; several slices: 2xv5e:16x16; this machine: cpu:8; '
-                           'several of these, separated by commas'),
-        ('sweep', False, 'try meshes, rematerialisation and, while nothing fits, smaller microbatches; fastest first'),
-        ('plot', '', 'a PNG of the seconds of a step over the number of chips'), JSON),
+    'inspect': Command(
+        inspect, 'parameters, FLOPs, conventions, digest',
+        (WORKDIR, STEP, CONFIG, JSON),
+        'inspect --config=configs/tiny.py'),
+    'certify': Command(
+        certify, 'check gradients, leakage and FLOPs of a small float32 twin of a config',
+        (CONFIG, JSON),
+        'certify --config=configs/tiny.py'),
+    'plan': Command(
+        plan, 'memory, FLOPs, collectives and least time of a step on a TPU slice, without one',
+        (CONFIG,
+         ('topology', None,
+          'a slice: v5p:4x4x4, v5e:16x16, v6e:16x16; several slices: 2xv5e:16x16; '
+          'this machine: cpu:8; several of these, separated by commas'),
+         ('sweep', False,
+          'try meshes, rematerialisation and, while nothing fits, smaller microbatches'),
+         ('plot', '', 'a PNG of the seconds of a step over the number of chips'),
+         JSON),
         'plan --config=configs/gloeckle.py:7b,4 --topology=v5p:4x4x4'),
-    'benchmark data': Command(benchmark_data, 'speed of making batches and of preparing text', (
-        CONFIG,
-        ('seconds', 3.0, 'time to spend on each way to make batches'), JSON),
+    'benchmark data': Command(
+        benchmark_data, 'speed of making batches and of preparing text',
+        (CONFIG,
+         ('seconds', 3.0, 'time to spend on each way to make batches'),
+         JSON),
         'benchmark data'),
-    'benchmark train': Command(benchmark_train, 'speed and utilisation of the train step, alone or against another', (
-        CONFIG,
-        ('against', None, "another config, whose steps are timed in alternation; 'dense': the same model, all logits at once"),
-        ('steps', 20, 'steps to time'), JSON),
+    'benchmark train': Command(
+        benchmark_train, 'speed and utilisation of the train step, alone or against another',
+        (CONFIG,
+         ('against', None,
+          "another config, whose steps are timed in alternation; 'dense': the same model with all "
+          'logits at once'),
+         ('steps', 20, 'steps to time'),
+         JSON),
         'benchmark train --config=configs/small.py'),
-    'benchmark decode': Command(benchmark_decode, 'speed-up by draft length', (
-        WORKDIR, STEP,
-        ('prompts', 8, 'held-out prompts'),
-        ('prompt_tokens', 128, 'tokens of each prompt'),
-        ('max_tokens', 128, 'new tokens of each'),
-        ('batch', '1', 'prompts decoded at once; several sizes: 1,8'),
-        ('drafter', 'futures', 'futures, lookup, or the workdir of a smaller model'),
-        ('draft', -1, 'longest draft; -1: as many tokens as there are futures'),
-        ('temperature', 0.0, '0 is greedy'),
-        ('repeats', 3, 'timed runs of each draft length; the median counts'),
-        ('against', '', "'transformers': also time Hugging Face's Llama on the same weights, on the CPU"),
-        ('plot', '', 'a PNG of tokens per forward and speed-up'), JSON),
+    'benchmark decode': Command(
+        benchmark_decode, 'speed-up by draft length',
+        (WORKDIR, STEP,
+         ('prompts', 8, 'held-out prompts'),
+         ('prompt_tokens', 128, 'tokens of each prompt'),
+         ('max_tokens', 128, 'new tokens of each'),
+         ('batch', '1', 'prompts decoded at once; several sizes: 1,8'),
+         ('drafter', 'futures', 'futures, lookup, or the workdir of a smaller model'),
+         ('draft', -1, 'longest draft; -1: as many tokens as there are futures'),
+         ('temperature', 0.0, '0 is greedy'),
+         ('repeats', 3, 'timed runs of each draft length; the median counts'),
+         ('against', '', "'transformers': also time Hugging Face's on the same weights, on the CPU"),
+         ('plot', '', 'a PNG of tokens per forward and speed-up'),
+         JSON),
         'benchmark decode --workdir=runs/tiny'),
 }

@@ -1,7 +1,7 @@
 """Config files, and the command-line arguments that choose one and change its fields.
 
-    --config=FILE[:ARGUMENT]          FILE is a Python program; its get_config(ARGUMENT) returns Config(...).to_config_dict()
-    --config.section.field=value      changes a field; --noconfig.section.field sets one to False
+    --config=FILE[:ARGUMENT]         a Python file; get_config(ARGUMENT) returns a ConfigDict
+    --config.section.field=value     changes a field; --noconfig.section.field sets one to False
 
 With schema.py the door to ml_collections.
 """
@@ -20,14 +20,16 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
   """The arguments that choose or change a config, checked before any program runs; and all others.
 
   Raises:
-    BadInput: there is no such file or field, a field is given twice, or a flag is not written --name=value.
+    BadInput: there is no such file or field, a field is given twice, or a flag is not written
+    --name=value.
   """
   ours = [argument for argument in arguments if _is_about_config(argument)]
   names = [_name(argument) for argument in ours]
   for argument, name in zip(ours, names):
     if name == 'config':
       if '=' not in argument:
-        raise BadInput(f'{argument}: flags are written --name=value, such as --config=configs/tiny.py')
+        raise BadInput(f'{argument}: flags are written --name=value, such as '
+                       '--config=configs/tiny.py')
       _check_exists('config', argument.partition('=')[2])
       continue
     if names.count(name) > 1:
@@ -37,18 +39,22 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def load(arguments: Sequence[str], flag: str = 'config') -> Config:
-  """The config that `--config=FILE` and overrides describe, such as ['--config=configs/tiny.py', '--config.train.steps=200'].
+  """The config that --config=FILE and overrides describe.
+
+    load(['--config=configs/tiny.py', '--config.train.steps=200'])
 
   Args:
     flag: the name of --config in messages.
 
   Raises:
-    BadInput: there is no such file, it fails or returns something else, or a value does not fit its field.
+    BadInput: there is no such file, it fails or returns something else, or a value does not fit its
+    field.
   """
   where = f'--{flag}={path(arguments)}'
   _check_exists(flag, path(arguments))
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file('config', None, '', flag_values=values, lock_config=True, sys_argv=['', *arguments])
+  config_flags.DEFINE_config_file('config', None, '', flag_values=values, lock_config=True,
+                                  sys_argv=['', *arguments])
   try:
     values(['', *arguments])
     config = values.config
@@ -58,7 +64,8 @@ def load(arguments: Sequence[str], flag: str = 'config') -> Config:
     raise BadInput(_one_line(f'{where}: {type(error).__name__}: {error}')) from None
   if not isinstance(config, ml_collections.ConfigDict):
     returned = type(config).__name__
-    raise BadInput(f'{where}: get_config() returned {returned}, but must return Config(...).to_config_dict()')
+    raise BadInput(f'{where}: get_config() returned {returned}, but must return '
+                   'Config(...).to_config_dict()')
   return Config.from_dict(config.to_dict())
 
 
@@ -80,7 +87,8 @@ def _name(argument: str) -> str:
 
 def _is_about_config(argument: str) -> bool:
   name = _name(argument)
-  return argument.startswith('-') and (name == 'config' or name.removeprefix('no').startswith('config.'))
+  return argument.startswith('-') and (name == 'config'
+                                       or name.removeprefix('no').startswith('config.'))
 
 
 def _check_exists(flag: str, value: str) -> None:
@@ -90,7 +98,8 @@ def _check_exists(flag: str, value: str) -> None:
   folder = os.path.dirname(file) or '.'
   names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
   configs = [os.path.join(folder, name) for name in names if name.endswith('.py')]
-  raise BadInput(f'--{flag}={file}: no such file' + (f'; {nearest(file, configs)}' if configs else ''))
+  raise BadInput(f'--{flag}={file}: no such file'
+                 + (f'; {nearest(file, configs)}' if configs else ''))
 
 
 def _one_line(text) -> str:

@@ -1,4 +1,4 @@
-"""A prepared set as a person sees it: what it holds, how long its documents are, and what a model reads of it."""
+"""A prepared set as a person sees it: what it holds, and what a model reads of it."""
 import math
 
 import jax
@@ -18,10 +18,12 @@ def summary(prepared: Prepared) -> dict:
   """What a prepared set holds.
 
   Returns:
-    fingerprint, records, bad (records by kind), and for each split: shards, documents, tokens, bytes,
-    bytes_per_token (of text; bos and eos not counted) and lengths: {k: documents of 2**k to 2**(k+1)-1 tokens}.
+    fingerprint, records, bad (records by kind), and for each split: shards, documents, tokens,
+    bytes, bytes_per_token (of text; bos and eos not counted) and lengths: {k: documents of 2**k to
+    2**(k+1)-1 tokens}.
   """
-  values = {'fingerprint': prepared.fingerprint, 'records': prepared.index['records'], 'bad': prepared.index['bad']}
+  values = {'fingerprint': prepared.fingerprint, 'records': prepared.index['records'],
+            'bad': prepared.index['bad']}
   for split, stream in (('train', prepared.train), ('validation', prepared.validation)):
     documents = np.zeros(40, int)  # by the power of two of their length
     for shard in range(len(stream.shards)):
@@ -39,7 +41,8 @@ def bars(lengths: dict[int, int], width: int = 50) -> list[str]:
   longest, lines = max(lengths.values()), []
   for k in range(min(lengths), max(lengths) + 1):
     count = lengths.get(k, 0)
-    lines.append(f'{2**k:>12,} tokens and more  {count:>12,}  {"█" * math.ceil(width * count / longest)}')
+    bar = '█' * math.ceil(width * count / longest)
+    lines.append(f'{2**k:>12,} tokens and more  {count:>12,}  {bar}')
   return lines
 
 
@@ -49,17 +52,21 @@ def plot(values: dict, path: str) -> None:
     for split in ('train', 'validation'):
       lengths, documents = values[split]['lengths'], values[split]['documents']
       tokens = [2.0**k for k in lengths]
-      axes.step(tokens, list(lengths.values()), where='post', label=f'{split}: {documents:,} documents')
+      axes.step(tokens, list(lengths.values()), where='post',
+                label=f'{split}: {documents:,} documents')
     axes.set(yscale='log', xlabel='tokens of a document', ylabel='documents')
     axes.set_xscale('log', base=2)
     axes.legend()
 
 
-def shown(rows: SourceRows, tokenizer: Tokenizer, futures: int, count: int, positions: int, colour: bool) -> list[str]:
-  """Tables of rows as the objective reads them: at each position its document, its input, the target of each future.
+def shown(rows: SourceRows, tokenizer: Tokenizer, futures: int, count: int, positions: int,
+          colour: bool) -> list[str]:
+  """Tables of rows as the objective reads them: at each position its document, its input, the
+  target of each future.
 
   Args:
-    count: rows to show, evenly spaced; in place of each, the next row within 64 in which a document begins.
+    count: rows to show, evenly spaced; in place of each, the next row within 64 in which a document
+      begins.
     positions: to show of each row, around its first document boundary.
     colour: whether the lines carry the terminal's colour codes.
 
@@ -74,7 +81,8 @@ def shown(rows: SourceRows, tokenizer: Tokenizer, futures: int, count: int, posi
   return lines
 
 
-def _row_table(rows: SourceRows, i: int, tokenizer: Tokenizer, futures: int, positions: int, colour: bool) -> list[str]:
+def _row_table(rows: SourceRows, i: int, tokenizer: Tokenizer, futures: int, positions: int,
+               colour: bool) -> list[str]:
   batch = rows.batch([i])
   read = jax.device_get(Read.of(batch, futures))
   segments = batch['segments'][0, :-futures]  # of the inputs
@@ -84,13 +92,18 @@ def _row_table(rows: SourceRows, i: int, tokenizer: Tokenizer, futures: int, pos
   for t in range(first, min(first + positions, len(segments))):
     if t == first or segments[t] != segments[t - 1]:
       sections.append([])
-    document, position = (str(batch[name][0, t]) if segments[t] else '' for name in ('segments', 'positions'))
+    document, position = (str(batch[name][0, t]) if segments[t] else ''
+                          for name in ('segments', 'positions'))
     targets_M, counted_M = read.targets_MBL[:, 0, t], read.counted_MBL[:, 0, t]
-    future_tokens = [_token(y, tokenizer) if counted else '·' for y, counted in zip(targets_M, counted_M)]
-    sections[-1].append([str(t), document, position, _token(batch['tokens'][0, t], tokenizer), *future_tokens])
-  columns = [Column('position', right=True), Column('document', right=True), Column('in it', right=True), Column('input')]
+    future_tokens = [_token(target, tokenizer) if counted else '·'
+                     for target, counted in zip(targets_M, counted_M)]
+    token = _token(batch['tokens'][0, t], tokenizer)
+    sections[-1].append([str(t), document, position, token, *future_tokens])
+  columns = [Column('position', right=True), Column('document', right=True),
+             Column('in it', right=True), Column('input')]
   columns += [Column(f'future {m}', colour=COLOURS[m % len(COLOURS)]) for m in range(futures)]
-  title = f'row {i:,} of {len(rows):,}: {segments.max()} documents, {(segments == 0).sum()} inputs of padding'
+  padding = (segments == 0).sum()
+  title = f'row {i:,} of {len(rows):,}: {segments.max()} documents, {padding} inputs of padding'
   return render(title, columns, sections, max(100, 40 + 14 * futures), colour)
 
 

@@ -4,8 +4,9 @@
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama.config))
     model.load_state_dict({name: torch.from_numpy(array) for name, array in llama.weights.items()})
 
-Here a matrix has its input axes first: q_HK = x_D wq_DHK. torch's Linear holds the transpose, [H*K, D].
-Both sides rotate the two halves of a query or key against each other (rotary embedding, arXiv:2104.09864).
+Here a matrix has its input axes first: q_HK = x_D wq_DHK. torch's Linear holds the transpose, [H*K,
+D]. Both sides rotate the two halves of a query or key against each other (rotary embedding,
+arXiv:2104.09864).
 """
 import dataclasses
 
@@ -19,9 +20,10 @@ from mtp_jax.lm import LanguageModel
 class Llama:
   """A model in the format of Hugging Face's Llama.
 
-  config: arguments of transformers.LlamaConfig. weights: float32 arrays by the names of its state dict.
-  map: the matrix [D, D] of a linear head, as torch's Linear holds it; it is applied before the final norm, where Llama
-  has no matrix. None for every other kind of model.
+  config: arguments of transformers.LlamaConfig. weights: float32 arrays by the names of its state
+    dict.
+  map: the matrix [D, D] of a linear head, as torch's Linear holds it; it is applied before the
+  final norm, where Llama has no matrix. None for every other kind of model.
   """
   config: dict
   weights: dict[str, np.ndarray]
@@ -36,20 +38,28 @@ def export(lm: LanguageModel) -> Llama:
   """
   c, decoder, tokenizer = lm.config.model, lm.decoder, lm.tokenizer
   if c.qk_norm or c.logit_cap or c.dtype != 'float32':
-    raise BadInput('--against=transformers: its Llama has no qk_norm and no logit_cap, and is compared in float32')
+    raise BadInput('--against=transformers: its Llama has no qk_norm and no logit_cap, and is '
+                   'compared in float32')
   linear_head = c.kind == 'linear' and c.futures > 1
   blocks = [*decoder.layers, *(decoder.head(m) for m in decoder.running if c.kind != 'linear')]
   weights = {'model.embed_tokens.weight': np.array(decoder.embed_VD[:tokenizer.size]),
              'model.norm.weight': np.array(decoder.final_norm_D),
              'lm_head.weight': np.array(decoder.unembed_DV.T)}
   for i, block in enumerate(blocks):
-    weights |= {f'model.layers.{i}.{name}.weight': array for name, array in _block(block, c).items()}
-  config = {'vocab_size': tokenizer.size, 'hidden_size': c.width, 'intermediate_size': c.feed_forward,
-            'num_hidden_layers': len(blocks), 'num_attention_heads': c.heads, 'num_key_value_heads': c.kv_heads,
-            'head_dim': c.head_width, 'rms_norm_eps': c.norm_epsilon, 'max_position_embeddings': 1 << 20,
-            'tie_word_embeddings': False, 'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_base},
-            'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos, 'pad_token_id': tokenizer.pad}
-  return Llama(config, weights, _linear(decoder.head(0).map_Dd[...], c.width) if linear_head else None)
+    weights |= {f'model.layers.{i}.{name}.weight': array
+                for name, array in _block(block, c).items()}
+  config = {'vocab_size': tokenizer.size, 'hidden_size': c.width,
+            'intermediate_size': c.feed_forward,
+            'num_hidden_layers': len(blocks), 'num_attention_heads': c.heads,
+            'num_key_value_heads': c.kv_heads,
+            'head_dim': c.head_width, 'rms_norm_eps': c.norm_epsilon,
+            'max_position_embeddings': 1 << 20,
+            'tie_word_embeddings': False,
+            'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_base},
+            'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos,
+            'pad_token_id': tokenizer.pad}
+  return Llama(config, weights, _linear(decoder.head(0).map_Dd[...], c.width) if linear_head
+               else None)
 
 
 def _block(block, c) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Speed of the input pipeline: batches to the device, and preparation of text; as ratios measured in one process."""
+"""Speed of the input pipeline: batches on the device, and preparation of text."""
 import statistics
 import tempfile
 import time
@@ -30,10 +30,10 @@ def benchmark_data(config: Config, seconds: float) -> dict:
 
   Returns:
     rows_per_second, tokens_per_second: from shards to batches on the device;
-    share_of_memory_speed: the same over that of rows sliced from an array in memory, in alternation;
+    share_of_memory_speed: the same over that of rows in memory, in alternation;
     prepare_bytes_per_second: text to shards, with the byte tokenizer;
     sentencepiece_bytes_per_second: the same with a SentencePiece model of 4,000 pieces;
-    share_of_raw_encoding: the latter over encoding alone of the same text in memory, in alternation.
+    share_of_raw_encoding: the latter over encoding alone, in memory, in alternation.
   """
   return _batches(config, seconds) | _preparation()
 
@@ -49,14 +49,16 @@ def _batches(config: Config, seconds: float) -> dict:
     pairs.append((from_shards, _batches_per_second(lambda: put(from_memory(), mesh), seconds / 3)))
   batches.close()
   rows_per_second = B * statistics.median(from_shards for from_shards, _ in pairs)
-  return {'tokens_per_second': rows_per_second * config.data.length, 'rows_per_second': rows_per_second,
+  return {'tokens_per_second': rows_per_second * config.data.length,
+          'rows_per_second': rows_per_second,
           'share_of_memory_speed': statistics.median(shards / memory for shards, memory in pairs)}
 
 
 def _batches_in_memory(corpus: Corpus, B: int, L: int, M: int) -> Callable[[], dict]:
-  """Makes batches of rows in random order, sliced from up to 16 Mi tokens of each source in memory."""
+  """Draws batches of random rows of up to 16 Mi tokens of each source, in memory."""
   T = L + M
-  tokens = np.concatenate([source.train.read(0, 2**24) for source in corpus.sources]).astype(np.int32)
+  read = [source.train.read(0, 2**24) for source in corpus.sources]
+  tokens = np.concatenate(read).astype(np.int32)
   starts = np.random.default_rng(0).permutation(max(1, (len(tokens) - T) // L)) * L
   zeros_BT, step = np.zeros((B, T), np.int32), 0
 
@@ -64,7 +66,8 @@ def _batches_in_memory(corpus: Corpus, B: int, L: int, M: int) -> Callable[[], d
     nonlocal step
     chosen = np.take(starts, range(step * B, (step + 1) * B), mode='wrap')
     step += 1
-    return {'tokens': np.stack([tokens[start:start + T] for start in chosen]), 'segments': zeros_BT, 'positions': zeros_BT}
+    tokens_BT = np.stack([tokens[start:start + T] for start in chosen])
+    return {'tokens': tokens_BT, 'segments': zeros_BT, 'positions': zeros_BT}
 
   return draw
 
@@ -81,11 +84,13 @@ def _preparation() -> dict:
   library = files((), 'the standard library')
   some = library[::8]
   library_bytes, some_bytes = (sum(file.bytes for file in inputs) for inputs in (library, some))
-  texts = [record.text for record in sample(some, READING, some_bytes, '') if isinstance(record, Document)]
+  texts = [record.text for record in sample(some, READING, some_bytes, '')
+           if isinstance(record, Document)]
   pieces = tokenizer.SentencePiece(tokenizer.train(texts, 4000))
   processor = sentencepiece.SentencePieceProcessor(model_proto=pieces.model)
   strings = [text.decode('utf-8', errors='replace') for text in texts]
-  bytes_seconds = statistics.median(_prepare_seconds(library, tokenizer.load('bytes')) for _ in range(3))
+  to_bytes = tokenizer.load('bytes')
+  bytes_seconds = statistics.median(_prepare_seconds(library, to_bytes) for _ in range(3))
   pairs = []
   for _ in range(5):
     start = time.perf_counter()
@@ -93,9 +98,11 @@ def _preparation() -> dict:
       processor.encode(string)
     encode_seconds = time.perf_counter() - start
     pairs.append((encode_seconds, _prepare_seconds(some, pieces)))
+  prepare_seconds = [prepare for _, prepare in pairs]
+  ratios = [encode / prepare for encode, prepare in pairs]
   return {'prepare_bytes_per_second': library_bytes / bytes_seconds,
-          'sentencepiece_bytes_per_second': some_bytes / statistics.median(prepared for _, prepared in pairs),
-          'share_of_raw_encoding': statistics.median(encoded / prepared for encoded, prepared in pairs)}
+          'sentencepiece_bytes_per_second': some_bytes / statistics.median(prepare_seconds),
+          'share_of_raw_encoding': statistics.median(ratios)}
 
 
 def _prepare_seconds(inputs: list, tokens: tokenizer.Tokenizer) -> float:

@@ -1,4 +1,4 @@
-"""How much faster drafting decodes than plain autoregression, timed in alternation in one process."""
+"""How much faster drafting decodes than plain autoregression, timed in alternation."""
 import dataclasses
 import functools
 import math
@@ -19,9 +19,10 @@ from mtp_jax.lm import LanguageModel
 from mtp_jax.report.picture import picture
 
 
-def benchmark_decode(lm: LanguageModel, prompts: int, prompt_tokens: int, max_tokens: int, repeats: int,
-                     batches: tuple[int, ...] = (1,), draft: int | None = None, drafter='futures',
-                     temperature: float = 0.0, against_transformers: bool = False) -> dict:
+def benchmark_decode(
+    lm: LanguageModel, prompts: int, prompt_tokens: int, max_tokens: int, repeats: int,
+    batches: tuple[int, ...] = (1,), draft: int | None = None, drafter='futures',
+    temperature: float = 0.0, against_transformers: bool = False) -> dict:
   """Decodes held-out prompts with every draft length 0..`draft` and every batch size.
 
   Times are medians of the repeats, summed over the prompts, with the prefill, without compilation.
@@ -29,7 +30,7 @@ def benchmark_decode(lm: LanguageModel, prompts: int, prompt_tokens: int, max_to
   Args:
     batches: numbers of prompts decoded at once.
     draft, drafter, temperature: as in `LanguageModel.generate`.
-    against_transformers: also time Hugging Face transformers on the same weights: plain decoding on the CPU.
+    against_transformers: also time plain decoding by Hugging Face transformers on the CPU.
 
   Returns:
     rows: for each batch size and draft length
@@ -38,7 +39,7 @@ def benchmark_decode(lm: LanguageModel, prompts: int, prompt_tokens: int, max_to
       speed_up: over draft 0 of the same batch size,
       overhead: cost of a pass over that of a plain one, tokens_per_forward / speed_up,
       drafting: fraction of a pass's time that is spent on drafts,
-      differing: continuations that are not those of draft 0 and batch 1 (none when greedy, in float32).
+      differing: continuations that are not those of draft 0 and batch 1; 0 if greedy in float32.
     transformers: for each batch size tokens_per_second, differing.
     sample: a prompt and its continuation.
 
@@ -47,8 +48,10 @@ def benchmark_decode(lm: LanguageModel, prompts: int, prompt_tokens: int, max_to
   """
   held_out = lm.held_out_prompts(prompts, prompt_tokens)
   lengths = range(lm.drafter(drafter, draft).depth + 1)
-  options = {'drafter': drafter, 'temperature': temperature, 'max_length': 1 + prompt_tokens + max_tokens}
-  runs = [functools.partial(lm.generate, max_tokens=max_tokens, draft=k, **options) for k in lengths]
+  options = {'drafter': drafter, 'temperature': temperature,
+             'max_length': 1 + prompt_tokens + max_tokens}
+  runs = [functools.partial(lm.generate, max_tokens=max_tokens, draft=k, **options)
+          for k in lengths]
   if against_transformers:
     runs.append(functools.partial(transformers_decoder(lm), max_tokens=max_tokens))
   for batch in batches:
@@ -60,27 +63,37 @@ def benchmark_decode(lm: LanguageModel, prompts: int, prompt_tokens: int, max_to
   for batch in batches:
     groups = [held_out[i:i + batch] for i in range(0, len(held_out), batch)]
     seconds, results = _alternate(runs, groups, repeats)
-    texts = [[ids for generation in generations for ids in generation.ids] for generations in results]
+    texts = [[ids for generation in generations for ids in generation.ids]
+             for generations in results]
     plain = plain or texts[0]
     per_second = [sum(map(len, text)) / s for text, s in zip(texts, seconds)]
     differing = [sum(ids != plain_ids for ids, plain_ids in zip(text, plain)) for text in texts]
     for k in lengths:
-      tokens, forwards, accepted, offered = (np.sum([getattr(generation, name) for generation in results[k]], 0).tolist()
-                                             for name in ('tokens', 'forwards', 'accepted', 'offered'))
-      per_forward, speed_up = tokens / forwards, seconds[0] / seconds[k]
+      total = _totals(results[k])
+      per_forward, speed_up = total['tokens'] / total['forwards'], seconds[0] / seconds[k]
       rows.append({
           'batch': batch, 'draft': k, 'speed_up': speed_up, 'tokens_per_forward': per_forward,
           'overhead': per_forward / speed_up, 'tokens_per_second': per_second[k],
           'drafting': _drafting_share(lm, groups[0], k, options),
-          'acceptance': [a / n if n else math.nan for a, n in zip(accepted, offered)], 'differing': differing[k]})
+          'acceptance': [accepted / offered if offered else math.nan
+                         for accepted, offered in zip(total['accepted'], total['offered'])],
+          'differing': differing[k]})
     if against_transformers:
-      transformers_rows.append({'batch': batch, 'tokens_per_second': per_second[-1], 'differing': differing[-1]})
+      transformers_rows.append({'batch': batch, 'tokens_per_second': per_second[-1],
+                                'differing': differing[-1]})
   sample = {'prompt': lm.tokenizer.text(held_out[0]), 'text': lm.tokenizer.text(plain[0])}
   return {'rows': rows, 'transformers': transformers_rows, 'sample': sample}
 
 
+def _totals(generations: list) -> dict:
+  """Sums of the generations' numbers; accepted and offered by depth."""
+  names = 'tokens', 'forwards', 'accepted', 'offered'
+  return {name: np.sum([getattr(generation, name) for generation in generations], 0).tolist()
+          for name in names}
+
+
 def _alternate(runs: list, groups: list, repeats: int) -> tuple[list[float], list[list]]:
-  """Every run on every group of prompts, in alternation: each run's median seconds, summed over groups, and results."""
+  """Each run's median seconds, summed over the groups of prompts, and its results on each group."""
   for run in runs:
     run(groups[0])  # compiles
   seconds, results = [0.0] * len(runs), [[] for _ in runs]
@@ -103,14 +116,15 @@ class _FreeDrafts(Nothing):
 
 
 def _drafting_share(lm: LanguageModel, group: list, k: int, options: dict) -> float:
-  """The fraction of a pass's time that its k drafts take: passes with them are timed against passes with free drafts."""
+  """The fraction of a pass's time that its k drafts take, measured against free drafts."""
   if k == 0:
     return 0.0
   rows = [lm.row(prompt) for prompt in group]
   sampler = lm.sampler(*choices(len(rows), options['temperature']))
 
   def seconds(drafter) -> float:
-    return float(lm.engine(drafter, sampler, (k,)).costs(rows, [options['max_length']] * len(rows), 16)[0])
+    engine, limits = lm.engine(drafter, sampler, (k,)), [options['max_length']] * len(rows)
+    return float(engine.costs(rows, limits, 16)[0])
 
   return max(0.0, 1 - seconds(_FreeDrafts(k)) / seconds(lm.drafter(options['drafter'], k)))
 
@@ -123,7 +137,7 @@ class Decoded:
 
 
 def transformers_decoder(lm: LanguageModel) -> Callable[[list, int], Decoded]:
-  """Greedy decoding of the same weights by Hugging Face transformers on the CPU, for prompts of equal length.
+  """Greedy decoding by Hugging Face transformers on the CPU, for prompts of equal length.
 
   Raises:
     BadInput: transformers is not installed, or its Llama cannot hold the model.
@@ -147,8 +161,8 @@ def transformers_decoder(lm: LanguageModel) -> Callable[[list, int], Decoded]:
     ids = torch.tensor(np.stack([lm.row(prompt) for prompt in prompts])).long()
     start = time.perf_counter()
     with torch.inference_mode():
-      output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False,
-                              suppress_tokens=[bos, pad])
+      output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                              max_new_tokens=max_tokens, suppress_tokens=[bos, pad])
     seconds = time.perf_counter() - start
     new = output[:, ids.shape[1]:].tolist()
     return Decoded([row[:row.index(eos) + 1] if eos in row else row for row in new], seconds)

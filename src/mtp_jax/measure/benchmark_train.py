@@ -1,4 +1,4 @@
-"""Speed of the train step: against this machine's own matrix product, or against another step in alternation."""
+"""Speed of the train step, against this machine's own matrix product or against another step."""
 import functools
 import statistics
 import time
@@ -28,13 +28,17 @@ class Steps:
     check_vocabulary(config, tokens)
     corpus = open_corpus(config.data, tokens, print_stderr, Meter)
     self.config, self.mesh = config, make_mesh(config.mesh)
-    self.batches = corpus.batches(corpus.rows(config.model.futures, print_stderr), config.train.batch)
+    self.batches = corpus.batches(corpus.rows(config.model.futures, print_stderr),
+                                  config.train.batch)
     M, o = config.model.futures, config.objective
     with jax.set_mesh(self.mesh):
-      self.state = jax.jit(lambda key: training.init(config, key))(jax.random.key(config.train.seed))
+      init = jax.jit(functools.partial(training.init, config))
+      self.state = init(jax.random.key(config.train.seed))
       self.others = jnp.asarray(byte_lengths(config, tokens)), np.float32(o.weights_M(M))
-      step = jax.jit(functools.partial(training.step, config, active=o.active(M), loss=loss), donate_argnums=0)
-      self.compiled = step.lower(self.state, put(next(self.batches), self.mesh), *self.others).compile()
+      step = jax.jit(functools.partial(training.step, config, active=o.active(M), loss=loss),
+                     donate_argnums=0)
+      batch = put(next(self.batches), self.mesh)
+      self.compiled = step.lower(self.state, batch, *self.others).compile()
       self.flops_per_token, self.flops_per_token_causal = (
           costs.flops_per_token(config.model, config.data.length, o.active(M), causal)['total']
           for causal in (False, True))
@@ -65,7 +69,8 @@ class Steps:
     tokens_per_second = c.train.batch * c.data.length / step_seconds
     all_peak = peak * self.mesh.size
     return {'step_seconds': step_seconds, 'tokens_per_second': tokens_per_second,
-            'flops_per_token': self.flops_per_token, 'flops_per_token_causal': self.flops_per_token_causal,
+            'flops_per_token': self.flops_per_token,
+            'flops_per_token_causal': self.flops_per_token_causal,
             'parameters': self.parameters,
             'temporary_bytes': self.temporary_bytes, 'peak_flops': peak,
             'mfu': tokens_per_second * self.flops_per_token / all_peak,
@@ -81,7 +86,8 @@ def benchmark_train(config: Config, steps: int, started: float) -> dict:
   Returns:
     seconds_to_first_step: imports, data and compilation included;
     step_seconds: the median; tokens_per_second; parameters;
-    flops_per_token, flops_per_token_causal: model FLOPs with attention over the whole length, and over half of it;
+    flops_per_token, flops_per_token_causal: model FLOPs with attention over the whole length, and
+      over half of it;
     temporary_bytes: of the compiled step, on one device;
     peak_flops: the better of two measurements, before and after the steps, of one device;
     mfu, mfu_causal: model FLOPs per second over the peak of all devices, by either count.
@@ -116,5 +122,6 @@ def benchmark_against(config: Config, other: Config | None, steps: int) -> dict:
   theirs.batches.close()
   our_seconds, their_seconds = zip(*pairs)
   return {'config': ours.report(our_seconds, peak), 'other': theirs.report(their_seconds, peak),
-          'time_ratio': statistics.median(a / b for a, b in pairs), 'flops_ratio': ours.flops / theirs.flops,
+          'time_ratio': statistics.median(a / b for a, b in pairs),
+          'flops_ratio': ours.flops / theirs.flops,
           'memory_ratio': ours.temporary_bytes / theirs.temporary_bytes}

@@ -14,10 +14,11 @@ def next_token_twin(c: ModelConfig) -> ModelConfig:
 
 
 def counts(config: Config) -> dict:
-  """parameters and flops_per_token by part (see `costs`), and `twin`: the same two of the next-token twin."""
-  return _counts(config.model, config.data.length) | {'twin': _counts(next_token_twin(config.model), config.data.length)}
+  """parameters and flops_per_token by part (see `costs`), and both of the next-token `twin`."""
+  L = config.data.length
+  return _counts(config.model, L) | {'twin': _counts(next_token_twin(config.model), L)}
 
 
 def _counts(c: ModelConfig, length: int) -> dict:
   shapes = jax.eval_shape(lambda key: Model(c, key), jax.random.key(0))
-  return {'parameters': costs.parameters(shapes), 'flops_per_token': costs.flops_per_token(shapes.config, length)}
+  return {'parameters': costs.parameters(shapes), 'flops_per_token': costs.flops_per_token(c, length)}

@@ -1,14 +1,16 @@
 """What a train step will take on a TPU slice, found by compiling it on a machine without one.
 
-Given the description of a slice (topology.py), XLA compiles the very step that `train` would run and reports the memory
-of each chip; it refuses a step that does not fit. The least time of a step is a roofline: its matrix products, its
-traffic with memory, over the links of the slice and over the network between slices, each at the chip's published peak
-and all at the same time. The longest of the four is the bound:
+Given the description of a slice (topology.py), XLA compiles the very step that `train` would run
+and reports the memory of each chip; it refuses a step that does not fit. The least time of a step
+is a roofline: its matrix products, its traffic with memory, over the links of the slice and over
+the network between slices, each at the chip's published peak and all at the same time. The longest
+of the four is the bound:
 
-    step_seconds = max(FLOPs / peak, memory bytes / bandwidth, sum of (sent bytes / links), sum of (crossing bytes / network))
+    step_seconds = max(FLOPs / peak, memory bytes / bandwidth,
+                       sum of (sent bytes / links), sum of (crossing bytes / network))
 
-FLOPs are counted in the traced step, loops times their length; memory traffic and collectives in the compiled one
-(traffic.py).
+FLOPs are counted in the traced step, loops times their length; memory traffic and collectives in
+the compiled one (traffic.py).
 """
 import dataclasses
 import functools
@@ -37,12 +39,15 @@ class Plan:
   temporary_bytes: XLA's sum of temporaries, which do not all exist at the same time.
   output_bytes: of results that do not take an argument's place.
   host_bytes: in the memory of the host.
-  flops_per_token: what is multiplied, including recomputation; on a TPU without the tiles of attention that causality
-    hides.
-  model_flops_per_token: the analytic count, in which nothing runs twice and attention counts the whole length;
+  flops_per_token: what is multiplied, including recomputation; on a TPU without the tiles of
+    attention that causality hides.
+  model_flops_per_token: the analytic count, in which nothing runs twice and attention counts the
+    whole length;
     model_flops_per_token_causal: the same with half the length in attention.
-  collective_bytes: sent in a step, by kind and by the mesh axes ('fsdp', 'data+fsdp') over which they go.
-  seconds: by what takes them: compute, memory, links, network; bound: the longest of them, step_seconds.
+  collective_bytes: sent in a step, by kind and by the mesh axes ('fsdp', 'data+fsdp') over which
+    they go.
+  seconds: by what takes them: compute, memory, links, network; bound: the longest of them,
+    step_seconds.
   mfu_bound, mfu_bound_causal: model FLOPs in that time, over the peak, by either count.
   hlo: the compiled module as text.
   """
@@ -82,7 +87,8 @@ class TooLarge(BadInput):
 
 
 def plan(config: Config, topology: str) -> Plan:
-  """Compiles `train.step` for a slice such as 'v5p:4x4x4', several, '2xv5p:4x4x4', or devices of this machine, 'cpu:8'.
+  """Compiles `train.step` for a slice such as 'v5p:4x4x4', several, '2xv5p:4x4x4', or devices of
+  this machine, 'cpu:8'.
 
   A config whose mesh has one device is spread over all chips, see `spread`.
 
@@ -101,7 +107,8 @@ def plan(config: Config, topology: str) -> Plan:
 
   L, model = config.data.length, step_arguments[0].model
   flops_per_token = costs.matmul_flops(traced.jaxpr) / tokens
-  model_flops, model_flops_causal = (costs.flops_per_token(config.model, L, causal=causal)['total'] for causal in (False, True))
+  model_flops, model_flops_causal = (
+      costs.flops_per_token(config.model, L, causal=causal)['total'] for causal in (False, True))
 
   chip, moved = chip_of(chips), traffic(hlo, slice_count(chips))
   link_seconds, network_seconds = _communication_seconds(moved.collectives, mesh, chip)
@@ -110,18 +117,22 @@ def plan(config: Config, topology: str) -> Plan:
              'links': link_seconds, 'network': network_seconds}
   bound = max(seconds, key=lambda kind: -1 if math.isnan(seconds[kind]) else seconds[kind])
   step_seconds, run_seconds = seconds[bound], config.train.steps * seconds[bound]
-  peak_tokens = step_seconds * mesh.size * chip.flops / tokens  # FLOPs a token could have in this time
+  flops_per_token_at_peak = step_seconds * mesh.size * chip.flops / tokens
 
   memory = _memory_bytes(compiled.memory_analysis(), chips[0].platform)
   return Plan(
-      topology=topology, mesh=dict(mesh.shape), accumulate=config.train.accumulate, remat=config.model.remat,
+      topology=topology, mesh=dict(mesh.shape), accumulate=config.train.accumulate,
+      remat=config.model.remat,
       chips=mesh.size, parameters=costs.parameters(model)['total'],
       **memory, hbm_capacity_bytes=chip.hbm_bytes, fits=memory['hbm_bytes'] <= chip.hbm_bytes,
       flops_per_token=flops_per_token, model_flops_per_token=model_flops,
       model_flops_per_token_causal=model_flops_causal,
-      memory_traffic_bytes=moved.memory_bytes, collective_bytes=_bytes_by_axes(moved.collectives, mesh),
-      seconds=seconds, bound=bound, step_seconds=step_seconds, tokens_per_second=tokens / step_seconds,
-      mfu_bound=model_flops / peak_tokens, mfu_bound_causal=model_flops_causal / peak_tokens,
+      memory_traffic_bytes=moved.memory_bytes,
+      collective_bytes=_bytes_by_axes(moved.collectives, mesh),
+      seconds=seconds, bound=bound, step_seconds=step_seconds,
+      tokens_per_second=tokens / step_seconds,
+      mfu_bound=model_flops / flops_per_token_at_peak,
+      mfu_bound_causal=model_flops_causal / flops_per_token_at_peak,
       run_days=run_seconds / 86400, run_tokens=config.train.steps * tokens,
       chip_hours=run_seconds * mesh.size / 3600, compile_seconds=compile_seconds, hlo=hlo)
 
@@ -140,21 +151,25 @@ def _compile(config: Config, mesh, topology: str, step_arguments: tuple):
       raise TooLarge(
           f'config.train.batch={config.train.batch}: a step does not fit into a chip of {topology} '
           f'({first_line(error)}); raise config.train.accumulate={config.train.accumulate}, set '
-          "config.model.remat='full' or config.optimizer.moments='host', or take more chips") from None
+          "config.model.remat='full' or config.optimizer.moments='host', "
+          'or take more chips') from None
 
 
 def _memory_bytes(memory, platform: str) -> dict[str, int]:
   """Fields of `Plan` from XLA's analysis of a compiled step."""
   output = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  host = memory.host_argument_size_in_bytes + memory.host_output_size_in_bytes - memory.host_alias_size_in_bytes
+  host = (memory.host_argument_size_in_bytes + memory.host_output_size_in_bytes
+          - memory.host_alias_size_in_bytes)
   arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   # XLA's peak includes what rests in the host.
   peak = memory.peak_memory_in_bytes - host if platform == 'tpu' else arguments + temporary + output
-  return {'hbm_bytes': peak, 'argument_bytes': arguments, 'temporary_bytes': temporary, 'output_bytes': output,
+  return {'hbm_bytes': peak, 'argument_bytes': arguments, 'temporary_bytes': temporary,
+          'output_bytes': output,
           'host_bytes': host}
 
 
-def _communication_seconds(collectives: tuple[Collective, ...], mesh, chip: Chip) -> tuple[float, float]:
+def _communication_seconds(collectives: tuple[Collective, ...], mesh,
+                           chip: Chip) -> tuple[float, float]:
   links, network = 0.0, 0.0
   for collective in collectives:
     on_links, on_network = collective_seconds(collective, mesh, chip)
@@ -177,7 +192,8 @@ def arguments(config: Config, mesh) -> tuple:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec(letters)))
 
   def in_host(x):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind('pinned_host')) if x.shape else x
+    sharding = x.sharding.with_memory_kind('pinned_host') if x.shape else x.sharding
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
   rows = config.train.batch, config.data.length + config.model.futures
   batch = {name: on_mesh(rows, jnp.int32, 'Bt') for name in ('tokens', 'segments', 'positions')}
@@ -190,7 +206,8 @@ def arguments(config: Config, mesh) -> tuple:
 
 
 def spread(config: Config, chips: list, topology: str) -> Config:
-  """The config on a mesh of all chips: its own mesh or, if that has one device, data over slices and fsdp within.
+  """The config on a mesh of all chips: its own mesh or, if that has one device, data over slices
+  and fsdp within.
 
   Raises:
     BadInput: the config's mesh has another size, or its batch is too small.

@@ -13,7 +13,8 @@ REMATS = ('full', 'attention', 'attention,qkv', 'dots', 'none')
 
 
 def weak_scaling(config: Config, topologies: list[str], note: Callable[[str], None]) -> list[Plan]:
-  """Plans on each topology with the same number of rows per chip; the mesh grows along its data axis.
+  """Plans on each topology with the same number of rows per chip; the mesh grows along its data
+  axis.
 
   Args:
     note: is called with a line about each plan.
@@ -26,7 +27,8 @@ def weak_scaling(config: Config, topologies: list[str], note: Callable[[str], No
   for topology in topologies:
     size = len(devices(topology))
     if size % first_size:
-      raise BadInput(f'--topology={topology}: {size} chips, no multiple of the first, {topologies[0]}')
+      raise BadInput(f'--topology={topology}: {size} chips, no multiple of the first, '
+                     f'{topologies[0]}')
     times, t = size // first_size, first.train
     train = dataclasses.replace(t, batch=times * t.batch, evaluate_rows=times * t.evaluate_rows)
     mesh = dataclasses.replace(first.mesh, data=times * first.mesh.data)
@@ -35,12 +37,14 @@ def weak_scaling(config: Config, topologies: list[str], note: Callable[[str], No
   return plans
 
 
-def sweep(config: Config, topology: str, note: Callable[[str], None], plan: Callable[[Config, str], Plan] = plan) -> list[Plan]:
-  """Plans of the config with other meshes, rematerialisation and microbatches; the fastest that fits comes first.
+def sweep(config: Config, topology: str, note: Callable[[str], None],
+          plan: Callable[[Config, str], Plan] = plan) -> list[Plan]:
+  """Plans of the config with other meshes, rematerialisation and microbatches; the fastest that
+  fits comes first.
 
-  All meshes are tried with the config's own rematerialisation and, if none fits, with every block recomputed. While
-  still none fits, the best mesh is tried with microbatches of half the size. Then the other kinds of rematerialisation
-  are tried on the best mesh.
+  All meshes are tried with the config's own rematerialisation and, if none fits, with every block
+  recomputed. While still none fits, the best mesh is tried with microbatches of half the size. Then
+  the other kinds of rematerialisation are tried on the best mesh.
 
   Args:
     note: is called with a line about each plan.
@@ -83,8 +87,8 @@ def sweep(config: Config, topology: str, note: Callable[[str], None], plan: Call
       config = dataclasses.replace(config, train=train)
       attempt(on_best_mesh() if plans else spread(config, chips, topology))
     except BadInput as error:
-      raise TooLarge(f'--topology={topology}: no mesh, microbatch or rematerialisation fits ({error}); '
-                     'take more chips') from None
+      raise TooLarge(f'--topology={topology}: no mesh, microbatch or rematerialisation fits '
+                     f'({error}); take more chips') from None
   config = on_best_mesh()
   tried = {made.remat for made in plans if made.accumulate == config.train.accumulate}
   for remat in REMATS:
@@ -102,7 +106,7 @@ def _step_text(made: Plan) -> str:
 
 
 def _meshes(config: Config, chips: list) -> Iterator[MeshConfig]:
-  """Meshes that the config allows: fsdp over all chips, or a part of it given to data, tensor or context."""
+  """Meshes that the config allows; fsdp takes what data, tensor and context leave."""
   slices = slice_count(chips)
   for data, tensor, context in SPLITS:
     fsdp, rest = divmod(len(chips), slices * data * tensor * context)

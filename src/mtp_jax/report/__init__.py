@@ -1,1 +1,1 @@
-"""What a run reports: logs, events, progress, tables, pictures; the door to rich and tensorboardX."""
+"""What a run reports: logs, events, progress, tables, pictures."""

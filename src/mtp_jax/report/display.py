@@ -4,7 +4,14 @@ import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column
 
 
@@ -31,9 +38,10 @@ class Display:
     self.note, self.bar = note, None
     if bar and sys.stderr.isatty():
       # A narrow terminal cuts off the last column only.
-      last = TextColumn('{task.description}', table_column=Column(ratio=1, no_wrap=True, overflow='ellipsis'))
-      columns = TextColumn('train'), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), last
-      self.bar = Progress(*columns, console=Console(stderr=True), expand=True)
+      last = TextColumn('{task.description}',
+                        table_column=Column(ratio=1, no_wrap=True, overflow='ellipsis'))
+      columns = BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), last
+      self.bar = Progress(TextColumn('train'), *columns, console=Console(stderr=True), expand=True)
       self.task = self.bar.add_task('', total=steps, completed=start)
       self.bar.start()
 
@@ -71,7 +79,8 @@ class Display:
 
 
 class Meter:
-  """Progress through bytes of input: a bar on a terminal, a plain line every ten seconds elsewhere, and one at the end.
+  """Progress through bytes of input: a bar on a terminal, a plain line every ten seconds elsewhere,
+  and one at the end.
 
   Args:
     total: bytes of all inputs; ready: those that an earlier run has done.
@@ -84,8 +93,9 @@ class Meter:
     self.start = self.last_shown = time.perf_counter()
     self.bar = None
     if sys.stderr.isatty():
-      columns = TextColumn('prepare'), BarColumn(), DownloadColumn(), TimeRemainingColumn(), TextColumn('{task.description}')
-      self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+      columns = BarColumn(), DownloadColumn(), TimeRemainingColumn()
+      self.bar = Progress(TextColumn('prepare'), *columns, TextColumn('{task.description}'),
+                          console=Console(stderr=True), transient=True)
       self.task = self.bar.add_task('', total=total, completed=ready)
 
   def __enter__(self) -> 'Meter':
@@ -109,7 +119,8 @@ class Meter:
       self.bar.update(self.task, completed=self.ready + size, description=self._text())
     else:
       eta_seconds = (self.total - self.ready - size) * (now - self.start) / max(size, 1)
-      self.note(f'{(self.ready + size) / max(self.total, 1):.1%}  {self._text()}  eta {eta_seconds:.0f} s')
+      fraction = (self.ready + size) / max(self.total, 1)
+      self.note(f'{fraction:.1%}  {self._text()}  eta {eta_seconds:.0f} s')
 
   def _text(self) -> str:
     size, documents, tokens = self.done

@@ -1,8 +1,9 @@
 """The event log of a run: what its time was spent on, in workdir/events.jsonl.
 
-    {'time': seconds since 1970 when it began, 'kind': one of KINDS, 'seconds': duration, 'step': after it}     one a line
+    one JSON object a line: time (seconds since 1970 when it began), kind, seconds (duration), step
 
-A run begins with the event `start`. One `step` and one `data_wait` event cover all steps since the last record.
+A run begins with the event `start`. One `step` and one `data_wait` event cover all steps since the
+last record.
 """
 import contextlib
 import json
@@ -17,7 +18,7 @@ KINDS = ('step', 'data_wait', 'evaluation', 'save', 'compile', 'restore', 'setup
 
 
 class Events:
-  """Appends to the event log of a workdir. Each event is one write, so a crash can cut off only the last line."""
+  """Appends to the event log of a workdir; a crash can cut off only the last line."""
 
   def __init__(self, workdir: pathlib.Path):
     self._file = (workdir / FILE).open('a', buffering=1)
@@ -50,12 +51,14 @@ def read_events(workdir) -> list[dict]:
   try:
     lines = path.read_text(errors='replace').splitlines()
   except OSError as error:
-    raise BadInput(f'--workdir={workdir}: no {FILE} there ({error.strerror}); give the workdir of a run') from None
+    raise BadInput(f'--workdir={workdir}: no {FILE} there ({error.strerror}); give the workdir of '
+                   'a run') from None
   events = []
   for line in lines:
     with contextlib.suppress(ValueError, KeyError, TypeError):
       event = json.loads(line)
-      events.append({'time': float(event['time']), 'kind': str(event['kind']), 'seconds': float(event['seconds']),
+      events.append({'time': float(event['time']), 'kind': str(event['kind']),
+                     'seconds': float(event['seconds']),
                      'step': int(event['step'])})
   if not events or events[0]['kind'] != 'start':
     raise BadInput(f'--workdir={workdir}: {FILE} holds no run; its first event is not start')

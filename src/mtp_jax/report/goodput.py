@@ -1,8 +1,9 @@
 """Where the time of a run went, over all its restarts: an account of the event log (events.py).
 
-A run that was killed and began again lost the steps after its checkpoint: their time is counted as `lost`.
-`down` is the time between two runs; it includes the steps since the last record of a run that was killed, which nothing
-recorded. `other` is time within a run that no event covers. Goodput is the fraction of the time in kept steps.
+A run that was killed and began again lost the steps after its checkpoint: their time is counted as
+`lost`. `down` is the time between two runs; it includes the steps since the last record of a run
+that was killed, which nothing recorded. `other` is time within a run that no event covers. Goodput
+is the fraction of the time in kept steps.
 """
 from mtp_jax.report.events import KINDS, split_runs
 from mtp_jax.report.picture import picture
@@ -11,7 +12,7 @@ ACCOUNTS = (*KINDS, 'lost', 'other', 'down')
 
 
 def account(events: list[dict]) -> dict:
-  """Seconds by kind over all runs, which sum to `wall_seconds`; also runs, steps, lost_steps, goodput."""
+  """Seconds by kind, which sum to wall_seconds; and runs, steps, lost_steps, goodput."""
   seconds, lost_steps, runs = dict.fromkeys(ACCOUNTS, 0.0), 0, split_runs(events)
   for run, later in zip(runs, [*runs[1:], None]):
     began, ended = run[0]['time'], max(event['time'] + event['seconds'] for event in run)
@@ -31,8 +32,10 @@ def account(events: list[dict]) -> dict:
     if later:
       seconds['down'] += max(0.0, later[0]['time'] - ended)
   wall = sum(seconds.values())
-  return {'runs': len(runs), 'steps': max(event['step'] for event in runs[-1]), 'lost_steps': lost_steps,
-          'wall_seconds': wall, 'goodput': seconds['step'] / wall if wall else 0.0, 'seconds': seconds}
+  return {'runs': len(runs), 'steps': max(event['step'] for event in runs[-1]),
+          'lost_steps': lost_steps,
+          'wall_seconds': wall, 'goodput': seconds['step'] / wall if wall else 0.0,
+          'seconds': seconds}
 
 
 def _lost_steps(steps: int, last_step: int, later: list[dict] | None) -> int:

@@ -1,4 +1,4 @@
-"""The metrics log: workdir/metrics.jsonl, and the same numbers for TensorBoard; the door to tensorboardX."""
+"""The metrics log: workdir/metrics.jsonl, and the same numbers for TensorBoard."""
 import json
 import math
 import pathlib
@@ -7,8 +7,8 @@ import pathlib
 class Log:
   """Writes one JSON line per record to workdir/metrics.jsonl, and TensorBoard scalars beside it.
 
-  On resume, records after the checkpoint are dropped, and so is the validation at its step, which the run repeats: the
-  file then holds what a run without interruption would have written.
+  On resume, records after the checkpoint are dropped, and so is the validation at its step, which
+  the run repeats: the file then holds what a run without interruption would have written.
 
   Args:
     step: of the checkpoint; 0 for a new run.
@@ -26,10 +26,11 @@ class Log:
     self.board = None
     if tensorboard:
       from tensorboardX import SummaryWriter
-      self.board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
+      self.board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step
+                                 else None)
 
   def write(self, step: int, kind: str, values: dict) -> None:
-    """Writes numbers, or lists of one number per future; one that is not finite is null in the file."""
+    """Writes numbers, or lists of one number per future; null where one is not finite."""
     self.file.write(json.dumps(finite({'step': step, 'kind': kind, **values})) + '\n')
     if self.board:
       for key, value in values.items():
@@ -55,7 +56,7 @@ def finite(value):
 
 
 def _position(line: str) -> tuple[float, bool]:
-  """(step, whether it is a validation) of a record; a line that a crash cut off comes after all others."""
+  """(step, is a validation) of a record; a line that a crash cut off comes after all others."""
   try:
     record = json.loads(line)
     return record['step'], record['kind'] == 'validation'

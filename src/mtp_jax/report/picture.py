@@ -6,7 +6,8 @@ from mtp_jax.config import BadInput
 
 @contextlib.contextmanager
 def picture(path: str, width: float, height: float, columns: int = 1):
-  """Yields axes to draw on (an array of them for several columns) and saves the figure to `path` when the block ends.
+  """Yields axes to draw on (an array of them for several columns) and saves the figure to `path`
+  when the block ends.
 
   Args:
     width, height: of the figure, in inches.

@@ -1,4 +1,4 @@
-"""Tokens per second, model-FLOP utilisation and the wait for data, between two records of the metrics log."""
+"""Tokens per second, model-FLOP utilisation and the wait for data, between two log records."""
 import collections
 import contextlib
 import math
@@ -10,7 +10,8 @@ from mtp_jax.report.events import Events
 
 
 class Speed:
-  """Measures the steps since the last record, and writes to the event log what the time was spent on.
+  """Measures the steps since the last record, and writes to the event log what the time was spent
+  on.
 
   Args:
     step: the step at which the run begins.
@@ -42,13 +43,16 @@ class Speed:
     self.start += time.perf_counter() - start
 
   def since_last(self, step: int, steps: int) -> dict:
-    """tokens_per_second, data_wait (fraction of the time), eta_seconds of a run of `steps` steps, and mfu, since the last call."""
+    """Values since the last call: tokens_per_second, data_wait (a fraction), eta_seconds, mfu."""
     seconds = max(time.perf_counter() - self.start, 1e-9)
     done, waited, flops = step - self.step, self.waited, self.flops
     self.events.write('data_wait', self.began, waited, step)
     self.events.write('step', self.began, seconds - waited, step)
     self._restart(step)
     self.step_seconds.append(seconds / max(done, 1))
-    values = {'tokens_per_second': done * self.tokens_per_step / seconds, 'data_wait': waited / seconds,
+    values = {'tokens_per_second': done * self.tokens_per_step / seconds,
+              'data_wait': waited / seconds,
               'eta_seconds': (steps - step) * statistics.median(self.step_seconds)}
-    return values if math.isnan(self.peak_flops) else values | {'mfu': flops / seconds / self.peak_flops}
+    if not math.isnan(self.peak_flops):
+      values['mfu'] = flops / seconds / self.peak_flops
+    return values

@@ -15,7 +15,8 @@ class Column:
   colour: str = ''
 
 
-def render(title: str, columns: Sequence[Column], sections: Iterable[Iterable[Sequence[str]]], width: int,
+def render(title: str, columns: Sequence[Column], sections: Iterable[Iterable[Sequence[str]]],
+           width: int,
            colour: bool) -> list[str]:
   """Lines of a table whose rows stand in sections, with a rule between two sections.
 
