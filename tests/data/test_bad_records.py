@@ -48,10 +48,11 @@ def test_a_wrong_field_is_reported_with_those_that_exist(tmp_path):
     prepare_bytes(tmp_path / 'in.jsonl', tmp_path / 'set', bad_share=0.05)
 
 
-def test_hopeless_inputs_stop_early(tmp_path):
+@pytest.mark.parametrize('workers', [0, 2])
+def test_hopeless_inputs_stop_early(tmp_path, workers):
   (tmp_path / 'in.jsonl').write_bytes(b'no JSON\n' * 5000)
   with pytest.raises(BadInput, match=r'^--input: ([\d,]+) of \1 records are bad') as error:
-    prepare_bytes(tmp_path / 'in.jsonl', tmp_path / 'set', bad_share=0.5)
+    prepare_bytes(tmp_path / 'in.jsonl', tmp_path / 'set', workers, bad_share=0.5)
   assert 'of 5,000' not in str(error.value)
 
 
