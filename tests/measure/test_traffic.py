@@ -1,4 +1,4 @@
-"""Bytes that compiled programs move, against counts by hand; and the ways in which a module may write a group."""
+"""Bytes that compiled programs move, against counts by hand."""
 import jax
 import jax.numpy as jnp
 import pytest
@@ -6,65 +6,82 @@ from jax import P
 
 from mtp_jax.config import MeshConfig
 from mtp_jax.measure import traffic
+from mtp_jax.measure.hlo import first_group
 from mtp_jax.mesh import make_mesh
 
 MESH = MeshConfig(data=2, fsdp=4)
 
 
-def collectives(local, x, in_specs, out_specs) -> dict:
-  """(kind, axes) -> bytes that each of eight devices sends, of a program as compiled."""
+def collectives(local, shape, in_specs, out_specs) -> dict:
+  """{(kind, mesh axes): bytes that each of eight devices sends} of a compiled program."""
   mesh = make_mesh(MESH)
   with jax.set_mesh(mesh):
     run = jax.jit(jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False))
-    hlo = run.lower(jax.ShapeDtypeStruct(x, jnp.float32, sharding=jax.NamedSharding(mesh, in_specs))).compile().as_text()
-  return {(each.kind, traffic.axes(each.group, dict(mesh.shape))): each.sent_bytes for each in traffic.traffic(hlo).collectives}
+    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, in_specs))
+    hlo = run.lower(x).compile().as_text()
+  return {(collective.kind, traffic.axes(collective.group, dict(mesh.shape))): collective.sent_bytes
+          for collective in traffic.traffic(hlo).collectives}
+
+
+def moved_bytes(function, *shapes) -> float:
+  """Bytes of memory that a compiled program of float32 arrays moves."""
+  arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  return traffic.traffic(jax.jit(function).lower(*arguments).compile().as_text()).memory_bytes
 
 
 def loops(local):
-  """5 x 3 runs of it in two loops, one within the other; each needs what the last one left."""
+  """Runs it 5 x 3 times in two nested loops; each run needs the result of the one before."""
   inner = lambda x: jax.lax.fori_loop(0, 3, lambda _, x: local(x), x)
   return lambda x: jax.lax.scan(lambda x, _: (inner(x), None), x, length=5)[0]
 
 
 @pytest.mark.parametrize('axes', [('data',), ('fsdp',), ('data', 'fsdp')], ids=str)
 def test_a_sum_over_devices_sends_twice_what_they_hold_as_often_as_the_loops_run(axes):
-  n, size = {'data': 2, 'fsdp': 4}, 4 * 16 * 8
-  members = 1
-  for axis in axes:
-    members *= n[axis]
-  found = collectives(loops(lambda x: jnp.tanh(jax.lax.psum(x, axes))), (16, 8), P(), P())
-  assert found == {('all-reduce', axes): pytest.approx(15 * 2 * size * (members - 1) / members)}
+  size, members = 4 * 16 * 8, {('data',): 2, ('fsdp',): 4, ('data', 'fsdp'): 8}[axes]
+  sent = collectives(loops(lambda x: jnp.tanh(jax.lax.psum(x, axes))), (16, 8), P(), P())
+  assert sent == {('all-reduce', axes): pytest.approx(15 * 2 * size * (members - 1) / members)}
 
 
 def test_shards_that_are_gathered_are_sent_to_all_others():
-  found = collectives(loops(lambda x: jnp.tanh(jax.lax.all_gather(x, 'fsdp', tiled=True)[:4])), (16, 8), P('fsdp'), P('fsdp'))
-  assert found == {('all-gather', ('fsdp',)): 15 * (4 * 4 * 8) * 3}
+  gather = lambda x: jnp.tanh(jax.lax.all_gather(x, 'fsdp', tiled=True)[:4])
+  sent = collectives(loops(gather), (16, 8), P('fsdp'), P('fsdp'))
+  assert sent == {('all-gather', ('fsdp',)): 15 * (4 * 4 * 8) * 3}
 
 
-def test_a_sum_of_which_each_keeps_a_share_sends_half_of_a_whole_sum():
-  found = collectives(lambda x: jax.lax.psum_scatter(x, 'fsdp', tiled=True), (16, 8), P(), P('fsdp'))
-  assert found == {('reduce-scatter', ('fsdp',)): 4 * 16 * 8 * 3 / 4}
+def test_a_sum_of_which_each_keeps_its_shard_sends_half_of_a_whole_sum():
+  scatter = lambda x: jax.lax.psum_scatter(x, 'fsdp', tiled=True)
+  sent = collectives(scatter, (16, 8), P(), P('fsdp'))
+  assert sent == {('reduce-scatter', ('fsdp',)): 4 * 16 * 8 * 3 / 4}
 
 
 def test_a_neighbour_is_sent_the_whole():
-  found = collectives(lambda x: jax.lax.ppermute(x, 'fsdp', [(i, (i + 1) % 4) for i in range(4)]), (16, 8), P('fsdp'), P('fsdp'))
-  assert found == {('collective-permute', ('fsdp',)): 4 * 4 * 8}
+  ring = [(i, (i + 1) % 4) for i in range(4)]
+  sent = collectives(lambda x: jax.lax.ppermute(x, 'fsdp', ring), (16, 8), P('fsdp'), P('fsdp'))
+  assert sent == {('collective-permute', ('fsdp',)): 4 * 4 * 8}
 
 
-def test_a_loop_through_a_stack_reads_of_it_one_slice_at_a_time():
-  """Twenty matrices of 1 MiB, one after the other: reading the stack once is 20 MiB, reading all of it twenty times would be 400."""
-  run = jax.jit(lambda stack, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0])
-  hlo = run.lower(jax.ShapeDtypeStruct((20, 512, 512), jnp.float32), jax.ShapeDtypeStruct((8, 512), jnp.float32)).compile().as_text()
-  assert 20 * 2**20 <= traffic.traffic(hlo).memory_bytes < 70 * 2**20
+def test_a_loop_through_a_stack_reads_one_slice_of_it_at_a_time():
+  """Twenty matrices of 1 MiB: read once they are 20 MiB; read whole each time, 400."""
+  run = lambda stack, x: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]
+  assert 20 * 2**20 <= moved_bytes(run, (20, 512, 512), (8, 512)) < 70 * 2**20
 
 
-def test_a_loop_that_fills_a_stack_writes_to_it_one_slice_at_a_time():
-  run = jax.jit(lambda x: jax.lax.scan(lambda x, _: (x + 1, x * 2), x, length=50)[1])
-  hlo = run.lower(jax.ShapeDtypeStruct((2**18,), jnp.float32)).compile().as_text()
-  assert 50 * 2**20 <= traffic.traffic(hlo).memory_bytes < 500 * 2**20  # 50 whole writes would be 2,500 MiB
+def test_a_loop_that_fills_a_stack_writes_one_slice_of_it_at_a_time():
+  """50 slices of 1 MiB; 50 writes of the whole would be 2,500 MiB."""
+  run = lambda x: jax.lax.scan(lambda x, _: (x + 1, x * 2), x, length=50)[1]
+  assert 50 * 2**20 <= moved_bytes(run, (2**18,)) < 500 * 2**20
 
 
-@pytest.mark.parametrize('written, group', [
+def test_a_conditional_counts_as_the_branch_that_moves_most():
+  """One branch goes through 40 MiB, the other through nothing; their order does not matter."""
+  walk = lambda x: jax.lax.fori_loop(0, 20, lambda _, x: jnp.tanh(x), x)
+  stay = lambda x: x
+  first = moved_bytes(lambda i, x: jax.lax.cond(i[0] > 0, walk, stay, x), (1,), (2**18,))
+  second = moved_bytes(lambda i, x: jax.lax.cond(i[0] > 0, stay, walk, x), (1,), (2**18,))
+  assert first == second and 40 * 2**20 <= first < 60 * 2**20
+
+
+@pytest.mark.parametrize('text, group', [
     ('replica_groups={{0,2,4,6},{1,3,5,7}}', (0, 2, 4, 6)),
     ('replica_groups=[2,4]<=[8]', (0, 1, 2, 3)),
     ('replica_groups=[2,4]<=[4,2]T(1,0)', (0, 2, 4, 6)),
@@ -73,15 +90,16 @@ def test_a_loop_that_fills_a_stack_writes_to_it_one_slice_at_a_time():
     ("replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=2], device_ids=([2,2]T(1,0)) {'axis_0'}", (0, 1)),
     ("replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([4]) {'axis_1'}", (0, 1)),
     ('source_target_pairs={{0,2},{2,4},{4,6},{6,0}}', (0, 2))])
-def test_a_group_is_read_however_a_module_writes_it(written, group):
-  assert traffic._group(f'%x), channel_id=1, {written}, use_global_device_ids=true') == group
+def test_a_group_is_read_however_a_module_writes_it(text, group):
+  assert first_group(f'%x), channel_id=1, {text}, use_global_device_ids=true') == group
 
 
 TPU = '''HloModule step, num_partitions=4
 
 %scatter (input: f32[8,16]) -> f32[2,16] {
   %input = f32[8,16]{1,0} parameter(0)
-  %all-reduce.1 = f32[8,16]{1,0} all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%add
+  %all-reduce.1 = f32[8,16]{1,0} all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3}}, \
+to_apply=%add
   %at = s32[] constant(0)
   ROOT %kept = f32[2,16]{1,0} dynamic-slice(%all-reduce.1, %at, %at), dynamic_slice_sizes={2,16}
 }
@@ -91,7 +109,8 @@ TPU = '''HloModule step, num_partitions=4
   %i = s32[] get-tuple-element(%state), index=0
   %x = f32[8,16]{1,0:T(8,128)S(1)} get-tuple-element(%state), index=1
   %mine = f32[2,16]{1,0} fusion(%x), kind=kCustom, calls=%scatter
-  %sent = (f32[2,16]{1,0}, u32[], token[]) send(%mine, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = (f32[2,16]{1,0}, u32[], token[]) send(%mine, %token), channel_id=2, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
   ROOT %next = (s32[], f32[8,16]{1,0}) tuple(%i, %x)
 }
 
@@ -105,27 +124,31 @@ TPU = '''HloModule step, num_partitions=4
 
 ENTRY %main (argument: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
   %argument = (s32[], f32[8,16]{1,0}) parameter(0)
-  ROOT %while.1 = (s32[], /*index=1*/f32[8,16]{1,0}) while(%argument), condition=%condition, body=%body
+  ROOT %while.1 = (s32[], /*index=1*/f32[8,16]{1,0}) while(%argument), condition=%condition, \
+body=%body
 }
 '''
 
 
 def test_a_tpus_module_has_bounds_in_conditions_scatters_in_fusions_and_sends_between_slices():
-  """Seven times: a chip sends 3/4 of 512 bytes to its slice, and in two slices 128 bytes to the other one."""
-  found = traffic.traffic(TPU, slices=2)
-  assert {(each.kind, each.group): each.sent_bytes for each in found.collectives} == {
-      ('reduce-scatter', (0, 1, 2, 3)): 7 * 384, ('all-reduce', (0, 4)): 7 * 2 * 128 / 2}
-  assert traffic.axes((0, 4), {'data': 2, 'fsdp': 4}) == ('data',) and traffic.axes((0, 1, 2, 3), {'data': 2, 'fsdp': 4}) == ('fsdp',)
-  assert found.memory_bytes == 7 * (128 + 128 + 128 + 4)  # the fusion writes its share, and reads what lies in the chip's own memory; the send copies it
+  """Seven times: a chip sends 3/4 of 512 bytes in its slice, and 128 bytes to the other slice."""
+  moved, mesh = traffic.traffic(TPU, slices=2), {'data': 2, 'fsdp': 4}
+  assert moved.collectives == (traffic.Collective('all-reduce', (0, 4), 7 * 2 * 128 / 2),
+                               traffic.Collective('reduce-scatter', (0, 1, 2, 3), 7 * 384))
+  assert traffic.axes((0, 4), mesh) == ('data',) and traffic.axes((0, 1, 2, 3), mesh) == ('fsdp',)
+  # The fusion reads the chip's own memory, which does not count, and writes 128; the send copies.
+  assert moved.memory_bytes == 7 * (128 + 128 + 128 + 4)
 
 
 def test_a_loop_without_a_bound_is_an_error():
+  hlo = TPU.replace('s32[] constant(0)\n  %bound', 's32[] parameter(1)\n  %bound')
   with pytest.raises(ValueError, match='while.1: how often it runs is not in the compiled module'):
-    traffic.traffic(TPU.replace('s32[] constant(0)\n  %bound', 's32[] parameter(1)\n  %bound').replace('constant(7)', 'parameter(2)'), slices=2)
+    traffic.traffic(hlo.replace('constant(7)', 'parameter(2)'), slices=2)
 
 
 def test_a_group_that_is_written_in_another_way_is_an_error_rather_than_nothing():
-  with pytest.raises(ValueError, match='a collective whose devices are written in an unknown way: .*replica_groups=all'):
+  line = 'a collective whose devices are written in an unknown way: .*replica_groups=all'
+  with pytest.raises(ValueError, match=line):
     traffic.traffic(TPU.replace('replica_groups={{0,1,2,3}}', 'replica_groups=all'), slices=2)
 
 
@@ -133,24 +156,34 @@ CHAIN = """HloModule step, num_partitions=4
 
 %start (shard: bf16[2,8]) -> (bf16[2,8], bf16[8,8], u32[]) {
   %shard = bf16[2,8]{1,0} parameter(0)
-  %all-gather.1 = bf16[8,8]{1,0} all-gather(%shard), channel_id=5, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
-  ROOT %begun = (bf16[2,8]{1,0}, bf16[8,8]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+  %all-gather.1 = bf16[8,8]{1,0} all-gather(%shard), channel_id=5, replica_groups={{0,1,2,3}}, \
+dimensions={0}, \
+frontend_attributes={chain_id="0"}
+  ROOT %begun = (bf16[2,8]{1,0}, bf16[8,8]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1), \
+custom_call_target="AsyncCollectiveStart"
 }
 
-%beside (shard.1: bf16[2,8], whole.1: bf16[8,8], x: f32[4]) -> (f32[4], bf16[2,8], bf16[8,8], bf16[8,8]) {
+%beside (shard.1: bf16[2,8], whole.1: bf16[8,8], x: f32[4]) -> (f32[4], bf16[2,8], bf16[8,8], \
+bf16[8,8]) {
   %shard.1 = bf16[2,8]{1,0} parameter(0)
   %whole.1 = bf16[8,8]{1,0} parameter(1)
   %x = f32[4]{0} parameter(2)
   %y = f32[4]{0} negate(%x)
-  %all-gather.2 = bf16[8,8]{1,0} all-gather(%shard.1), channel_id=5, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
-  ROOT %both = (f32[4]{0}, bf16[2,8]{1,0}, bf16[8,8]{1,0}, bf16[8,8]{1,0}) tuple(%y, %shard.1, %whole.1, %all-gather.2)
+  %all-gather.2 = bf16[8,8]{1,0} all-gather(%shard.1), channel_id=5, replica_groups={{0,1,2,3}}, \
+dimensions={0}, \
+frontend_attributes={chain_id="0"}
+  ROOT %both = (f32[4]{0}, bf16[2,8]{1,0}, bf16[8,8]{1,0}, bf16[8,8]{1,0}) tuple(%y, %shard.1, \
+%whole.1, %all-gather.2)
 }
 
 %done (shard.2: bf16[2,8], whole.2: bf16[8,8]) -> bf16[8,8] {
   %shard.2 = bf16[2,8]{1,0} parameter(0)
   %whole.2 = bf16[8,8]{1,0} parameter(1)
-  %all-gather.3 = bf16[8,8]{1,0} all-gather(%shard.2), channel_id=5, replica_groups={{0,1,2,3}}, dimensions={0}, frontend_attributes={chain_id="0"}
-  ROOT %ended = bf16[8,8]{1,0} custom-call(%shard.2, %whole.2, %all-gather.3), custom_call_target="AsyncCollectiveDone"
+  %all-gather.3 = bf16[8,8]{1,0} all-gather(%shard.2), channel_id=5, replica_groups={{0,1,2,3}}, \
+dimensions={0}, \
+frontend_attributes={chain_id="0"}
+  ROOT %ended = bf16[8,8]{1,0} custom-call(%shard.2, %whole.2, %all-gather.3), \
+custom_call_target="AsyncCollectiveDone"
 }
 
 ENTRY %main (mine: bf16[2,8], v: f32[4]) -> bf16[8,8] {
@@ -159,7 +192,8 @@ ENTRY %main (mine: bf16[2,8], v: f32[4]) -> bf16[8,8] {
   %a = (bf16[2,8]{1,0}, bf16[8,8]{1,0}, u32[]{:S(2)}) fusion(%mine), kind=kCustom, calls=%start
   %a0 = bf16[2,8]{1,0} get-tuple-element(%a), index=0
   %a1 = bf16[8,8]{1,0} get-tuple-element(%a), index=1
-  %b = (f32[4]{0}, bf16[2,8]{1,0}, bf16[8,8]{1,0}, bf16[8,8]{1,0}) fusion(%a0, %a1, %v), kind=kOutput, calls=%beside
+  %b = (f32[4]{0}, bf16[2,8]{1,0}, bf16[8,8]{1,0}, bf16[8,8]{1,0}) fusion(%a0, %a1, %v), \
+kind=kOutput, calls=%beside
   %b1 = bf16[2,8]{1,0} get-tuple-element(%b), index=1
   %b3 = bf16[8,8]{1,0} get-tuple-element(%b), index=3
   ROOT %all = bf16[8,8]{1,0} fusion(%b1, %b3), kind=kCustom, calls=%done
@@ -168,13 +202,14 @@ ENTRY %main (mine: bf16[2,8], v: f32[4]) -> bf16[8,8] {
 
 
 def test_a_gather_that_runs_beside_computations_counts_once_where_it_starts():
-  """A shard of 32 bytes to three others; of memory the shard and the whole, and what the computation beside it reads and writes."""
-  found = traffic.traffic(CHAIN)
-  assert found.collectives == (traffic.Collective('all-gather', (0, 1, 2, 3), 96.0),)
-  assert found.memory_bytes == 32 + 128 + 16 + 16
-  assert traffic.traffic(CHAIN.replace('{{0,1,2,3}}', '{}')) == found  # no groups: all
+  """A shard of 32 bytes goes to three others; 16 bytes are read and written beside it."""
+  moved = traffic.traffic(CHAIN)
+  assert moved.collectives == (traffic.Collective('all-gather', (0, 1, 2, 3), 96.0),)
+  assert moved.memory_bytes == 32 + 128 + 16 + 16
+  assert traffic.traffic(CHAIN.replace('{{0,1,2,3}}', '{}')) == moved  # no groups: all devices
 
 
 def test_a_collective_that_is_not_known_is_an_error():
+  unknown = '%all-gather.9 = f32[8]{0} ragged-all-to-all(%state), x=1\n  '
   with pytest.raises(ValueError, match='all-gather.9: what a ragged-all-to-all sends is not known'):
-    traffic.traffic(TPU.replace('%i = s32[] get', '%all-gather.9 = f32[8]{0} ragged-all-to-all(%state), x=1\n  %i = s32[] get'), slices=2)
+    traffic.traffic(TPU.replace('%i = s32[] get', f'{unknown}%i = s32[] get'), slices=2)

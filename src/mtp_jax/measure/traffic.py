@@ -1,12 +1,20 @@
-"""What a compiled step moves: bytes through a chip's memory, and between chips, by collective and mesh axis.
+"""What a compiled step moves: bytes through a chip's memory, and between chips.
 
-XLA's own analysis counts a loop's body once. Here the compiled module, as text, is walked like a program: a loop's body as often as it
-runs, a fusion once for what it reads and writes. Of a stack that a loop goes through only the slice at hand is read; what stays in a chip's
-own memory (VMEM, S(1) in a layout) does not count.
+XLA's own analysis counts the body of a loop once. Here the compiled module (hlo.py) is walked like
+a program: the body of a loop counts as often as it runs, a fusion once, for what it reads and
+writes. Where a loop goes through a stack of arrays, it reads one slice of the stack each time.
+Arrays in a chip's own memory do not count.
 
-A collective counts what a chip sends, in a ring of n: all-gather (n-1) x its shard, reduce-scatter and all-to-all (n-1)/n x its input,
-all-reduce twice that, collective-permute its input. Between slices a TPU sends by way of its host, in a `send` that tells what it is part of.
-A collective that runs beside computations stands in several fusions, a chain, and counts where that starts.
+What each of the n chips of a ring sends, for an operand of `size` bytes on each chip:
+
+    all-gather                    size (n-1)
+    reduce-scatter, all-to-all    size (n-1) / n
+    all-reduce                    2 size (n-1) / n
+    collective-permute            size
+
+Between slices a TPU sends by way of its host, in a `send` that names the collective it is part of.
+A collective that runs beside computations appears in several fusions, a chain; it counts where the
+chain starts.
 """
 import dataclasses
 import math
@@ -15,19 +23,34 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-SIZES = {'pred': 1, 's4': 0.5, 'u4': 0.5, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'bf16': 2, 'f16': 2, 's32': 4, 'u32': 4, 'f32': 4, 's64': 8, 'u64': 8,
-         'f64': 8, 'c64': 8, 'c128': 16}
-SENT = {'all-gather': lambda size, n: size * (n - 1), 'reduce-scatter': lambda size, n: size * (n - 1) / n,
-        'all-to-all': lambda size, n: size * (n - 1) / n, 'all-reduce': lambda size, n: 2 * size * (n - 1) / n,
-        'collective-permute': lambda size, n: size}
-REFUSED = {'ragged-all-to-all', 'collective-broadcast'}
+from mtp_jax.measure.hlo import (
+    Computation,
+    Instruction,
+    arrays,
+    first_group,
+    memory_bytes,
+    parse,
+    size_bytes,
+)
+
+SENT_BYTES = {
+    'all-gather': lambda size, n: size * (n - 1),
+    'reduce-scatter': lambda size, n: size * (n - 1) / n,
+    'all-to-all': lambda size, n: size * (n - 1) / n,
+    'all-reduce': lambda size, n: 2 * size * (n - 1) / n,
+    'collective-permute': lambda size, n: size}
+REFUSED = {'ragged-all-to-all', 'collective-broadcast'}  # what they send depends on the data
+NO_TRAFFIC = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all',
+              'partition-id', 'replica-id', 'while', 'conditional', 'call', 'async'}
 CHAIN = 'chain_id='
-FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'replica-id', 'while', 'conditional', 'call'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One kind over one set of devices, in a whole step: the first group's places in the mesh, and the bytes that each chip sends."""
+  """All collectives of one kind over one set of devices in a step.
+
+  group: positions in the mesh of the first group. sent_bytes: what each chip sends.
+  """
   kind: str
   group: tuple[int, ...]
   sent_bytes: float
@@ -35,215 +58,209 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-  """Of one chip and one execution."""
+  """What one chip moves in one execution of a module."""
   memory_bytes: float
   collectives: tuple[Collective, ...]
 
 
 def traffic(hlo: str, slices: int = 1) -> Traffic:
-  """Reads a compiled module, as `compiled.as_text()` gives it. With several slices it is that of one, which sends to the others."""
+  """The traffic of a compiled module, as `compiled.as_text()` gives it.
+
+  Args:
+    slices: with several, the module is that of one slice, which sends to the others.
+
+  Raises:
+    ValueError: the module holds a loop without a known length, or a collective that is not known.
+  """
   module = _Module(hlo, slices)
   memory, sent = module.run(module.entry)
-  return Traffic(memory, tuple(Collective(kind, group, size) for (kind, group), size in sorted(sent.items())))
+  collectives = (Collective(kind, group, size) for (kind, group), size in sorted(sent.items()))
+  return Traffic(memory, tuple(collectives))
 
 
 def axes(group: Sequence[int], shape: dict[str, int]) -> tuple[str, ...]:
-  """The mesh axes along which the members of a group differ; shape: that of the mesh, whose places are counted in its order."""
+  """The mesh axes along which the members of a group differ.
+
+  Args:
+    group: positions in the mesh.
+    shape: sizes of the mesh's axes, in its order.
+  """
   places = np.unravel_index(np.array(group), tuple(shape.values()))
   return tuple(axis for axis, along in zip(shape, places) if len(set(along.tolist())) > 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-  name: str
-  kind: str
-  type: str
-  operands: tuple[str, ...]
-  rest: str
-  root: bool
-
-  def called(self, role: str) -> str:
-    return re.search(rf'\b{role}=%?([\w.\-]+)', self.rest).group(1)
-
-
 class _Module:
+  """Walks a module; `run` gives (bytes of memory, bytes sent by (kind, group)) of a computation."""
+
   def __init__(self, hlo: str, slices: int):
-    self.computations, self.entry, lines = {}, '', None
+    self.computations, self.entry = parse(hlo)
     partitions = re.search(r'num_partitions=(\d+)', hlo)
     self.partitions = int(partitions.group(1)) if partitions else 1
-    self.across = tuple(s * self.partitions for s in range(slices)) if slices > 1 else ()
-    for line in hlo.splitlines():
-      header = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{$', line)
-      if header:
-        lines = self.computations.setdefault(header.group(2), {})
-        self.entry = header.group(2) if header.group(1) else self.entry
-      elif lines is not None and ' = ' in line:
-        instruction = _parse(line)
-        lines[instruction.name] = instruction
-    self.done = {}
+    self.across_slices = tuple(i * self.partitions for i in range(slices)) if slices > 1 else ()
+    self.results = {}
 
   def run(self, name: str) -> tuple[float, dict]:
-    """(bytes of memory, bytes sent by (kind, group)) of one run of a computation."""
-    if name in self.done:
-      return self.done[name]
+    if name not in self.results:
+      self.results[name] = self._run(self.computations[name])
+    return self.results[name]
+
+  def _run(self, lines: Computation) -> tuple[float, dict]:
     memory, sent = 0.0, {}
-
-    def add(found, times=1):
-      nonlocal memory
-      memory += times * found[0]
-      for key, size in found[1].items():
-        sent[key] = sent.get(key, 0.0) + times * size
-
-    lines = self.computations[name]
-    for each in lines.values():
-      kind = each.kind.removesuffix('-start')
-      if kind == 'while':
-        add(self.run(each.called('body')), self._times(each))
-      elif kind == 'conditional':  # the branch that moves most
-        branches = re.search(r'branch_computations=\{([^}]*)\}', each.rest)
-        names = branches.group(1).replace('%', '').split(', ') if branches else [each.called('true_computation'), each.called('false_computation')]
-        add(max((self.run(branch) for branch in names), key=lambda found: found[0]))
-      elif kind in ('call', 'async'):
-        add(self.run(each.called('to_apply' if 'to_apply=' in each.rest else 'calls')))
-      elif kind in SENT:
-        add(self._collective(kind, each, lines))
-      elif kind in REFUSED:
-        raise ValueError(f'{each.name}: what a {kind} sends is not known')
-      elif kind == 'send' and (found := re.search('_xla_megascale_transfer_type="([A-Z_]+)"', each.rest)):
-        kind = found.group(1).lower().replace('_', '-')
-        add((0.0, {(kind, self.across): SENT.get(kind, SENT['collective-permute'])(_bytes(lines[each.operands[0]].type), len(self.across))}))
-      elif kind == 'fusion':
-        for inner in self._fused(self.computations[each.called('calls')]):
-          add(inner)
-      if kind not in FREE and kind != 'async' and not kind.endswith('-done'):
-        add((self._moved(each, lines), {}))
-    self.done[name] = memory, sent
+    for line in lines.values():
+      for times, (line_memory, line_sent) in self._parts(line, lines):
+        memory += times * line_memory
+        for key, size in line_sent.items():
+          sent[key] = sent.get(key, 0.0) + times * size
     return memory, sent
 
-  def _times(self, loop: _Instruction) -> int:
-    """How often a loop runs: what XLA says, or the number that its counter is compared with."""
+  def _parts(self, line: Instruction, lines: Computation) -> Iterator[tuple[int, tuple]]:
+    """(times, (bytes of memory, bytes sent)) of what an instruction calls, sends and moves."""
+    kind = line.kind.removesuffix('-start')
+    if kind == 'while':
+      yield self._times(line), self.run(line.called('body'))
+    elif kind == 'conditional':
+      branches = (self.run(name) for name in _branches(line))
+      yield 1, max(branches, key=lambda result: result[0])  # the branch that moves most
+    elif kind in ('call', 'async'):
+      yield 1, self.run(line.called('to_apply' if 'to_apply=' in line.rest else 'calls'))
+    elif kind in SENT_BYTES:
+      yield 1, (0.0, self._sent(kind, line, lines))
+    elif kind in REFUSED:
+      raise ValueError(f'{line.name}: what a {kind} sends is not known')
+    elif kind == 'send':
+      yield 1, (0.0, self._sent_to_slices(line, lines))
+    elif kind == 'fusion':
+      for sent in self._sent_in_fusion(self.computations[line.called('calls')]):
+        yield 1, (0.0, sent)
+    if kind not in NO_TRAFFIC and not kind.endswith('-done'):
+      yield 1, (self._moved(line, lines), {})
+
+  def _times(self, loop: Instruction) -> int:
+    """How often a loop runs: as XLA notes it, or the number with which its counter is compared."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
     if known:
       return int(known.group(1))
-    condition = self.computations[loop.called('condition')].values()
-    bounds = [int(found.group(1)) for each in condition if each.kind == 'constant' and (found := re.match(r'(\d+)\)', each.rest))]
+    constants = (line for line in self.computations[loop.called('condition')].values()
+                 if line.kind == 'constant')
+    values = [re.match(r'(\d+)\)', line.rest) for line in constants]
+    bounds = [int(value.group(1)) for value in values if value]
     if not bounds:
       raise ValueError(f'{loop.name}: how often it runs is not in the compiled module')
     return max(bounds)
 
-  def _collective(self, kind: str, each: _Instruction, lines) -> tuple[float, dict]:
-    group = tuple(range(self.partitions)) if 'replica_groups={}' in each.rest else _group(each.rest)
-    size = sum(_bytes(lines[name].type) for name in each.operands if name in lines)
-    return 0.0, {(kind, group): SENT[kind](size, len(group))} if len(group) > 1 else {}
+  def _sent(self, kind: str, line: Instruction, lines: Computation) -> dict:
+    """What a collective sends."""
+    all_devices = 'replica_groups={}' in line.rest
+    group = tuple(range(self.partitions)) if all_devices else first_group(line.rest)
+    size = sum(size_bytes(lines[name].type) for name in line.operands if name in lines)
+    return {(kind, group): SENT_BYTES[kind](size, len(group))} if len(group) > 1 else {}
 
-  def _fused(self, inner) -> Iterator[tuple[float, dict]]:
-    """The collectives of a fusion. A TPU's reduce-scatter is an all-reduce and the slice that a chip keeps of it."""
-    starts = any('"AsyncCollectiveStart"' in line.rest for line in inner.values())
-    for line in inner.values():
+  def _sent_to_slices(self, line: Instruction, lines: Computation) -> dict:
+    """What a `send` to the other slices sends; nothing if it is part of no collective."""
+    transfer = re.search('_xla_megascale_transfer_type="([A-Z_]+)"', line.rest)
+    if not transfer:
+      return {}
+    kind = transfer.group(1).lower().replace('_', '-')
+    sent_bytes = SENT_BYTES.get(kind, SENT_BYTES['collective-permute'])
+    size = size_bytes(lines[line.operands[0]].type)
+    return {(kind, self.across_slices): sent_bytes(size, len(self.across_slices))}
+
+  def _sent_in_fusion(self, fused: Computation) -> Iterator[dict]:
+    """What the collectives in a fusion send.
+
+    A TPU's reduce-scatter is an all-reduce and the slice of it that a chip keeps.
+    """
+    starts = any('"AsyncCollectiveStart"' in line.rest for line in fused.values())
+    for line in fused.values():
       kind = line.kind.removesuffix('-start')
-      if kind in SENT and (starts or CHAIN not in line.rest):
-        sliced = kind == 'all-reduce' and any(user.kind == 'dynamic-slice' and user.operands[0] == line.name for user in inner.values())
-        yield self._collective('reduce-scatter' if sliced else kind, line, inner)
+      if kind in SENT_BYTES and (starts or CHAIN not in line.rest):
+        users = (user for user in fused.values() if user.kind == 'dynamic-slice')
+        sliced = any(user.operands[0] == line.name for user in users)
+        yield self._sent('reduce-scatter' if kind == 'all-reduce' and sliced else kind, line, fused)
 
-  def _moved(self, each: _Instruction, lines) -> float:
-    """Bytes that one instruction reads from memory and writes to it."""
-    types = [lines[name].type for name in each.operands if name in lines]
-    if each.kind == 'fusion':
-      return self._fusion(self.computations[each.called('calls')], types, each.type)
-    if each.kind in ('dynamic-slice', 'slice', 'gather'):
-      return 2 * _bytes(each.type, True)
-    if each.kind == 'dynamic-update-slice':
-      return 2 * _bytes(types[1], True)
-    result = each.type
-    if each.kind.endswith('-start'):  # (operands, results, contexts), or (to, from, context) of a copy
-      parts = _split(result)
-      result = parts[0] if each.kind == 'copy-start' else parts[len(types)] if len(parts) > len(types) else result
-    return _bytes(result, True) + sum(_bytes(type_, True) for type_ in types)
+  def _moved(self, line: Instruction, lines: Computation) -> float:
+    """Bytes that an instruction reads from memory and writes to it."""
+    types = [lines[name].type for name in line.operands if name in lines]
+    if line.kind == 'fusion':
+      return _Fusion(self.computations[line.called('calls')]).moved(types, line.type)
+    if line.kind in ('dynamic-slice', 'slice', 'gather'):
+      return 2 * memory_bytes(line.type)
+    if line.kind == 'dynamic-update-slice':
+      return 2 * memory_bytes(types[1])
+    result = line.type
+    if line.kind.endswith('-start'):
+      parts = arrays(result)  # to, from, context of a copy; else operands, results, contexts
+      if line.kind == 'copy-start':
+        result = parts[0]
+      elif len(parts) > len(types):
+        result = parts[len(types)]
+    return memory_bytes(result) + sum(map(memory_bytes, types))
 
-  def _fusion(self, inner, types: list[str], result: str) -> float:
-    users, chained = {}, any(CHAIN in line.rest for line in inner.values())  # its buffers are passed on, and written once, where it starts
-    for line in inner.values():
+
+class _Fusion:
+  """What a fusion reads and writes: of a stack only the slices that it takes or replaces."""
+
+  def __init__(self, lines: Computation):
+    self.lines, self.users = lines, {}
+    # The buffers of a chain are passed on; they are written once, where it starts.
+    self.chained = any(CHAIN in line.rest for line in lines.values())
+    for line in lines.values():
       for name in line.operands:
-        users.setdefault(name, []).append(line)
+        self.users.setdefault(name, []).append(line)
 
-    def uses(name):  # seen through bitcasts
-      return [found for line in users.get(name, []) for found in (uses(line.name) if line.kind == 'bitcast' else [(line, name)])]
+  def moved(self, types: list[str], result: str) -> float:
+    """Bytes read and written, given the types of the operands and of the result."""
+    return self._read(types) + self._written(result)
 
-    def read(use, name) -> float:  # of what a fusion takes in, by one use of it
-      first = use.operands[0] == name
-      if chained and (use.kind in SENT or use.kind in ('tuple', 'custom-call')):
-        return 0.0
-      return (_bytes(use.type) if use.kind in ('dynamic-slice', 'slice', 'gather') and first else
-              0.0 if use.kind == 'dynamic-update-slice' and first else math.inf)
-
-    parameters = {int(line.rest.partition(')')[0]): line.name for line in inner.values() if line.kind == 'parameter'}
-    total = sum(min(_bytes(type_, True), sum(read(*use) for use in uses(parameters[i]))) for i, type_ in enumerate(types))
-
-    def written(line):
-      if line.kind == 'bitcast':
-        return written(inner[line.operands[0]])
-      if chained and (line.kind in SENT or line.kind == 'parameter' or '"AsyncCollectiveDone"' in line.rest):
-        return 0.0
-      return _bytes(inner[line.operands[1]].type) if line.kind == 'dynamic-update-slice' else None
-
-    root = next(line for line in inner.values() if line.root)
-    parts = _split(result)
-    results = [inner[name] for name in root.operands] if root.kind == 'tuple' else [root] * len(parts)
-    for line, type_ in zip(results, parts):
-      part = written(line)
-      total += min(part, _bytes(type_, True)) if part is not None else _bytes(type_, True)
+  def _read(self, types: list[str]) -> float:
+    parameters = {int(line.rest.partition(')')[0]): line.name
+                  for line in self.lines.values() if line.kind == 'parameter'}
+    total = 0.0
+    for i, type_ in enumerate(types):
+      by_use = (self._read_by(use, name) for use, name in self._uses(parameters[i]))
+      total += min(memory_bytes(type_), sum(by_use))
     return total
 
+  def _uses(self, name: str) -> list[tuple[Instruction, str]]:
+    """(instruction, the operand's name in it) for every use of a value, through bitcasts."""
+    uses = []
+    for line in self.users.get(name, []):
+      uses += self._uses(line.name) if line.kind == 'bitcast' else [(line, name)]
+    return uses
 
-def _parse(line: str) -> _Instruction:
-  left, _, right = re.sub(r'/\*.*?\*/', '', line).partition(' = ')
-  end = _closing(right) + 1 if right.startswith('(') else right.index(' ')
-  kind, _, rest = right[end:].strip().partition('(')
-  inside = rest[:_closing('(' + rest) - 1]
-  operands = tuple(re.findall(r'%([\w.\-]+)', inside)) or tuple(word.split()[-1] for word in inside.split(', ') if word.strip())
-  return _Instruction(left.strip().removeprefix('ROOT ').lstrip('%'), kind, right[:end], operands, rest, left.strip().startswith('ROOT '))
+  def _read_by(self, use: Instruction, name: str) -> float:
+    """Bytes that one use reads of an operand; inf for all of it."""
+    if self.chained and (use.kind in SENT_BYTES or use.kind in ('tuple', 'custom-call')):
+      return 0.0
+    if use.operands[0] == name and use.kind in ('dynamic-slice', 'slice', 'gather'):
+      return size_bytes(use.type)
+    if use.operands[0] == name and use.kind == 'dynamic-update-slice':
+      return 0.0
+    return math.inf
+
+  def _written(self, result: str) -> float:
+    root = next(line for line in self.lines.values() if line.root)
+    types = arrays(result)
+    lines = [root] * len(types)
+    if root.kind == 'tuple':
+      lines = [self.lines[name] for name in root.operands]
+    return sum(min(self._written_by(line), memory_bytes(type_)) for line, type_ in zip(lines, types))
+
+  def _written_by(self, line: Instruction) -> float:
+    """Bytes that a result writes; inf for all of it."""
+    if line.kind == 'bitcast':
+      return self._written_by(self.lines[line.operands[0]])
+    kept = line.kind in SENT_BYTES or line.kind == 'parameter'
+    if self.chained and (kept or '"AsyncCollectiveDone"' in line.rest):
+      return 0.0
+    if line.kind == 'dynamic-update-slice':
+      return size_bytes(self.lines[line.operands[1]].type)
+    return math.inf
 
 
-def _closing(text: str) -> int:
-  """Where the bracket that opens the text closes."""
-  depth = 0
-  for i, letter in enumerate(text):
-    depth += (letter == '(') - (letter == ')')
-    if depth == 0:
-      return i
-  raise ValueError(f'no closing bracket: {text[:80]}')
-
-
-def _split(type_: str) -> list[str]:
-  """The arrays of a type."""
-  return re.findall(r'\w+\[[\d,]*\](?:\{[^}]*\})?', type_)
-
-
-def _bytes(type_: str, in_memory: bool = False) -> float:
-  """Of a type, tuples summed up; in_memory: of those parts that a chip keeps in HBM."""
-  total = 0.0
-  for part in _split(type_):
-    name, shape, layout = re.match(r'(\w+)\[([\d,]*)\](\{.*\})?', part).groups()
-    if not (in_memory and re.search(r'S\([1-9]\)', layout or '')):
-      total += (SIZES.get(name) or (1 if name.startswith('f8') else 0)) * math.prod(int(size) for size in shape.split(',') if size)
-  return total
-
-
-def _group(rest: str) -> tuple[int, ...]:
-  """Places of the first group of a collective, however the module writes it."""
-  if found := re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', rest):
-    return tuple(map(int, found.group(1).split(',')))
-  if found := re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', rest):
-    groups, shape, order = (tuple(map(int, part.split(','))) if part else () for part in found.groups())
-    places = np.arange(math.prod(shape)).reshape(shape)
-    return tuple((places.transpose(order) if order else places).reshape(groups)[0].tolist())
-  if found := re.search(r"replica_groups=mesh\[([^\]]+)\](?:, ?device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}", rest):
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
-    shape, order = (tuple(map(int, found.group(i).split(','))) if found.group(i) else () for i in (2, 3))
-    chosen = re.findall(r"'(\w+)'", found.group(4))
-    places = np.arange(math.prod(sizes.values()))
-    if shape:
-      places = places.reshape(shape).transpose(order or None)
-    places = places.reshape(tuple(sizes.values()))
-    return tuple(places[tuple(slice(None) if name in chosen else 0 for name in sizes)].ravel().tolist())
-  raise ValueError(f'a collective whose devices are written in an unknown way: {rest[:300]}')
+def _branches(line: Instruction) -> list[str]:
+  """The computations between which a conditional chooses."""
+  listed = re.search(r'branch_computations=\{([^}]*)\}', line.rest)
+  if listed:
+    return listed.group(1).replace('%', '').split(', ')
+  return [line.called('true_computation'), line.called('false_computation')]
