@@ -23,29 +23,40 @@ def experiment(folder, **sections) -> Config:
   if not documents.exists():
     documents.mkdir(parents=True)
     for i in range(12):
-      (documents / f'{i}.txt').write_text(''.join(f'{i * j} é {"ab" * (j % 3)}\n' for j in range(40)))
+      (documents / f'{i}.txt').write_text(''.join(f'{i * j} é {"ab" * (j % 3)}\n'
+                                                  for j in range(40)))
   tiny = {
-      'model': ModelConfig(width=16, layers=3, heads=2, kv_heads=2, head_width=8, feed_forward=24, futures=2),
+      'model': ModelConfig(width=16, layers=3, heads=2, kv_heads=2, head_width=8, feed_forward=24,
+                           futures=2),
       'objective': ObjectiveConfig(weights=(1.0, 0.5), chunk=8),
-      'data': DataConfig(paths=(str(documents),), length=16, validation_share=0.2, cache=str(folder / 'cache')),
+      'data': DataConfig(paths=(str(documents),), length=16, validation_share=0.2,
+                         cache=str(folder / 'cache')),
       'optimizer': OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
-      'train': TrainConfig(steps=6, batch=8, accumulate=2, log_every=1, evaluate_every=2, evaluate_rows=16, checkpoint_every=3, tensorboard=False),
+      'train': TrainConfig(steps=6, batch=8, accumulate=2, log_every=1, evaluate_every=2,
+                           evaluate_rows=16, checkpoint_every=3, tensorboard=False),
       'mesh': MeshConfig(),
   }
-  return Config(**{name: dataclasses.replace(section, **sections.get(name, {})) for name, section in tiny.items()})
+  return Config(**{name: dataclasses.replace(section, **sections.get(name, {}))
+                   for name, section in tiny.items()})
 
 
 def random_state(config: Config, mesh=None, seed: int = 0) -> training.State:
-  """Every leaf drawn in NumPy, then put where it belongs: the same on any mesh, and nothing is compiled."""
+  """Every leaf random, drawn in NumPy: the same on any mesh, and nothing is compiled."""
   mesh, rng = mesh or make_mesh(config.mesh), np.random.default_rng(seed)
-  fill = lambda x: rng.integers(0, 100, x.shape) if x.dtype == np.int32 else 0.3 * rng.standard_normal(x.shape)
+
+  def fill(x):
+    return rng.integers(0, 100, x.shape) if x.dtype == np.int32 else 0.3 * rng.standard_normal(x.shape)
+
   with jax.set_mesh(mesh):
-    return jax.tree.map(lambda x: jax.device_put(fill(x).astype(x.dtype), x.sharding), training.abstract(config, mesh))
+    return jax.tree.map(lambda x: jax.device_put(fill(x).astype(x.dtype), x.sharding),
+                        training.abstract(config, mesh))
 
 
-def write(workdir, config: Config, state: training.State, step: int = 3, identity: dict | None = None, writer=None, **changes) -> None:
+def write(workdir, config: Config, state: training.State, step: int = 3,
+          identity: dict | None = None, writer=None, **changes) -> None:
   """A checkpoint as `fit` writes it."""
-  record = {'step': step, 'config': config.to_dict(), 'conventions': conventions(config.model), 'tokenizer': tokenizer.load('bytes').digest,
+  record = {'step': step, 'config': config.to_dict(), 'conventions': conventions(config.model),
+            'tokenizer': tokenizer.load('bytes').digest,
             'identity': identity or {}, 'data': {'global_next_index': 0}} | changes
   ours = writer or store.Writer(workdir, 3)
   ours.save(step, state.model, state.without_model(), record)
@@ -53,16 +64,24 @@ def write(workdir, config: Config, state: training.State, step: int = 3, identit
     ours.close()
 
 
+def write_config_file(path, config: Config) -> None:
+  """A config file whose get_config returns this config."""
+  path.write_text('from mtp_jax.config import Config\n\ndef get_config():\n'
+                  f'  return Config.from_dict({config.to_dict()!r}).to_config_dict()\n')
+
+
 def same_bits(a, b) -> bool:
   """Names, types, shapes and bytes of every leaf."""
-  bits = lambda tree: {jax.tree_util.keystr(path): (x.dtype, x.shape, np.asarray(x).tobytes()) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+  bits = lambda tree: {jax.tree_util.keystr(path): (x.dtype, x.shape, np.asarray(x).tobytes())
+                       for path, x in jax.tree_util.tree_leaves_with_path(tree)}
   return bits(a) == bits(b)
 
 
 def prepare_bytes(folder, output, workers: int = 0, **options) -> Prepared:
   """Prepares a folder with the byte tokenizer, in small parts, whatever is wrong with its records."""
   options = Options(**{'validation_share': 0.2, 'shard_bytes': 3000, 'bad_share': 1} | options)
-  return prepare(files((str(folder),), '--input'), tokenizer.load('bytes'), options, output, workers, '--input')
+  return prepare(files((str(folder),), '--input'), tokenizer.load('bytes'), options, output,
+                 workers, '--input')
 
 
 def texts(stream: Stream) -> list[bytes]:

@@ -24,14 +24,18 @@ from collections.abc import Iterator, Sequence
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIELDS = {
-    'model.width': 16, 'model.heads': 2, 'model.kv_heads': 1, 'model.head_width': 8, 'model.feed_forward': 32, 'model.layers': 3, 'model.futures': 2, 'data.length': 32,
-    'train.batch': 2, 'train.steps': 100, 'train.log_every': 1, 'train.checkpoint_every': 5, 'train.evaluate_every': 0, 'train.evaluate_rows': 2,
+    'model.width': 16, 'model.heads': 2, 'model.kv_heads': 1, 'model.head_width': 8,
+    'model.feed_forward': 32, 'model.layers': 3, 'model.futures': 2, 'data.length': 32,
+    'train.batch': 2, 'train.steps': 100, 'train.log_every': 1, 'train.checkpoint_every': 5,
+    'train.evaluate_every': 0, 'train.evaluate_rows': 2,
     'train.tensorboard': False, 'optimizer.warmup_steps': 0}
-JOB = FIELDS | {'model.kv_heads': 2, 'mesh.fsdp': 4, 'mesh.tensor': 2, 'train.batch': 8, 'train.evaluate_rows': 8, 'train.steps': 12, 'train.checkpoint_every': 3,
+JOB = FIELDS | {'model.kv_heads': 2, 'mesh.fsdp': 4, 'mesh.tensor': 2, 'train.batch': 8,
+                'train.evaluate_rows': 8, 'train.steps': 12, 'train.checkpoint_every': 3,
                 'train.heartbeat_seconds': 5}
 DEVICES, PATIENCE_SECONDS = 4, 400  # of each of two processes; beyond the 300 seconds that one waits at the start for one that was killed before it came
 ANOTHER_ENDED = 'mtp_jax: .*another process of this job (has|may have) ended.*[:;] run the same command on all of them to resume'
-FAST = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'  # compilation takes most of the time of so small a job
+# compilation takes most of the time of so small a job
+FAST = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 
 
 def corpus(folder: pathlib.Path, seed: int = 0) -> None:
@@ -39,7 +43,8 @@ def corpus(folder: pathlib.Path, seed: int = 0) -> None:
   import gzip
   rng = random.Random(seed)
   folder.mkdir()
-  line = lambda: json.dumps({'text': ''.join(rng.choice('abcdefgh \n') for _ in range(rng.randint(1, 3000)))}) + '\n'
+  line = lambda: json.dumps({'text': ''.join(rng.choice('abcdefgh \n')
+                                             for _ in range(rng.randint(1, 3000)))}) + '\n'
   (folder / 'a.jsonl').write_text(''.join(line() for _ in range(5000)) + '{"broken\n')
   with gzip.GzipFile(folder / 'b.jsonl.gz', 'wb', mtime=0) as file:
     file.write(''.join(line() for _ in range(500)).encode())
@@ -53,10 +58,13 @@ def command(name: str, *arguments) -> list[str]:
 
 def train(workdir: pathlib.Path, cache: pathlib.Path, fields: dict) -> list[str]:
   config = ROOT / 'configs' / 'tiny.py'
-  return command('train', f'--workdir={workdir}', f'--config={config}', f'--config.data.cache={cache}', *(f'--config.{name}={value}' for name, value in fields.items()))
+  return command('train', f'--workdir={workdir}', f'--config={config}',
+                 f'--config.data.cache={cache}',
+                 *(f'--config.{name}={value}' for name, value in fields.items()))
 
 
-def run(arguments: list[str], seconds: float | None = None, programs: pathlib.Path | str = '') -> subprocess.Popen:
+def run(arguments: list[str], seconds: float | None = None,
+        programs: pathlib.Path | str = '') -> subprocess.Popen:
   """Runs to the end, or for so long, and then kills it and waits until nothing of it is left. programs: where JAX keeps what it compiled."""
   process = _start(arguments, programs)
   try:
@@ -73,10 +81,14 @@ def _hear(process: subprocess.Popen, seconds: float | None = None) -> None:
   process.output = process.out + err
 
 
-def _start(arguments: list[str], programs: pathlib.Path | str, **variables: str) -> subprocess.Popen:
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONPATH': str(ROOT / 'src'), 'JAX_COMPILATION_CACHE_DIR': str(programs),
+def _start(arguments: list[str], programs: pathlib.Path | str,
+           **variables: str) -> subprocess.Popen:
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
+                              'PYTHONPATH': str(ROOT / 'src'),
+                              'JAX_COMPILATION_CACHE_DIR': str(programs),
                               'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'} | variables
-  return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True)
 
 
 @contextlib.contextmanager
@@ -88,7 +100,9 @@ def job(programs: pathlib.Path, *commands: list[str]) -> Iterator[list[subproces
   processes = []
   try:
     for index, arguments in enumerate(commands):
-      processes.append(_start(arguments, programs, XLA_FLAGS=f'--xla_force_host_platform_device_count={DEVICES} {FAST}', JAX_COORDINATOR_ADDRESS=address,
+      processes.append(_start(arguments, programs,
+                              XLA_FLAGS=f'--xla_force_host_platform_device_count={DEVICES} {FAST}',
+                              JAX_COORDINATOR_ADDRESS=address,
                               JAX_NUM_PROCESSES=str(len(commands)), JAX_PROCESS_ID=str(index)))
     yield processes
   finally:
@@ -118,26 +132,31 @@ def ended(processes: Sequence[subprocess.Popen], seconds: float) -> list[int]:
 def undisturbed_job(folder: pathlib.Path) -> dict[int, str]:
   """Runs JOB in folder / 'whole', unless that has been done; the losses."""
   if not (folder / 'whole').exists():
-    with job(folder / 'programs', *[train(folder / 'whole', folder / 'cache', JOB)] * 2) as processes:
+    with job(folder / 'programs',
+             *[train(folder / 'whole', folder / 'cache', JOB)] * 2) as processes:
       codes = ended(processes, PATIENCE_SECONDS)
     assert codes == [0, 0], [process.output for process in processes]
   return losses(folder / 'whole')
 
 
 def contents(folder: pathlib.Path) -> dict[str, str]:
-  return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob('*')) if path.is_file()}
+  return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+          for path in sorted(folder.rglob('*')) if path.is_file()}
 
 
 def losses(workdir: pathlib.Path) -> dict[int, str]:
   log = workdir / 'metrics.jsonl'
-  records = [json.loads(line) for line in log.read_text().splitlines() if line.endswith('}')] if log.exists() else []
+  records = [json.loads(line) for line in log.read_text().splitlines()
+             if line.endswith('}')] if log.exists() else []
   return {record['step']: repr(record['loss']) for record in records if record['kind'] == 'train'}
 
 
 def kill_prepare(folder: pathlib.Path, kills: int, rng: random.Random, say=print) -> bool:
   """Whether the set is the same whenever, and as often as, it was killed."""
   corpus(folder / 'in')
-  prepare = lambda output, workers: command('prepare', f'--input={folder / "in"}', f'--output={output}', '--shard_bytes=400000', f'--workers={workers}')
+  prepare = lambda output, workers: command('prepare', f'--input={folder / "in"}',
+                                            f'--output={output}', '--shard_bytes=400000',
+                                            f'--workers={workers}')
   start = time.perf_counter()
   whole = run(prepare(folder / 'whole', 1))
   seconds = time.perf_counter() - start
@@ -194,7 +213,8 @@ def kill_job(folder: pathlib.Path, kills: int, rng: random.Random, say=print) ->
   wanted = undisturbed_job(folder)
   same, done, n = wanted == losses(folder / 'whole' / 'process-1') and len(wanted) == JOB['train.steps'], 0, 0
   start = lambda workdir: job(folder / 'programs', *[train(workdir, folder / 'cache', JOB)] * 2)
-  checkpoints = lambda workdir: sorted(int(path.name) for path in workdir.glob('checkpoints/*') if path.name.isdigit())
+  checkpoints = lambda workdir: sorted(int(path.name) for path in workdir.glob('checkpoints/*')
+                                       if path.name.isdigit())
 
   has_ended = lambda processes: any(process.poll() is not None for process in processes)
 
@@ -214,7 +234,8 @@ def kill_job(folder: pathlib.Path, kills: int, rng: random.Random, say=print) ->
         if has_ended(processes):
           same &= ended(processes, PATIENCE_SECONDS) == [0, 0]
           break
-        began, victim, whom = time.perf_counter(), rng.choice([0, 1]), rng.choice(['process', 'worker'])
+        began, victim, whom = time.perf_counter(), rng.choice([0, 1]), rng.choice([
+            'process', 'worker'])
         for pid in workers(processes[victim]) if whom == 'worker' else ():
           os.kill(pid, signal.SIGKILL)
         if whom == 'process':
@@ -222,9 +243,11 @@ def kill_job(folder: pathlib.Path, kills: int, rng: random.Random, say=print) ->
         codes, done = ended(processes, PATIENCE_SECONDS), done + 1
         survivor = processes[1 - victim]
         last = (survivor.output.splitlines() or [''])[-1]
-        ours = f'File "{ROOT}/src/'  # Orbax may print tracebacks of its threads, which do not lead through this project
+        # Orbax may print tracebacks of its threads, which do not lead through this project
+        ours = f'File "{ROOT}/src/'
         noticed = re.fullmatch(ANOTHER_ENDED, last) and ours not in survivor.output
-        fine = survivor.returncode == 0 or survivor.returncode == 1 and bool(noticed)  # 0: it had done all
+        # 0: it had done all
+        fine = survivor.returncode == 0 or survivor.returncode == 1 and bool(noticed)
         same &= fine
         say(f'job: {whom} {victim} killed, {done} times; exit codes {codes} after {time.perf_counter() - began:.1f} s; '
             f'checkpoints {checkpoints(workdir)}; {last if fine else "NO CLEAR END: " + survivor.output}')
@@ -248,5 +271,6 @@ if __name__ == '__main__':
       name = kill.__name__.removeprefix('kill_')
       pathlib.Path(folder, name).mkdir()
       same[name] = kill(pathlib.Path(folder, name), given.kills, random.Random(given.seed))
-  print('; '.join(f'{name}: {"the same" if is_same else "DIFFERENT"}' for name, is_same in same.items()))
+  print('; '.join(f'{name}: {"the same" if is_same else "DIFFERENT"}'
+                  for name, is_same in same.items()))
   sys.exit(not all(same.values()))

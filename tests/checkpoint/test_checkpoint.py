@@ -40,7 +40,8 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize('mesh', [
-    ONE, EIGHT, MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(tensor=2), MeshConfig(fsdp=2, context=2)], ids=str)
+    ONE, EIGHT, MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(tensor=2),
+    MeshConfig(fsdp=2, context=2)], ids=str)
 def test_a_state_of_eight_devices_is_bit_equal_on_any_mesh(eight, mesh):
   config, state, workdir = eight
   config, mesh = dataclasses.replace(config, mesh=mesh), make_mesh(mesh)
@@ -59,7 +60,8 @@ def test_the_parameters_of_eight_devices_are_bit_equal_in_load(eight):
 def test_load_falls_back_to_one_device_when_the_mesh_is_too_large(tmp_path):
   config = experiment(tmp_path)
   state = random_state(config)
-  larger = dataclasses.replace(config, mesh=MeshConfig(data=16), train=TrainConfig(batch=16, evaluate_rows=16))
+  larger = dataclasses.replace(config, mesh=MeshConfig(data=16),
+                               train=TrainConfig(batch=16, evaluate_rows=16))
   write(tmp_path / 'run', larger, state)
   lm = mtp_jax.load(tmp_path / 'run')
   assert same_bits(lm.model, state.model) and lm.mesh.size == 1
@@ -68,14 +70,18 @@ def test_load_falls_back_to_one_device_when_the_mesh_is_too_large(tmp_path):
 def test_a_tree_comes_back_from_a_plain_dict(eight):
   _, state, _ = eight
   nested = store.as_dict(state.model)
-  assert list(nested['trunk']) and all(type(x) is dict or x.dtype == np.float32 for x in nested.values())
+  assert list(nested['trunk'])
+  assert all(type(x) is dict or x.dtype == np.float32 for x in nested.values())
   assert same_bits(store.from_dict(state.model, nested), state.model)
 
 
 @pytest.mark.parametrize('model, message', [
-    ({'feed_forward': 32}, r'futures.down_FD is float32\[2, 24, 16\], but the config asks for float32\[2, 32, 16\]'),
-    ({'qk_norm': True}, r'futures\.k_norm_K is missing from the checkpoint; nearest name: futures\.'),
-    ({'tie_embeddings': True}, 'unembed_VD is in the checkpoint but not in the model; nearest name: embed_VD'),
+    ({'feed_forward': 32},
+     r'futures.feed_forward.down_FD is float32\[2, 24, 16\], but the config asks for float32\[2, 32, 16\]'),
+    ({'qk_norm': True},
+     r'futures\.attention\.k_norm_K is missing from the checkpoint; nearest name: futures\.'),
+    ({'tie_embeddings': True},
+     'unembed_VD is in the checkpoint but not in the model; nearest name: embed_VD'),
     ({'kind': 'sequential'}, 'futures'),
 ], ids=['shape', 'missing', 'left over', 'family'])
 def test_other_names_and_shapes_are_refused(eight, model, message):
@@ -91,7 +97,8 @@ def test_a_checkpoint_of_another_layout_is_refused(run):
   folder = workdir / FOLDER / '3'
   (folder / 'training').rename(folder / 'optimizer')
   mesh = make_mesh(ONE)
-  with jax.set_mesh(mesh), pytest.raises(BadInput, match='has no folder training; it was written by another version'):
+  message = 'has no folder training; it was written by another version'
+  with jax.set_mesh(mesh), pytest.raises(BadInput, match=message):
     training.restore(config, workdir, 3, mesh)
 
 
@@ -101,12 +108,14 @@ def test_another_type_is_refused_and_never_cast(tmp_path):
   to_half = lambda x: jax.device_put(np.asarray(x, np.float16), x.sharding)
   half = dataclasses.replace(state, model=jax.tree.map(to_half, state.model))
   write(tmp_path / 'run', config, half)
-  with pytest.raises(BadInput, match=r'is float16\[264, 16\], but the config asks for float32\[264, 16\]'):
+  with pytest.raises(BadInput,
+                     match=r'is float16\[264, 16\], but the config asks for float32\[264, 16\]'):
     mtp_jax.load(tmp_path / 'run')
 
 
 @pytest.mark.parametrize('unlink', [
-    ['_CHECKPOINT_METADATA', 'commit_success.txt'], ['commit_success.txt'], ['_CHECKPOINT_METADATA']], ids=str)
+    ['_CHECKPOINT_METADATA', 'commit_success.txt'], ['commit_success.txt'],
+    ['_CHECKPOINT_METADATA']], ids=str)
 def test_an_incomplete_step_is_skipped_and_set_aside(run, unlink):
   config, workdir = run
   state = random_state(config)
@@ -147,7 +156,8 @@ def test_a_failed_save_is_an_error_and_leaves_the_older_checkpoint_and_the_next_
   config, workdir = run
   state, writer = random_state(config), store.Writer(workdir, 3)
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))  # a file of more than 2,000 bytes cannot be written, even by root
+  # a file of more than 2,000 bytes cannot be written, even by root
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
   try:
     with pytest.raises(OSError, match='a checkpoint could not be written to'):
       write(workdir, config, state, 4, writer=writer)
@@ -178,7 +188,8 @@ RECORDS = {
     'no record': with_record(lambda record: None),
     'only a step': with_record(lambda record: {'step': 3}),
     'config of another type': with_record(lambda record: record | {'config': 'x'}),
-    **{f'no {key}': without(key) for key in ('config', 'conventions', 'tokenizer', 'identity', 'data')},
+    **{f'no {key}': without(key)
+       for key in ('config', 'conventions', 'tokenizer', 'identity', 'data')},
 }
 
 
@@ -188,17 +199,20 @@ def test_a_damaged_record_is_refused(eight, tmp_path, damage):
   folder = tmp_path / FOLDER / '3'
   folder.mkdir(parents=True)
   (folder / 'commit_success.txt').write_text('')
-  (folder / '_CHECKPOINT_METADATA').write_text(damage(json.loads((source / '_CHECKPOINT_METADATA').read_text())))
+  metadata = json.loads((source / '_CHECKPOINT_METADATA').read_text())
+  (folder / '_CHECKPOINT_METADATA').write_text(damage(metadata))
   message = 'lacks the record of config and conventions .* remove the folder 3 to fall back to an older step'
   with pytest.raises(BadInput, match=message):
     read_record(tmp_path)
 
 
 @pytest.mark.parametrize('change', [
-    {'target': 'future m predicts token t+m'}, {'rotary': None}, {'new in a later version': 1}], ids=str)
+    {'target': 'future m predicts token t+m'}, {'rotary': None}, {'new in a later version': 1}],
+    ids=str)
 def test_contradicting_conventions_are_refused(tmp_path, change):
   config = experiment(tmp_path)
-  write(tmp_path / 'run', config, random_state(config), conventions=conventions(config.model) | change)
+  write(tmp_path / 'run', config, random_state(config),
+        conventions=conventions(config.model) | change)
   message = f'conventions contradict this version in {next(iter(change))}'
   with pytest.raises(BadInput, match=message):
     mtp_jax.load(tmp_path / 'run')
@@ -207,28 +221,33 @@ def test_contradicting_conventions_are_refused(tmp_path, change):
 
 
 @pytest.mark.parametrize('section, field, value', [
-    ('model', 'layers', 4), ('model', 'futures', 1), ('model', 'kind', 'sequential'), ('model', 'placement', 'appended'),
+    ('model', 'layers', 4), ('model', 'futures', 1), ('model', 'kind', 'sequential'),
+    ('model', 'placement', 'appended'),
     ('model', 'rope_base', 100.0), ('train', 'steps', 2)])
 def test_what_a_checkpoint_fixes_cannot_change(eight, section, field, value):
   config, _, workdir = eight
   old = config.to_dict()
   old |= {'objective': {'chunk': 8}, 'optimizer': {'warmup_steps': 1}}
   changed = Config.from_dict(old | {section: old[section] | {field: value}})
-  with pytest.raises(BadInput, match=f'config.{section}.{field}={value!r}: the checkpoint in .*; set '):
+  with pytest.raises(BadInput,
+                     match=f'config.{section}.{field}={value!r}: the checkpoint in .*; set '):
     check_resumes(changed, read_record(workdir), workdir)
 
 
 def test_what_a_checkpoint_does_not_fix_may_change_and_is_reported(eight):
   config, _, workdir = eight
-  train, model = dataclasses.replace(config.train, batch=16), dataclasses.replace(config.model, remat='none')
+  train = dataclasses.replace(config.train, batch=16)
+  model = dataclasses.replace(config.model, remat='none')
   changed = dataclasses.replace(config, mesh=ONE, train=train, model=model)
   assert check_resumes(config, read_record(workdir), workdir) == []
   assert check_resumes(changed, read_record(workdir), workdir) == [
-      "config.model.remat: 'full' -> 'none'", 'config.train.batch: 8 -> 16', 'config.mesh.fsdp: 4 -> 1', 'config.mesh.tensor: 2 -> 1']
+      "config.model.remat: 'full' -> 'none'", 'config.train.batch: 8 -> 16',
+      'config.mesh.fsdp: 4 -> 1', 'config.mesh.tensor: 2 -> 1']
 
 
 def test_a_folder_without_checkpoints_is_bad_input(tmp_path):
-  with pytest.raises(BadInput, match='holds no checkpoint; train one with: python -m mtp_jax train'):
+  with pytest.raises(BadInput,
+                     match='holds no checkpoint; train one with: python -m mtp_jax train'):
     read_record(tmp_path)
 
 

@@ -10,8 +10,10 @@ from mtp_jax import objective
 from mtp_jax.config import ObjectiveConfig, OptimizerConfig
 from mtp_jax.train import optimizer
 
-DECAYED = {'embed_VD', 'unembed_VD', 'wq_DHK', 'wk_DGK', 'wv_DGK', 'wo_HKD', 'gate_DF', 'up_DF', 'down_FD', 'join_CD', 'map_Dd'}
-PLAIN = {'final_norm_D', 'attention_norm_D', 'feed_forward_norm_D', 'q_norm_K', 'k_norm_K', 'embedding_norm_D', 'hidden_norm_D', 'out_norm_D'}
+DECAYED = {'embed_VD', 'unembed_VD', 'wq_DHK', 'wk_DGK', 'wv_DGK', 'wo_HKD', 'gate_DF', 'up_DF',
+           'down_FD', 'join_CD', 'map_Dd'}
+PLAIN = {'final_norm_D', 'attention_norm_D', 'feed_forward_norm_D', 'q_norm_K', 'k_norm_K',
+         'embedding_norm_D', 'hidden_norm_D', 'out_norm_D'}
 
 
 def name(path) -> str:
@@ -33,15 +35,18 @@ def rate(c: OptimizerConfig, step: int, steps: int) -> float:
 @pytest.mark.parametrize('schedule', ['cosine', 'wsd'])
 @pytest.mark.parametrize('warmup', [0, 10])
 def test_learning_rates_follow_their_formulas(schedule, warmup):
-  c = OptimizerConfig(learning_rate=0.5, warmup_steps=warmup, schedule=schedule, decay_share=0.25, final_ratio=0.1)
+  c = OptimizerConfig(learning_rate=0.5, warmup_steps=warmup, schedule=schedule, decay_share=0.25,
+                      final_ratio=0.1)
   found = jax.vmap(optimizer.schedule(c, 80))(jnp.arange(90))
-  np.testing.assert_allclose(found, [rate(c, step, 80) for step in range(90)], rtol=2e-6)  # a cosine in float32
+  # a cosine in float32
+  np.testing.assert_allclose(found, [rate(c, step, 80) for step in range(90)], rtol=2e-6)
   assert math.isclose(found[80], 0.05, rel_tol=2e-6) and math.isclose(max(found), 0.5, rel_tol=2e-6)
 
 
 @pytest.mark.parametrize('clip', [0.5, 1e6], ids=['clipped', 'not clipped'])
 def test_updates_are_adamw_as_written(tiny, random_model, clip, assert_close):
-  c = OptimizerConfig(learning_rate=0.1, warmup_steps=2, clip=clip, weight_decay=0.3, epsilon=1e-3, b1=0.8, b2=0.9)
+  c = OptimizerConfig(learning_rate=0.1, warmup_steps=2, clip=clip, weight_decay=0.3, epsilon=1e-3,
+                      b1=0.8, b2=0.9)
   transform = optimizer.make(c, 10)
   model = random_model(tiny(kind='sequential', qk_norm=True))
   advance = jax.jit(transform.update)
@@ -61,21 +66,28 @@ def test_updates_are_adamw_as_written(tiny, random_model, clip, assert_close):
       g = raw[i] * min(1, clip / norm)
       first[i] = 0.8 * first[i] + 0.2 * g
       second[i] = 0.9 * second[i] + 0.1 * g * g
-      direction = first[i] / (1 - 0.8**(step + 1)) / (np.sqrt(second[i] / (1 - 0.9**(step + 1))) + 1e-3)
-      wanted[i] = wanted[i] - rate(c, step, 10) * (direction + 0.3 * wanted[i] * (name(path) in DECAYED))
+      m, v = first[i] / (1 - 0.8**(step + 1)), second[i] / (1 - 0.9**(step + 1))
+      direction = m / (np.sqrt(v) + 1e-3)
+      decay = 0.3 * wanted[i] * (name(path) in DECAYED)
+      wanted[i] = wanted[i] - rate(c, step, 10) * (direction + decay)
     assert_close(jax.tree.leaves(model), wanted)
-    assert (step == 0) == all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(model), start)), 'warm-up starts from 0'
+    assert (step == 0) == all(np.array_equal(a, b)
+                              for a, b in zip(jax.tree.leaves(model),
+                                              start)), 'warm-up starts from 0'
 
 
 @pytest.mark.parametrize('changes', [{}, {'tie_embeddings': True}], ids=['untied', 'tied'])
-def test_every_parameter_learns_and_stands_in_the_group_of_its_kind(tiny, random_model, packed, variant, changes):
+def test_every_parameter_gets_a_gradient_and_only_matrices_decay(
+    tiny, random_model, packed, variant, changes):
   model = random_model(tiny(qk_norm=True, layers=4, **variant, **changes))
   M = model.config.futures
-  run = jax.jit(jax.grad(lambda model, batch: objective.loss(model, objective.Read.of(batch, M), jnp.ones(M), ObjectiveConfig(chunk=8))[0]))
+  run = jax.jit(jax.grad(lambda model, batch: objective.loss(
+      model, objective.Read.of(batch, M), jnp.ones(M), ObjectiveConfig(chunk=8))[0]))
   grads = run(model, packed(model.config, 2, 8))
   decayed = jax.tree_util.tree_leaves_with_path(optimizer.decayed(model))
   assert len(decayed) == len(jax.tree.leaves(model)) > 0
   for (path, decays), g in zip(decayed, jax.tree.leaves(grads)):
     assert decays == (name(path) in DECAYED) and name(path) in DECAYED | PLAIN
-    stacked = g if '.trunk' in jax.tree_util.keystr(path) or '.futures' in jax.tree_util.keystr(path) else g[None]
+    is_stacked = any(part in jax.tree_util.keystr(path) for part in ('.trunk', '.futures'))
+    stacked = g if is_stacked else g[None]
     assert all(np.any(layer) for layer in stacked), jax.tree_util.keystr(path)

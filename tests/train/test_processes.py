@@ -1,4 +1,4 @@
-"""Several processes are one run: they find each other, read each row once, stop at one step, and none outlives a dead one."""
+"""Several processes are one run: they find each other, read each row once, stop at one step, and end together."""
 import contextlib
 import dataclasses
 import fcntl
@@ -32,25 +32,28 @@ from mtp_jax.sharding import AXES
 from mtp_jax.train import processes
 from mtp_jax.train import step as training
 
-pytestmark = pytest.mark.filterwarnings(r'ignore:the load_module\(\) method is deprecated:DeprecationWarning')  # ml_collections reads a config file so
+# ml_collections 1.1.0 loads config files with it
+pytestmark = pytest.mark.filterwarnings(r'ignore:the load_module\(\) method is deprecated:DeprecationWarning')
 
 HERE = {'JAX_COORDINATOR_ADDRESS': '10.0.0.1:1234', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '1'}
 STEP = {'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'n[1-2]', 'SLURM_NTASKS': '2'}
-SECONDS = 60  # within which a job stops: 2 seconds on a machine of one's own, and heartbeat_seconds where a process is dead
+# In which a job stops: 2 seconds on an idle machine, and heartbeat_seconds more where a process is dead.
+SECONDS = 60
 
 
 @pytest.mark.parametrize('variables, tpu, where', [
     ({}, False, None),
     (HERE, False, 'variables'),
     (HERE, True, 'variables'),
-    (HERE | STEP, False, 'variables'),  # said by hand goes before what is found
+    (HERE | STEP, False, 'variables'),  # what a user sets goes before what Slurm sets
     (HERE | {'JAX_NUM_PROCESSES': '1', 'JAX_PROCESS_ID': '0'}, False, None),
     (HERE | {'JAX_COORDINATOR_ADDRESS': '[::1]:1234'}, False, 'variables'),
     (STEP, False, 'slurm'),
     (STEP, True, 'slurm'),
     (STEP | {'SLURM_NTASKS': '1'}, False, None),
     ({'SLURM_STEP_NODELIST': 'n1'}, False, None),
-    ({'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '2'}, False, None),  # the batch script itself, which is no task
+    # the batch script itself, which is no task
+    ({'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '2'}, False, None),
     ({}, True, 'tpu'),
     ({'JAX_PLATFORMS': 'tpu,cpu'}, True, 'tpu'),
     ({'JAX_PLATFORMS': 'cpu'}, True, None),
@@ -61,14 +64,23 @@ def test_where_a_job_runs_is_read_from_the_environment(variables, tpu, where):
 
 
 @pytest.mark.parametrize('variables, said', [
-    ({'JAX_PROCESS_ID': '1'}, 'JAX_PROCESS_ID=1: JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES must be set as well'),
-    ({'JAX_NUM_PROCESSES': '2'}, 'JAX_NUM_PROCESSES=2: JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID must be set as well'),
-    ({'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_PROCESS_ID': '0'}, 'JAX_COORDINATOR_ADDRESS=a:1: JAX_NUM_PROCESSES must be set as well'),
-    (HERE | {'JAX_PROCESS_ID': '2'}, 'JAX_PROCESS_ID=2, JAX_NUM_PROCESSES=2: must be numbers from 0, the first below the second'),
-    (HERE | {'JAX_PROCESS_ID': '-1'}, 'JAX_PROCESS_ID=-1, JAX_NUM_PROCESSES=2: must be numbers from 0'),
-    (HERE | {'JAX_NUM_PROCESSES': 'two'}, 'JAX_PROCESS_ID=1, JAX_NUM_PROCESSES=two: must be numbers from 0'),
-    (HERE | {'JAX_NUM_PROCESSES': '0', 'JAX_PROCESS_ID': '0'}, 'JAX_PROCESS_ID=0, JAX_NUM_PROCESSES=0: must be numbers from 0'),
-    *((HERE | {'JAX_COORDINATOR_ADDRESS': address}, f'JAX_COORDINATOR_ADDRESS={address}: must be host:port of process 0') for address in ('', 'host', ':1', 'host:', 'host:x')),
+    ({'JAX_PROCESS_ID': '1'},
+     'JAX_PROCESS_ID=1: JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES must be set as well'),
+    ({'JAX_NUM_PROCESSES': '2'},
+     'JAX_NUM_PROCESSES=2: JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID must be set as well'),
+    ({'JAX_COORDINATOR_ADDRESS': 'a:1', 'JAX_PROCESS_ID': '0'},
+     'JAX_COORDINATOR_ADDRESS=a:1: JAX_NUM_PROCESSES must be set as well'),
+    (HERE | {'JAX_PROCESS_ID': '2'},
+     'JAX_PROCESS_ID=2, JAX_NUM_PROCESSES=2: must be numbers from 0, the first below the second'),
+    (HERE | {'JAX_PROCESS_ID': '-1'},
+     'JAX_PROCESS_ID=-1, JAX_NUM_PROCESSES=2: must be numbers from 0'),
+    (HERE | {'JAX_NUM_PROCESSES': 'two'},
+     'JAX_PROCESS_ID=1, JAX_NUM_PROCESSES=two: must be numbers from 0'),
+    (HERE | {'JAX_NUM_PROCESSES': '0', 'JAX_PROCESS_ID': '0'},
+     'JAX_PROCESS_ID=0, JAX_NUM_PROCESSES=0: must be numbers from 0'),
+    *((HERE | {'JAX_COORDINATOR_ADDRESS': address},
+       f'JAX_COORDINATOR_ADDRESS={address}: must be host:port of process 0')
+       for address in ('', 'host', ':1', 'host:', 'host:x')),
 ])
 def test_half_of_the_variables_or_no_numbers_are_refused_by_name(variables, said):
   with pytest.raises(BadInput, match='^' + re.escape(said)):
@@ -93,7 +105,8 @@ class Described:
 
 def shares(monkeypatch, sizes: dict, count: int, per_process: int) -> list[tuple[int, int]]:
   """What each of `count` processes must read."""
-  mesh = make_mesh(MeshConfig(**sizes), [Described(i, i // per_process) for i in range(count * per_process)])
+  mesh = make_mesh(MeshConfig(**sizes),
+                   [Described(i, i // per_process) for i in range(count * per_process)])
   found = []
   for index in range(count):
     monkeypatch.setattr(jax, 'process_index', lambda index=index: index)
@@ -110,28 +123,39 @@ def shares(monkeypatch, sizes: dict, count: int, per_process: int) -> list[tuple
     ({'tensor': 8}, 2, 4, [(0, 1), (0, 1)]),
     ({'expert': 8}, 2, 4, [(0, 1), (0, 1)]),
     ({'context': 4, 'tensor': 2}, 2, 4, [(0, 1), (0, 1)]),
-    ({'fsdp': 2, 'tensor': 4}, 4, 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # rows over pairs of processes, tensor across each pair
-    ({'data': 2, 'fsdp': 2, 'tensor': 4}, 8, 2, [(0, 4), (0, 4), (1, 4), (1, 4), (2, 4), (2, 4), (3, 4), (3, 4)]),
+    # rows over pairs of processes, tensor across each pair
+    ({'fsdp': 2, 'tensor': 4}, 4, 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ({'data': 2, 'fsdp': 2, 'tensor': 4}, 8, 2,
+     [(0, 4), (0, 4), (1, 4), (1, 4), (2, 4), (2, 4), (3, 4), (3, 4)]),
 ])
-def test_processes_that_hold_the_same_rows_read_the_same_share(monkeypatch, sizes, count, per_process, wanted):
+def test_processes_that_hold_the_same_rows_read_the_same_share(
+    monkeypatch, sizes, count, per_process, wanted):
   assert shares(monkeypatch, sizes, count, per_process) == wanted
 
 
-@pytest.mark.parametrize('count, per_process, refusals', [(2, 4, 0), (4, 2, 0), (12, 1, 0), (3, 2, 2), (2, 6, 2), (6, 2, 3), (3, 4, 5)])
-def test_on_any_mesh_every_row_is_read_once_by_all_who_hold_it_or_the_mesh_is_refused(monkeypatch, count, per_process, refusals):
-  """A process puts the rows it reads onto the groups of rows that its devices hold, in order. Where each process holds rows of several groups of others,
-  no shares are right."""
+@pytest.mark.parametrize('count, per_process, refusals',
+                         [(2, 4, 0), (4, 2, 0), (12, 1, 0), (3, 2, 2), (2, 6, 2), (6, 2, 3),
+                          (3, 4, 5)])
+def test_on_any_mesh_every_row_is_read_once_by_all_who_hold_it_or_the_mesh_is_refused(
+    monkeypatch, count, per_process, refusals):
+  """A process puts the rows it reads onto the groups of rows that its devices hold, in order.
+
+  No shares are right where processes hold overlapping groups of rows that are not the same.
+  """
   n, refused = count * per_process, 0
   for sizes in itertools.product(range(1, n + 1), repeat=3):
     if np.prod(sizes) != n:
       continue
-    rows = np.repeat(np.arange(sizes[0] * sizes[1]), sizes[2])  # of each device; data, fsdp and context are the slowest axes in this order
+    # of each device; data, fsdp and context are the slowest axes in this order
+    rows = np.repeat(np.arange(sizes[0] * sizes[1]), sizes[2])
     held = [sorted({*rows[i * per_process:(i + 1) * per_process].tolist()}) for i in range(count)]
     fits = all(a == b or not {*a} & {*b} for a, b in itertools.combinations(held, 2))
     try:
       found = shares(monkeypatch, dict(zip(AXES, sizes)), count, per_process)
     except BadInput as error:
-      assert not fits and str(error).startswith(f'config.mesh: data x fsdp = {sizes[0] * sizes[1]} does not share out the rows among {count} processes')
+      assert not fits
+      assert str(error).startswith(f'config.mesh: data x fsdp = {sizes[0] * sizes[1]} does not share out '
+                                   f'the rows among {count} processes')
       refused += 1
       continue
     assert fits
@@ -140,7 +164,8 @@ def test_on_any_mesh_every_row_is_read_once_by_all_who_hold_it_or_the_mesh_is_re
       each = len(rows) // sizes[2] // parts
       for group, part in zip(groups, range(index * each, (index + 1) * each), strict=True):
         place.setdefault(group, set()).add(part)
-    assert sorted(place) == list(range(sizes[0] * sizes[1])) and sorted(itertools.chain(*place.values())) == sorted(place), (sizes, found)
+    assert sorted(place) == list(range(sizes[0] * sizes[1])), (sizes, found)
+    assert sorted(itertools.chain(*place.values())) == sorted(place), (sizes, found)
   assert refused == refusals
 
 
@@ -155,27 +180,36 @@ def slices_of(mesh) -> list[list[int]]:
     ({'data': 4, 'context': 4}, 4, [[0], [1], [2], [3]]),
     ({'data': 8, 'expert': 2}, 4, [[0], [0], [1], [1], [2], [2], [3], [3]]),
 ])
-def test_each_slice_holds_a_stretch_of_the_data_axis_and_every_other_axis_stays_within_one(sizes, slices, wanted):
+def test_each_slice_holds_a_stretch_of_the_data_axis_and_every_other_axis_stays_within_one(
+    sizes, slices, wanted):
   devices = [Described(i, i // 4, i // (16 // slices)) for i in range(16)]
   for given in (devices, devices[::-1], random.Random(0).sample(devices, 16)):
     mesh = make_mesh(MeshConfig(**sizes), given)
     assert slices_of(mesh) == wanted and {*mesh.devices.flat} == {*devices}
 
 
-@pytest.mark.parametrize('sizes', [{'fsdp': 16}, {'data': 1, 'fsdp': 8, 'tensor': 2}, {'data': 3, 'fsdp': 4}, {'data': 2, 'fsdp': 4}])
+@pytest.mark.parametrize('sizes',
+                         [{'fsdp': 16}, {'data': 1, 'fsdp': 8, 'tensor': 2}, {'data': 3, 'fsdp': 4},
+                          {'data': 2, 'fsdp': 4}])
 def test_a_mesh_that_cuts_across_slices_or_leaves_chips_out_is_refused(sizes):
-  with pytest.raises(BadInput, match='^config.mesh: .*; the 16 devices stand in 2 slices, each of which holds a stretch of the data axis: set '
-                                     'config.mesh.data to a multiple of 2, and the product to 16$'):
+  message = ('^config.mesh: .*; the 16 devices stand in 2 slices, each of which holds a stretch of the data axis: '
+             'set config.mesh.data to a multiple of 2, and the product to 16$')
+  with pytest.raises(BadInput, match=message):
     make_mesh(MeshConfig(**sizes), [Described(i, i // 4, i // 8) for i in range(16)])
 
 
-@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason="needs the TPU compiler: pip install -e '.[tpu]'")
-def test_so_it_is_for_two_slices_of_real_chips():
-  plan.devices('v5e:2x2')  # sets what libtpu wants to be told
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None,
+                    reason="needs the TPU compiler: pip install -e '.[tpu]'")
+def test_two_slices_of_real_chips_are_laid_out_the_same_way():
+  plan.devices('v5e:2x2')  # sets the environment variables that libtpu needs
   from jax.experimental import topologies
-  devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:4x4', num_slices=2).devices
-  assert len(devices) == 32 and {device.slice_index for device in devices} == {0, 1} and len({device.process_index for device in devices}) == 8
-  for sizes, wanted in (({'data': 2, 'fsdp': 16}, [[0], [1]]), ({'data': 2, 'fsdp': 4, 'tensor': 4}, [[0], [1]]), ({'data': 8, 'fsdp': 4}, [[0]] * 4 + [[1]] * 4)):
+  devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:4x4',
+                                         num_slices=2).devices
+  assert len(devices) == 32 and {device.slice_index for device in devices} == {0, 1}
+  assert len({device.process_index for device in devices}) == 8
+  for sizes, wanted in (({'data': 2, 'fsdp': 16}, [[0], [1]]),
+                        ({'data': 2, 'fsdp': 4, 'tensor': 4}, [[0], [1]]),
+                        ({'data': 8, 'fsdp': 4}, [[0]] * 4 + [[1]] * 4)):
     mesh = make_mesh(MeshConfig(**sizes), devices)
     assert slices_of(mesh) == wanted
   for sizes in ({'fsdp': 32}, {'data': 1, 'fsdp': 16, 'tensor': 2}):
@@ -185,7 +219,7 @@ def test_so_it_is_for_two_slices_of_real_chips():
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """Where a job of two processes, each of four devices, was trained to the end, in folder / 'whole': once, though several pytest-xdist workers want it."""
+  """folder / 'whole' is a finished run of two processes of four devices each; made once for all test workers."""
   base = tmp_path_factory.getbasetemp()
   made = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base) / 'processes'
   made.mkdir(exist_ok=True)
@@ -197,10 +231,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def job(folder):
-  """start(workdirs, fields): the two processes, each with its own workdir and changes of JOB, if given two."""
+  """start(workdirs, fields): two processes of one job, with one workdir or two, and changes of JOB for each."""
   @contextlib.contextmanager
   def start(*workdirs: pathlib.Path, fields=({}, {})):
-    with kills.job(folder / 'programs', *(kills.train(workdir, folder / 'cache', JOB | more) for workdir, more in zip(workdirs * (2 // len(workdirs)), fields))) as two:
+    with kills.job(folder / 'programs',
+                   *(kills.train(workdir, folder / 'cache', JOB | more)
+                     for workdir, more in zip(workdirs * (2 // len(workdirs)), fields))) as two:
       yield two
   return start
 
@@ -219,12 +255,13 @@ def reached(workdir: pathlib.Path, step: int, two) -> None:
   """Waits until the log has that step."""
   until = time.monotonic() + 200
   while step not in losses(workdir):
-    assert time.monotonic() < until and [process.poll() for process in two] == [None, None], [process.communicate(timeout=SECONDS) for process in two]
+    both_run = [process.poll() for process in two] == [None, None]
+    assert both_run and time.monotonic() < until, [process.communicate(timeout=SECONDS) for process in two]
     time.sleep(0.02)
 
 
 def stopped(two, number: int, index: int) -> tuple[list[int], float]:
-  """Sends the signal to one of the two; the exit codes of both, and the seconds until all had ended."""
+  """Sends the signal to one of two processes; the exit codes of both, and the seconds until both had ended."""
   start = time.monotonic()
   two[index].send_signal(number)
   codes = ended(two, 2 * SECONDS)
@@ -232,20 +269,25 @@ def stopped(two, number: int, index: int) -> tuple[list[int], float]:
 
 
 def close(found: dict[int, str], wanted: dict[int, float]) -> bool:
-  """1e-6: float32 sums over devices, in another order than within one process, over a dozen steps of Adam; 2e-7 was seen."""
-  return found.keys() <= wanted.keys() and all(abs(float(loss) / wanted[step] - 1) < 1e-6 for step, loss in found.items())
+  """To 1e-6: float32 sums over devices, in another order than in one process; 2e-7 after a dozen steps."""
+  return found.keys() <= wanted.keys() and all(abs(float(loss) / wanted[step] - 1) < 1e-6
+                                               for step, loss in found.items())
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does_and_both_tell_it(folder, alone, tmp_path, capfd):
+def test_two_processes_train_as_one_does_and_both_log_it(folder, alone, tmp_path, capfd):
   found = losses(folder / 'whole')
-  assert list(found) == list(range(1, JOB['train.steps'] + 1)) and steps(folder / 'whole')[-1] == JOB['train.steps']
+  assert list(found) == list(range(1, JOB['train.steps'] + 1))
+  assert steps(folder / 'whole')[-1] == JOB['train.steps']
   assert close(found, alone(tmp_path / 'alone'))
-  records = [[json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()] for path in (folder / 'whole', folder / 'whole' / 'process-1')]
+  records = [[json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
+             for path in (folder / 'whole', folder / 'whole' / 'process-1')]
   speeds = {'tokens_per_second', 'mfu', 'data_wait', 'eta_seconds'}
-  one, other = ([{key: value for key, value in record.items() if key not in speeds} for record in log] for log in records)
+  one, other = ([{key: value for key, value in record.items() if key not in speeds}
+                 for record in log] for log in records)
   assert one == other and one[-1]['kind'] == 'validation'
-  assert {path.name for path in (folder / 'whole' / 'process-1').iterdir()} == {'metrics.jsonl', 'events.jsonl', 'config.json'}
+  assert {path.name for path in (folder / 'whole' / 'process-1').iterdir()} == {
+      'metrics.jsonl', 'events.jsonl', 'config.json'}
 
 
 LOAD = '''
@@ -258,7 +300,8 @@ def work():
   from mtp_jax.model import costs
   lm = mtp_jax.load(sys.argv[1])
   whole = multihost_utils.process_allgather(lm.model, tiled=True)
-  found = {'sha256': costs.parameters_sha256(whole), 'devices': lm.mesh.size, 'here': len(jax.local_devices()), 'total': processes.total(jax.process_index() + 5)}
+  found = {'sha256': costs.parameters_sha256(whole), 'devices': lm.mesh.size, 'here': len(jax.local_devices()),
+           'total': processes.total(jax.process_index() + 5)}
   processes.check_same(a='x', b='y')
   try:
     processes.check_same(same='', mine=f'I am {jax.process_index()}')
@@ -278,53 +321,65 @@ def test_what_two_processes_saved_and_load_is_bit_for_bit_what_one_loads_on_any_
   for sizes in (MeshConfig(), MeshConfig(context=8), MeshConfig(data=2, fsdp=2, tensor=2)):
     mesh = make_mesh(sizes)
     with jax.set_mesh(mesh):
-      assert costs.parameters_sha256(store.restore(folder / 'whole', lm.step, parameters=training.abstract(lm.config, mesh).model)['parameters']) == wanted
-  with kills.job(folder / 'programs', *[[sys.executable, '-c', LOAD, str(folder / 'whole')]] * 2) as two:
+      assert costs.parameters_sha256(store.restore(folder / 'whole', lm.step,
+                                                   parameters=training.abstract(
+                                                       lm.config,
+                                                       mesh).model)['parameters']) == wanted
+  with kills.job(folder / 'programs',
+                 *[[sys.executable, '-c', LOAD, str(folder / 'whole')]] * 2) as two:
     assert ended(two, 200) == [0, 0], [process.output for process in two]
   for index, process in enumerate(two):
     found = json.loads(next(line for line in process.output.splitlines() if line.startswith('{')))
-    refused = (f'BadInput: mine: process {index} and process {1 - index} of this job differ in it (here I am {index}); start all with the same command, '
-               'on the same files')
+    refused = (f'BadInput: mine: process {index} and process {1 - index} of this job differ in it '
+               f'(here I am {index}); start all with the same command, on the same files')
     assert found == {'sha256': wanted, 'devices': 8, 'here': 4, 'total': 11, 'refused': refused}
 
 
 @pytest.mark.slow
-def test_one_sequence_over_two_processes_is_that_of_one_and_ctrl_c_to_one_stops_both_at_one_step(job, alone, tmp_path, capfd):
+def test_a_sequence_over_two_processes_is_that_of_one_and_ctrl_c_to_one_stops_both_at_one_step(
+    job, alone, tmp_path, capfd):
   """Both hold part of every row, so that both read all of them."""
-  over_both = {'mesh.fsdp': 1, 'mesh.tensor': 1, 'mesh.context': 8, 'model.layers': 1, 'model.futures': 1, 'train.steps': 30}
+  over_both = {'mesh.fsdp': 1, 'mesh.tensor': 1, 'mesh.context': 8, 'model.layers': 1,
+               'model.futures': 1, 'train.steps': 30}
   with job(tmp_path / 'run', fields=[over_both] * 2) as two:
     reached(tmp_path / 'run', 3, two)
     codes, seconds = stopped(two, signal.SIGINT, 0)
   assert codes == [130, 143] and seconds < SECONDS, [process.output for process in two]
   found = losses(tmp_path / 'run')
-  assert [max(found)] == [max(losses(tmp_path / 'run/process-1'))] == steps(tmp_path / 'run')[-1:] and found == losses(tmp_path / 'run/process-1')
+  assert [max(found)] == [max(losses(tmp_path / 'run/process-1'))] == steps(tmp_path / 'run')[-1:]
+  assert found == losses(tmp_path / 'run/process-1')
   assert 'stopped by signal 2, run the same command to resume' in two[0].out.splitlines()[-1]
   assert len(found) >= 3 and close(found, alone(tmp_path / 'alone', **over_both))
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_stops_both_at_one_step_and_the_same_command_goes_on_to_the_last_bit_as_if_never_stopped(folder, job, tmp_path):
+def test_sigterm_to_one_stops_both_at_one_step_and_the_resumed_job_equals_an_uninterrupted_one(
+    folder, job, tmp_path):
   workdir, wanted = tmp_path / 'run', losses(folder / 'whole')
   with job(workdir) as two:
     reached(workdir, 2, two)
     codes, seconds = stopped(two, signal.SIGTERM, 1)
   assert codes == [143, 143] and seconds < SECONDS, [process.output for process in two]
   last = steps(workdir)[-1]
-  assert 2 <= last < JOB['train.steps'] and [max(losses(path)) for path in (workdir, workdir / 'process-1')] == [last, last]
-  assert f'step {last} of {JOB["train.steps"]}, checkpoint in {workdir}; stopped by signal 15, run the same command to resume' in two[0].output
+  assert 2 <= last < JOB['train.steps']
+  assert [max(losses(path)) for path in (workdir, workdir / 'process-1')] == [last, last]
+  assert (f'step {last} of {JOB["train.steps"]}, checkpoint in {workdir}; '
+          'stopped by signal 15, run the same command to resume') in two[0].output
   with job(workdir) as two:
     assert ended(two, 200) == [0, 0], [process.output for process in two]
   assert wanted == losses(workdir) == losses(workdir / 'process-1')
 
 
 @pytest.mark.slow
-def test_processes_that_were_told_different_things_are_all_refused(folder, job, tmp_path):
-  for workdirs, fields, said in (((tmp_path / 'run',), ({}, {'train.seed': 1}), 'config'), ((folder / 'whole', tmp_path / 'empty'), ({}, {}), 'checkpoint')):
+def test_processes_with_different_commands_are_all_refused(folder, job, tmp_path):
+  for workdirs, fields, said in (((tmp_path / 'run',), ({}, {'train.seed': 1}), 'config'),
+                                 ((folder / 'whole', tmp_path / 'empty'), ({}, {}), 'checkpoint')):
     with job(*workdirs, fields=fields) as two:
       assert ended(two, SECONDS) == [2, 2], [process.output for process in two]
     for index, process in enumerate(two):
-      assert re.fullmatch(rf'mtp_jax: {said}: process {index} and process {1 - index} of this job differ in it \(here .*\); start all with the same command, '
-                          'on the same files', process.output.splitlines()[-1]), process.output
+      message = (rf'mtp_jax: {said}: process {index} and process {1 - index} of this job differ in it \(here .*\); '
+                 'start all with the same command, on the same files')
+      assert re.fullmatch(message, process.output.splitlines()[-1]), process.output
   assert not (tmp_path / 'run').exists() and not (tmp_path / 'empty').exists()
 
 
@@ -334,13 +389,16 @@ def test_a_process_that_is_refused_ends_the_other_too(job, tmp_path):
   start = time.monotonic()
   with job(tmp_path / 'run', tmp_path / 'file') as two:
     assert ended(two, 2 * SECONDS) == [1, 2], [process.output for process in two]
-  assert two[1].output.splitlines()[-1] == f'mtp_jax: --workdir={tmp_path / "file"}: cannot be a folder, it is a file; choose another'
-  assert re.fullmatch(ANOTHER_ENDED, two[0].output.splitlines()[-1]) and 'Traceback' not in two[0].output and time.monotonic() - start < SECONDS
+  message = f'mtp_jax: --workdir={tmp_path / "file"}: cannot be a folder, it is a file; choose another'
+  assert two[1].output.splitlines()[-1] == message
+  assert re.fullmatch(ANOTHER_ENDED, two[0].output.splitlines()[-1])
+  assert 'Traceback' not in two[0].output and time.monotonic() - start < SECONDS
 
 
 @pytest.mark.slow
-def test_when_one_process_is_killed_the_other_ends_in_seconds_with_a_line_and_nothing_is_lost_or_repeated(folder):
+def test_when_one_process_is_killed_the_other_ends_with_a_message_and_nothing_is_lost_or_repeated(folder):
   lines = []
   assert kills.kill_job(folder, 3, random.Random(0), lines.append), lines
-  seconds = [float(re.search(r'exit codes .* after (.*?) s;', line)[1]) for line in lines if 'killed' in line]
+  seconds = [float(re.search(r'exit codes .* after (.*?) s;', line)[1]) for line in lines
+             if 'killed' in line]
   assert len(seconds) == 3 and max(seconds) < SECONDS, lines

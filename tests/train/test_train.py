@@ -1,4 +1,4 @@
-"""Killed and resumed equals uninterrupted, bit by bit; a bad step changes nothing; sums are divided once."""
+"""A run that was killed and resumed equals one that was not, bit by bit; a bad step changes nothing."""
 import contextlib
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from experiments import experiment, random_state, same_bits
+from experiments import experiment, random_state, same_bits, write_config_file
 
 import mtp_jax
 from mtp_jax import chips, objective, tokenizer
@@ -41,26 +41,33 @@ from mtp_jax.report.events import read_events, split_runs
 from mtp_jax.train import step as training
 from mtp_jax.train.fit import NotFinite, Outcome, fit
 
-SPEEDS = {'tokens_per_second', 'mfu', 'data_wait', 'eta_seconds'}  # all else in the log is a function of config and documents
+# all else in the log is a function of config and documents
+SPEEDS = {'tokens_per_second', 'mfu', 'data_wait', 'eta_seconds'}
 FAMILY = {
     'parallel': {},
     'sequential': {'model': {'kind': 'sequential', 'layers': 4, 'futures': 3}},
     # from the fourth of six steps on: future 1 begins, future 2 ends
-    'staged parallel': {'model': {'layers': 5, 'futures': 3}, 'objective': {'weights': ('1 linear 0:1 0', '0 step 0.5 1', '0.5 step 0.5 0')}},
-    'staged sequential': {'model': {'kind': 'sequential', 'layers': 4, 'futures': 3}, 'objective': {'weights': ('1 linear 0:1 0', '0 step 0.5 1', '0.5 step 0.5 0')}},
+    'staged parallel': {'model': {'layers': 5, 'futures': 3},
+                        'objective': {'weights': ('1 linear 0:1 0', '0 step 0.5 1',
+                                                  '0.5 step 0.5 0')}},
+    'staged sequential': {'model': {'kind': 'sequential', 'layers': 4, 'futures': 3},
+                          'objective': {'weights': ('1 linear 0:1 0', '0 step 0.5 1',
+                                                    '0.5 step 0.5 0')}},
 }
 
 
 @pytest.fixture(scope='module', autouse=True)
 def compilations(tmp_path_factory):
-  """Runs of the same config, here and in processes started here, compile once; and the peak of this machine is not measured."""
+  """Runs of a config, here and in processes started here, compile once; the machine's peak is not measured."""
   from jax.experimental.compilation_cache import compilation_cache
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(chips, 'peak_flops', lambda: 1e9)
     patch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.mktemp('compilations')))
     patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    use = lambda folder, seconds: (jax.config.update('jax_compilation_cache_dir', folder), jax.config.update('jax_persistent_cache_min_compile_time_secs', seconds),
+    use = lambda folder, seconds: (jax.config.update('jax_compilation_cache_dir', folder),
+                                   jax.config.update('jax_persistent_cache_min_compile_time_secs',
+                                                     seconds),
                                    compilation_cache.reset_cache())
     use(os.environ['JAX_COMPILATION_CACHE_DIR'], 0)
     yield
@@ -104,15 +111,24 @@ def test_a_run_writes_what_it_says(uninterrupted):
   config, workdir = uninterrupted('parallel')
   assert steps(workdir) == [3, 6]
   assert [(record['step'], record['kind']) for record in log_of(workdir)] == [
-      (1, 'train'), (2, 'train'), (2, 'validation'), (3, 'train'), (4, 'train'), (4, 'validation'), (5, 'train'), (6, 'train'), (6, 'validation')]
+      (1, 'train'), (2, 'train'), (2, 'validation'), (3, 'train'), (4, 'train'), (4, 'validation'),
+      (5, 'train'), (6, 'train'), (6, 'validation')]
   assert Config.from_dict(json.loads((workdir / 'config.json').read_text())) == config
   state = state_of(config, workdir)
-  assert [int(x) for x in (state.step, state.skipped, state.skipped_in_a_row, state.optimizer['adam'].count, state.optimizer['learning_rate'].count)] == [6, 0, 0, 6, 6]
+  assert [int(x)
+          for x in (state.step, state.skipped, state.skipped_in_a_row,
+                    state.optimizer['adam'].count, state.optimizer['learning_rate'].count)] == [
+                        6, 0, 0, 6, 6]
 
 
-@pytest.mark.parametrize('family, cuts', [('parallel', [3]), ('parallel', [5]), ('parallel', [2, 4, 6]), ('sequential', [2, 5]),
-                                          ('staged parallel', [2]), ('staged parallel', [3]), ('staged parallel', [4]), ('staged sequential', [2, 4])], ids=str)
-def test_a_stopped_and_resumed_run_is_bitwise_the_uninterrupted_one(uninterrupted, tmp_path, family, cuts):
+@pytest.mark.parametrize('family, cuts',
+                         [('parallel', [3]), ('parallel', [5]), ('parallel', [2, 4, 6]),
+                          ('sequential', [2, 5]),
+                                          ('staged parallel', [2]), ('staged parallel', [3]),
+                                          ('staged parallel', [4]), ('staged sequential', [2, 4])],
+                                          ids=str)
+def test_a_stopped_and_resumed_run_is_bitwise_the_uninterrupted_one(
+    uninterrupted, tmp_path, family, cuts):
   config, workdir = uninterrupted(family)
   for cut in cuts:
     outcome = fit_to(config, tmp_path, cut)
@@ -123,29 +139,37 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_uninterrupted_one(uninterrupte
   assert log_of(tmp_path) == log_of(workdir)
 
 
-def test_a_stage_is_noted_and_the_log_has_weights_and_nothing_of_a_future_without(uninterrupted, tmp_path):
+def test_a_stage_is_noted_and_the_log_has_weights_and_nothing_of_a_future_without(
+    uninterrupted, tmp_path):
   config, _ = uninterrupted('staged parallel')
   lines = []
   fit(config, tmp_path, note=lines.append)
   assert [line for line in lines if 'are computed' in line] == [
-      'step 1: futures 0 2 are computed, the others have weight 0', 'step 4: futures 0 1 are computed, the others have weight 0']
+      'step 1: futures 0 2 are computed, the others have weight 0',
+      'step 4: futures 0 1 are computed, the others have weight 0']
   training = [record for record in log_of(tmp_path) if record['kind'] == 'train']
   validations = [record for record in log_of(tmp_path) if record['kind'] == 'validation']
   wanted = [[1 - i / 6, 0, 0.5] if i < 3 else [1 - i / 6, 1, 0] for i in range(6)]
-  np.testing.assert_allclose([record['weight'] for record in training], wanted, rtol=1e-6)  # float32
+  # float32
+  np.testing.assert_allclose([record['weight'] for record in training], wanted, rtol=1e-6)
   for record, weights in zip(training, wanted, strict=True):
     for key in ('nats', 'accuracy'):
       assert [value is None for value in record[key]] == [weight == 0 for weight in weights]
     assert [count == 0 for count in record['count']] == [weight == 0 for weight in weights]
-    assert record['loss'] == pytest.approx(sum(w * nats for w, nats in zip(weights, record['nats']) if w), rel=1e-5)
-  assert len(validations) == 3 and all(nats > 0 for record in validations for nats in record['nats'])  # which computes them all
+    assert record['loss'] == pytest.approx(sum(w * nats for w, nats in zip(weights, record['nats'])
+                                               if w), rel=1e-5)
+  # which computes them all
+  assert len(validations) == 3
+  assert all(nats > 0 for record in validations for nats in record['nats'])
 
 
 def test_a_head_whose_future_has_no_weight_yet_stays_as_it_was_drawn(folder, tmp_path):
-  config = experiment(folder, **FAMILY['staged parallel'], optimizer={'weight_decay': 0.0}, train={'evaluate_every': 0})
+  config = experiment(folder, **FAMILY['staged parallel'], optimizer={'weight_decay': 0.0},
+                      train={'evaluate_every': 0})
   fit_to(config, tmp_path, 3)
   with jax.set_mesh(make_mesh(config.mesh)):
-    start = jax.jit(functools.partial(training.init, config))(jax.random.key(config.train.seed)).model.futures
+    start = jax.jit(functools.partial(training.init,
+                                      config))(jax.random.key(config.train.seed)).model.futures
   after = mtp_jax.load(tmp_path, 3).model.futures
   for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(start)):
     np.testing.assert_array_equal(a[1], b[1])
@@ -156,20 +180,25 @@ def test_a_run_that_ended_can_be_run_again(uninterrupted, tmp_path):
   config, workdir = uninterrupted('parallel')
   before = log_of(workdir)
   outcome = fit(config, workdir, note=lambda line: None)
-  assert outcome.step == 6 and outcome.validation == {key: value for key, value in before[-1].items() if key not in ('step', 'kind')}
+  assert outcome.step == 6
+  assert outcome.validation == {key: value for key, value in before[-1].items()
+                                if key not in ('step', 'kind')}
   assert log_of(workdir) == before
 
 
 @pytest.mark.slow
 def test_a_process_stopped_by_sigterm_ctrl_c_and_sigkill_ends_as_if_uninterrupted(folder, tmp_path):
-  """Three processes, each ended at a random moment after a checkpoint of its own; what they leave is then run to its end."""
-  config = experiment(folder, train={'steps': 120, 'checkpoint_every': 4, 'evaluate_every': 0, 'log_every': 1})
+  """Three processes in turn, each ended at a random moment after saving a checkpoint; then a run to the end."""
+  config = experiment(folder,
+                      train={'steps': 120, 'checkpoint_every': 4, 'evaluate_every': 0,
+                             'log_every': 1})
   fit(config, tmp_path / 'whole', note=lambda line: None)
-  (tmp_path / 'config.py').write_text(f'from mtp_jax.config import Config\n\ndef get_config():\n  return Config.from_dict({config.to_dict()!r}).to_config_dict()\n')
+  write_config_file(tmp_path / 'config.py', config)
   cut, waits = tmp_path / 'cut', random.Random()
   for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)):
     before = max(steps(cut), default=0)
-    process = subprocess.Popen([sys.executable, '-m', 'mtp_jax', 'train', f'--config={tmp_path / "config.py"}', f'--workdir={cut}'],
+    process = subprocess.Popen([sys.executable, '-m', 'mtp_jax', 'train',
+                                f'--config={tmp_path / "config.py"}', f'--workdir={cut}'],
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while max(steps(cut), default=0) == before and process.poll() is None:
       time.sleep(0.01)
@@ -184,12 +213,13 @@ def test_a_process_stopped_by_sigterm_ctrl_c_and_sigkill_ends_as_if_uninterrupte
     assert not lines or lines[-1]['step'] == steps(cut)[-1]
   fit(config, cut, note=lambda line: None)
   assert same_bits(state_of(config, cut), state_of(config, tmp_path / 'whole'))
-  assert costs.parameters_sha256(mtp_jax.load(cut).model) == costs.parameters_sha256(mtp_jax.load(tmp_path / 'whole').model)
+  digests = [costs.parameters_sha256(mtp_jax.load(path).model) for path in (cut, tmp_path / 'whole')]
+  assert digests[0] == digests[1]
   assert log_of(cut) == log_of(tmp_path / 'whole')
 
 
 def poisoned(steps):
-  """A compiled step that sees an infinite weight at some steps, as after an overflow, and none afterwards."""
+  """A compiled step whose parameters are infinite at some steps, as after an overflow."""
   original = training.compiled_step
 
   def compiled_step(config):
@@ -200,7 +230,8 @@ def poisoned(steps):
         return advance(state, batch, byte_length_V, fraction)
       state = jax.tree.map(jnp.copy, state)
       bad = jax.tree.map(jnp.copy, state)
-      following, found = advance(dataclasses.replace(bad, model=jax.tree.map(lambda x: x * math.inf, bad.model)), batch, byte_length_V, fraction)
+      bad = dataclasses.replace(bad, model=jax.tree.map(lambda x: x * math.inf, bad.model))
+      following, found = advance(bad, batch, byte_length_V, fraction)
       return dataclasses.replace(following, model=state.model), found
     return step
   return compiled_step
@@ -208,13 +239,23 @@ def poisoned(steps):
 
 def test_a_non_finite_step_leaves_parameters_moments_and_counters_alone(folder):
   config = experiment(folder)
-  batch = {name: np.tile(np.arange(1, 19, dtype=np.int32), (8, 1)) for name in ('tokens', 'positions')} | {'segments': np.ones((8, 18), np.int32)}
+  batch = {name: np.tile(np.arange(1, 19, dtype=np.int32), (8, 1))
+           for name in ('tokens', 'positions')} | {'segments': np.ones((8, 18), np.int32)}
   mesh = make_mesh(config.mesh)
   state = random_state(config)
-  state = dataclasses.replace(state, optimizer=jax.tree.map(jnp.abs, state.optimizer), skipped=jnp.int32(2), skipped_in_a_row=jnp.int32(1), step=jnp.int32(5))
-  spoil = lambda x: jax.device_put(np.where(np.arange(x.size).reshape(x.shape) == 50, np.nan, x).astype(x.dtype), x.sharding)
+  state = dataclasses.replace(state, optimizer=jax.tree.map(jnp.abs, state.optimizer),
+                              skipped=jnp.int32(2), skipped_in_a_row=jnp.int32(1),
+                              step=jnp.int32(5))
+
+  def with_nan(path, x):
+    """The embedding with one entry that is nan; any other parameter as it is."""
+    if '.embed_VD' not in jax.tree_util.keystr(path):
+      return x
+    spoilt = np.where(np.arange(x.size).reshape(x.shape) == 50, np.nan, x).astype(x.dtype)
+    return jax.device_put(spoilt, x.sharding)
+
   nan = jax.tree.map(jnp.copy, state)
-  nan = dataclasses.replace(nan, model=jax.tree_util.tree_map_with_path(lambda path, x: spoil(x) if '.embed_VD' in jax.tree_util.keystr(path) else x, nan.model))
+  nan = dataclasses.replace(nan, model=jax.tree_util.tree_map_with_path(with_nan, nan.model))
   with jax.set_mesh(mesh):
     advance = training.compiled_step(config)
     byte_length_V = jnp.ones(config.model.vocab, jnp.int32)
@@ -224,9 +265,12 @@ def test_a_non_finite_step_leaves_parameters_moments_and_counters_alone(folder):
     assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (6, 3, 2)
     assert math.isnan(found['loss']) and float(found['update_norm']) == 0
     before = jax.tree.map(np.array, state)
-    after, found = advance(state, put(batch, mesh), byte_length_V, 0.0)  # a good step ends the row, and moves everything
+    # a good step ends the row, and moves everything
+    after, found = advance(state, put(batch, mesh), byte_length_V, 0.0)
     assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (6, 2, 0)
-    assert all((np.asarray(a) != b).any() for a, b in zip(jax.tree.leaves((after.model, after.optimizer)), jax.tree.leaves((before.model, before.optimizer))))
+    assert all((np.asarray(a) != b).any()
+               for a, b in zip(jax.tree.leaves((after.model, after.optimizer)),
+                               jax.tree.leaves((before.model, before.optimizer))))
 
 
 def test_a_few_non_finite_steps_are_counted_and_survived(folder, tmp_path, monkeypatch):
@@ -236,11 +280,14 @@ def test_a_few_non_finite_steps_are_counted_and_survived(folder, tmp_path, monke
   records = [record for record in log_of(tmp_path) if record['kind'] == 'train']
   assert [record['skipped'] for record in records] == [0, 0, 1, 2, 2, 2]
   assert [record['skipped_in_a_row'] for record in records] == [0, 0, 1, 2, 0, 0]
-  assert [record['learning_rate'] for record in records[2:5]] == [records[2]['learning_rate']] * 3  # the schedule waits
-  assert sorted(path.name for path in (tmp_path / 'nonfinite').iterdir()) == ['step-3.json', 'step-3.npz', 'step-4.json', 'step-4.npz']
+  # the schedule waits
+  assert [record['learning_rate'] for record in records[2:5]] == [records[2]['learning_rate']] * 3
+  assert sorted(path.name for path in (tmp_path / 'nonfinite').iterdir()) == [
+      'step-3.json', 'step-3.npz', 'step-4.json', 'step-4.npz']
 
 
-def test_too_many_non_finite_steps_end_the_run_with_evidence_and_a_good_checkpoint(folder, uninterrupted, tmp_path, monkeypatch, capsys):
+def test_too_many_non_finite_steps_end_the_run_with_evidence_and_a_good_checkpoint(
+    folder, uninterrupted, tmp_path, monkeypatch, capsys):
   config, workdir = uninterrupted('parallel')
   monkeypatch.setattr('mtp_jax.train.fit.compiled_step', poisoned({4, 5}))
   config = experiment(folder, train={'skipped_allowed': 2})
@@ -249,12 +296,14 @@ def test_too_many_non_finite_steps_end_the_run_with_evidence_and_a_good_checkpoi
   assert steps(tmp_path / 'run') == [3]
   assert same_bits(mtp_jax.load(tmp_path / 'run').model, mtp_jax.load(workdir, 3).model)
   evidence = np.load(tmp_path / 'run' / 'nonfinite' / 'step-5.npz')
-  assert {name: evidence[name].shape for name in evidence} == dict.fromkeys(('tokens', 'segments', 'positions'), (8, 18))
+  assert {name: evidence[name].shape
+          for name in evidence} == dict.fromkeys(('tokens', 'segments', 'positions'), (8, 18))
   assert json.loads((tmp_path / 'run' / 'nonfinite' / 'step-5.json').read_text())['skipped_in_a_row'] == 2
 
-  (tmp_path / 'config.py').write_text(f'from mtp_jax.config import Config\n\ndef get_config():\n  return Config.from_dict({config.to_dict()!r}).to_config_dict()\n')
+  write_config_file(tmp_path / 'config.py', config)
   with ignore_load_module():
-    assert main(['train', f'--config={tmp_path / "config.py"}', f'--workdir={tmp_path / "run"}']) == 1
+    assert main(['train', f'--config={tmp_path / "config.py"}',
+                 f'--workdir={tmp_path / "run"}']) == 1
   assert capsys.readouterr().err.splitlines()[-1].startswith('mtp_jax: step 5: 2 steps in a row')
 
 
@@ -267,7 +316,8 @@ def ignore_load_module():
   return context
 
 
-def test_a_failed_save_ends_the_run_with_an_error_and_older_checkpoints_stay(folder, uninterrupted, tmp_path, monkeypatch):
+def test_a_failed_save_ends_the_run_with_an_error_and_older_checkpoints_stay(
+    folder, uninterrupted, tmp_path, monkeypatch):
   config, workdir = uninterrupted('parallel')
   fit_to(config, tmp_path, 2)
 
@@ -284,17 +334,21 @@ def test_a_failed_save_ends_the_run_with_an_error_and_older_checkpoints_stay(fol
       self.pending = Failed()
 
   monkeypatch.setattr(store.Writer, 'save', save)
-  with pytest.raises(OSError, match='a checkpoint could not be written to .*: no space left on device'):
+  with pytest.raises(OSError,
+                     match='a checkpoint could not be written to .*: no space left on device'):
     fit(config, tmp_path, note=lambda line: None)
   monkeypatch.undo()
   assert steps(tmp_path)[0] == 2
   mtp_jax.load(tmp_path, 2)
 
 
-@pytest.mark.parametrize('where, checkpoint_every', [('the data', 100), ('the device', 100), ('the device', 1)])
+@pytest.mark.parametrize('where, checkpoint_every',
+                         [('the data', 100), ('the device', 100), ('the device', 1)])
 def test_a_step_that_hangs_ends_the_process_with_every_stack(tmp_path, where, checkpoint_every):
   """The third batch, or the third step's figures, never come, whatever waits for them."""
-  config = experiment(tmp_path, train={'hang_seconds': 5.0, 'steps': 9, 'evaluate_every': 0, 'checkpoint_every': checkpoint_every})
+  config = experiment(tmp_path,
+                      train={'hang_seconds': 5.0, 'steps': 9, 'evaluate_every': 0,
+                             'checkpoint_every': checkpoint_every})
   code = f'''
 import time
 import jax
@@ -315,48 +369,66 @@ else:
 fit({config!r}, {str(tmp_path / 'run')!r})
 '''
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
-  assert done.returncode == 1 and 'Timeout (0:00:05)!' in done.stderr and 'most recent call first' in done.stderr, done.stderr
+  assert done.returncode == 1 and 'Timeout (0:00:05)!' in done.stderr, done.stderr
+  assert 'most recent call first' in done.stderr, done.stderr
   assert 'in hang' in done.stderr and 'step 2' in done.stderr and 'step 4' not in done.stderr
 
 
 def test_a_run_and_its_resumption_tell_where_their_time_went(uninterrupted, tmp_path):
   config, _ = uninterrupted('parallel')
-  fit(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4)), tmp_path, note=lambda line: None)
-  fit(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=6)), tmp_path, note=lambda line: None)
+  fit(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4)), tmp_path,
+      note=lambda line: None)
+  fit(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=6)), tmp_path,
+      note=lambda line: None)
   events = read_events(tmp_path)
   assert [(run[0]['step'], run[-1]['step']) for run in split_runs(events)] == [(0, 4), (4, 6)]
   found = goodput.account(events)
-  assert {kind for kind, seconds in found['seconds'].items() if seconds} >= {'step', 'data_wait', 'evaluation', 'save', 'compile', 'restore', 'setup'}
-  assert (found['runs'], found['steps'], found['lost_steps'], found['seconds']['lost']) == (2, 6, 0, 0) and 0 < found['goodput'] < 1
+  assert {kind for kind, seconds in found['seconds'].items() if seconds} >= {
+      'step', 'data_wait', 'evaluation', 'save', 'compile', 'restore', 'setup'}
+  assert (found['runs'], found['steps'], found['lost_steps'], found['seconds']['lost']) == (
+      2, 6, 0, 0)
+  assert 0 < found['goodput'] < 1
   assert found['seconds']['other'] < 0.2 * found['wall_seconds']
 
 
 @pytest.mark.parametrize('change, said', [
-    ({'data': {'length': 32}}, 'length 16 -> 32'), ({'data': {'seed': 1}}, 'seed 0 -> 1'), ({'data': {'packing': 'best_fit'}}, 'packing stream -> best_fit'),
-    ({'data': {'boundary': 'across'}}, 'boundary within -> across'), ({'data': {'validation_share': 0.4}}, 'source 0: documents .*, held_out_documents')])
-def test_other_data_are_refused_with_what_changed_unless_accepted(uninterrupted, tmp_path, change, said):
+    ({'data': {'length': 32}}, 'length 16 -> 32'), ({'data': {'seed': 1}}, 'seed 0 -> 1'),
+    ({'data': {'packing': 'best_fit'}}, 'packing stream -> best_fit'),
+    ({'data': {'boundary': 'across'}}, 'boundary within -> across'),
+    ({'data': {'validation_share': 0.4}}, 'source 0: documents .*, held_out_documents')])
+def test_other_data_are_refused_with_what_changed_unless_accepted(
+    uninterrupted, tmp_path, change, said):
   config, workdir = uninterrupted('parallel')
   shutil.copytree(workdir, tmp_path / 'run')
-  changed = lambda **more: dataclasses.replace(config, data=dataclasses.replace(config.data, **change['data'], **more), train=dataclasses.replace(config.train, steps=7))
-  with pytest.raises(BadInput, match=rf'^config.data: not what the checkpoint in .*/run was trained on: {said}.*; restore that, choose another --workdir, '
+  changed = lambda **more: dataclasses.replace(config,
+                                               data=dataclasses.replace(
+                                                   config.data, **change['data'], **more),
+                                                   train=dataclasses.replace(config.train, steps=7))
+  with pytest.raises(BadInput,
+                     match=rf'^config.data: not what the checkpoint in .*/run was trained on: {said}.*; '
+                           r'restore that, choose another --workdir, '
                                      r'or set config.data.accept_changed=True'):
     fit(changed(), tmp_path / 'run', note=lambda line: None)
   lines = []
   assert fit(changed(accept_changed=True), tmp_path / 'run', note=lines.append).step == 7
   assert any(re.match(f'the data have changed: {said}', line) for line in lines)
   record = read_record(tmp_path / 'run')
-  assert record['data'] == {'global_next_index': 7 * 8} and difference(record['identity'], open_corpus(changed().data, tokenizer.load('bytes')).identity) == []
+  assert record['data'] == {'global_next_index': 7 * 8}
+  assert difference(record['identity'],
+                    open_corpus(changed().data, tokenizer.load('bytes')).identity) == []
 
 
 @pytest.fixture
 def damaged_set(tmp_path):
   """A config of 40 steps, and harm(split, block): flips a bit in that block of the first shard."""
   config = experiment(tmp_path, data={'sources': (str(tmp_path / 'set'),), 'paths': ()},
-                      train={'checkpoint_every': 100, 'steps': 40, 'log_every': 1, 'evaluate_every': 4})
+                      train={'checkpoint_every': 100, 'steps': 40, 'log_every': 1,
+                             'evaluate_every': 4})
   (tmp_path / 'in').mkdir()
   for i in range(1500):
     (tmp_path / 'in' / f'{i}.txt').write_text('x' * 150)
-  source = prepare(files((str(tmp_path / 'in'),), ''), tokenizer.load('bytes'), Options(validation_share=0.2), tmp_path / 'set', 0, '', note=print)
+  source = prepare(files((str(tmp_path / 'in'),), ''), tokenizer.load('bytes'),
+                   Options(validation_share=0.2), tmp_path / 'set', 0, '', note=print)
 
   def harm(split: str, number: int) -> str:
     stream = getattr(source, split)
@@ -369,38 +441,50 @@ def damaged_set(tmp_path):
 
 
 @pytest.mark.parametrize('split, block, at', [('train', 9, range(1, 40)), ('validation', 3, [4])])
-def test_damaged_data_stop_a_run_after_saving_it_and_quarantined_it_goes_on(damaged_set, tmp_path, split, block, at):
+def test_damaged_data_stop_a_run_after_saving_it_and_quarantined_it_goes_on(
+    damaged_set, tmp_path, split, block, at):
   config, harm = damaged_set
   name = harm(split, block)
   with pytest.raises(Damaged, match=f'{name}: block {block} is damaged'):
     fit(config, tmp_path / 'run', note=lambda line: None)
   stopped, = steps(tmp_path / 'run')
-  assert stopped in at and read_record(tmp_path / 'run')['data'] == {'global_next_index': stopped * 8}
-  goes_on, lines = dataclasses.replace(config, data=dataclasses.replace(config.data, on_damage='quarantine')), []
+  assert stopped in at
+  assert read_record(tmp_path / 'run')['data'] == {'global_next_index': stopped * 8}
+  goes_on, lines = dataclasses.replace(config,
+                                       data=dataclasses.replace(
+                                           config.data, on_damage='quarantine')), []
   assert fit(goes_on, tmp_path / 'run', note=lines.append).step == 40
   log = log_of(tmp_path / 'run')
-  last = [record for record in log if record['kind'] == ('train' if split == 'train' else 'validation')][-1]
-  assert last['quarantined_rows'] > 0 and [record['step'] for record in log if record['kind'] == 'train'] == [*range(1, 41)]
+  last = [record for record in log
+          if record['kind'] == ('train' if split == 'train' else 'validation')][-1]
+  assert last['quarantined_rows'] > 0
+  assert [record['step'] for record in log if record['kind'] == 'train'] == [*range(1, 41)]
   assert any('quarantined' in line and f'block {block}' in line for line in lines)
 
 
 @pytest.mark.parametrize('harm', ['missing', 'cut'])
-def test_a_shard_that_is_missing_or_cut_off_stops_a_run_or_is_quarantined(damaged_set, tmp_path, harm):
+def test_a_shard_that_is_missing_or_cut_off_stops_a_run_or_is_quarantined(
+    damaged_set, tmp_path, harm):
   config, _ = damaged_set
-  config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4, evaluate_every=0))
+  config = dataclasses.replace(config,
+                               train=dataclasses.replace(config.train, steps=4, evaluate_every=0))
   path = tmp_path / 'set' / 'validation-00000.array_record'
   content = path.read_bytes()
   path.unlink() if harm == 'missing' else path.write_bytes(content[:-70_000])
-  with pytest.raises(Damaged, match=rf'{path.name}: (is missing|has [0-9,]+ of [0-9,]+ bytes); restore the file, or delete'):
+  message = rf'{path.name}: (is missing|has [0-9,]+ of [0-9,]+ bytes); restore the file, or delete'
+  with pytest.raises(Damaged, match=message):
     fit(config, tmp_path / 'run', note=lambda line: None)
-  goes_on = dataclasses.replace(config, data=dataclasses.replace(config.data, on_damage='quarantine'))
+  goes_on = dataclasses.replace(config,
+                                data=dataclasses.replace(config.data, on_damage='quarantine'))
   fit(goes_on, tmp_path / 'run', note=lambda line: None)
   validation = log_of(tmp_path / 'run')[-1]
-  assert validation['kind'] == 'validation' and validation['quarantined_rows'] == config.train.evaluate_rows and validation['count'] == [0, 0]
+  assert validation['kind'] == 'validation'
+  assert validation['quarantined_rows'] == config.train.evaluate_rows
+  assert validation['count'] == [0, 0]
 
 
 def test_accumulation_changes_nothing_but_memory(folder):
-  """Up to the order of float32 sums: a few 1e-7 of a gradient, which Adam's first step turns into a few 1e-4 of an update."""
+  """Up to the order of float32 sums: a few 1e-7 of a gradient, a few 1e-4 of Adam's first update."""
   config = experiment(folder)
   tokens = tokenizer.load('bytes')
   batch = open_corpus(config.data, tokens).rows(2).batch(range(8))
@@ -412,8 +496,10 @@ def test_accumulation_changes_nothing_but_memory(folder):
   with jax.set_mesh(mesh):
     for k in (1, 2):
       c = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=k))
-      found[k] = jax.device_get(training.compiled_step(c)(jax.tree.map(jnp.copy, state), put(batch, mesh), byte_length_V, 0.0))
-  assert found[1][1]['count'].tolist() == found[2][1]['count'].tolist() and found[1][1]['count'][0] < 8 * 16
+      found[k] = jax.device_get(training.compiled_step(c)(
+          jax.tree.map(jnp.copy, state), put(batch, mesh), byte_length_V, 0.0))
+  assert found[1][1]['count'].tolist() == found[2][1]['count'].tolist()
+  assert found[1][1]['count'][0] < 8 * 16
   for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(found[2])):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
@@ -426,14 +512,19 @@ def test_evaluation_divides_sums_once(folder):
   rows = corpus.held_out(2)
   byte_length_V = np.pad(tokens.byte_lengths, (0, 5))
   with jax.set_mesh(mesh):
-    found = evaluate(config, model, validation_batches(rows, 16), byte_length_V, np.ones(264, bool), mesh)
-    one = jax.jit(lambda batch: objective.loss(model, batch, jnp.zeros(2), ObjectiveConfig(chunk=8))[1])
+    found = evaluate(config, model, validation_batches(rows, 16), byte_length_V, np.ones(264, bool),
+                     mesh)
+    one = jax.jit(lambda batch: objective.loss(model, batch, jnp.zeros(2),
+                                               ObjectiveConfig(chunk=8))[1])
     sums = [jax.device_get(one(put(rows.batch([i]), mesh))) for i in range(len(rows))]
-  nats, correct, count = (sum(np.asarray(getattr(s, name), np.float64) for s in sums) for name in ('nats_M', 'correct_M', 'count_M'))
+  nats, correct, count = (sum(np.asarray(getattr(s, name), np.float64) for s in sums)
+                          for name in ('nats_M', 'correct_M', 'count_M'))
   assert found['count'] == count.tolist() and len(rows) % 16  # the last batch is filled up
   np.testing.assert_allclose(found['nats'], nats / count, rtol=1e-6)
   assert found['accuracy'] == (correct / count).tolist()
-  assert found['bits_per_byte'] == pytest.approx(nats[0] / math.log(2) / corpus.sources[0].validation.bytes, rel=1e-6)  # each byte is a target once
+  # each byte is a target once
+  bits, held_out_bytes = nats[0] / math.log(2), corpus.sources[0].validation.bytes
+  assert found['bits_per_byte'] == pytest.approx(bits / held_out_bytes, rel=1e-6)
 
 
 def test_evaluation_on_a_mesh_is_that_on_one_device(folder):
@@ -443,23 +534,27 @@ def test_evaluation_on_a_mesh_is_that_on_one_device(folder):
     tokens, mesh = tokenizer.load('bytes'), make_mesh(mesh)
     rows = open_corpus(config.data, tokens).held_out(2)
     with jax.set_mesh(mesh):
-      found[mesh.size] = evaluate(config, random_state(config).model, validation_batches(rows, 16, 16), np.pad(tokens.byte_lengths, (0, 5)), np.ones(264, bool), mesh)
+      found[mesh.size] = evaluate(config, random_state(config).model,
+                                  validation_batches(rows, 16, 16),
+                                  np.pad(tokens.byte_lengths, (0, 5)), np.ones(264, bool), mesh)
   assert found[1]['count'] == found[8]['count'] and found[1]['accuracy'] == found[8]['accuracy']
   np.testing.assert_allclose(found[8]['nats'], found[1]['nats'], rtol=1e-6)
   assert found[8]['bits_per_byte'] == pytest.approx(found[1]['bits_per_byte'], rel=1e-6)
 
 
 def test_bytes_are_those_of_the_targets_that_count():
-  """Future 0 of five inputs: é is two bytes, a and b one, the end of a document none; no target reaches across documents."""
-  batch = {'tokens': jnp.array([[0, 3, 1, 1, 4, 2, 0]]), 'segments': jnp.array([[1, 1, 1, 2, 2, 2, 0]]), 'positions': jnp.zeros((1, 7), int)}
+  """Future 0 of five inputs: é is two bytes, a and b one, an end none; targets stay within documents."""
+  batch = {'tokens': jnp.array([[0, 3, 1, 1, 4, 2, 0]]),
+           'segments': jnp.array([[1, 1, 1, 2, 2, 2, 0]]), 'positions': jnp.zeros((1, 7), int)}
   byte_length_V = jnp.array([0, 1, 1, 2, 0])
   #         input:  bos  é    a   | a    eos     target: é 2, a 1, across, eos 0, b 1
   assert int(Read.of(batch, 2).target_bytes(byte_length_V)) == 2 + 1 + 0 + 1
 
 
 @pytest.mark.parametrize('text', ['plain text\n', 'é🙂 ﬁ\n'])
-def test_bits_per_byte_of_a_uniform_model_are_log2_of_its_vocabulary_times_tokens_by_bytes(folder, tmp_path, text):
-  """A model whose unembedding is 0 gives each of V ids log2(V) bits; a document of n bytes has n + 1 targets, its end being one."""
+def test_bits_per_byte_of_a_uniform_model_are_log2_of_its_vocabulary_times_tokens_by_bytes(
+    folder, tmp_path, text):
+  """With an unembedding of 0 each of V ids costs log2(V) bits; n bytes and their end are n + 1 targets."""
   (tmp_path / 'documents').mkdir()
   for i in range(12):
     (tmp_path / 'documents' / f'{i}.txt').write_text(text * (i + 1))
@@ -467,45 +562,58 @@ def test_bits_per_byte_of_a_uniform_model_are_log2_of_its_vocabulary_times_token
   tokens, mesh = tokenizer.load('bytes'), make_mesh(config.mesh)
   corpus = open_corpus(config.data, tokens)
   held_out = corpus.sources[0].validation
-  model = jax.tree_util.tree_map_with_path(lambda path, x: x * 0 if 'unembed_VD' in str(path) else x, random_state(config).model)
+  to_uniform = lambda path, x: x * 0 if 'unembed_VD' in str(path) else x
+  model = jax.tree_util.tree_map_with_path(to_uniform, random_state(config).model)
   with jax.set_mesh(mesh):
-    found = evaluate(config, model, validation_batches(corpus.held_out(2), 16), np.pad(tokens.byte_lengths, (0, 5)), np.ones(264, bool), mesh)
+    found = evaluate(config, model, validation_batches(corpus.held_out(2), 16),
+                     np.pad(tokens.byte_lengths, (0, 5)), np.ones(264, bool), mesh)
   assert held_out.bytes % len(text.encode()) == 0
-  assert found['bits_per_byte'] == pytest.approx(math.log2(264) * (held_out.bytes + held_out.documents) / held_out.bytes, rel=1e-6)
+  targets = held_out.bytes + held_out.documents
+  assert found['bits_per_byte'] == pytest.approx(math.log2(264) * targets / held_out.bytes, rel=1e-6)
 
 
 def test_a_run_on_a_mesh_is_the_run_on_one_device(uninterrupted, tmp_path):
   config, workdir = uninterrupted('parallel')
-  fit(dataclasses.replace(config, mesh=MeshConfig(fsdp=2, tensor=2)), tmp_path, note=lambda line: None)
+  fit(dataclasses.replace(config, mesh=MeshConfig(fsdp=2, tensor=2)), tmp_path,
+      note=lambda line: None)
   for mine, other in zip(log_of(tmp_path), log_of(workdir), strict=True):
     assert mine.keys() == other.keys()
     for key, value in mine.items():
       if key != 'kind':
-        np.testing.assert_allclose(value, other[key], rtol=1e-4, err_msg=key)  # float32, sums in another order over six Adam steps
+        # float32, sums in another order over six Adam steps
+        np.testing.assert_allclose(value, other[key], rtol=1e-4, err_msg=key)
 
 
-def test_moments_that_rest_in_the_host_change_nothing_but_how_xla_rounds(uninterrupted, tmp_path, assert_close):
+def test_moments_that_rest_in_the_host_change_nothing_but_how_xla_rounds(
+    uninterrupted, tmp_path, assert_close):
   """Stopped and resumed besides: the checkpoint does not know where they rested."""
   config, workdir = uninterrupted('parallel')
-  config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, moments='host'))
+  config = dataclasses.replace(config,
+                               optimizer=dataclasses.replace(config.optimizer, moments='host'))
   fit_to(config, tmp_path, 3)
   fit(config, tmp_path, note=lambda line: None)
   state = state_of(config, tmp_path)
-  assert {x.sharding.memory_kind for x in jax.tree.leaves(state.optimizer) if x.ndim} == {'pinned_host'}
-  assert_close(jax.device_get(state), jax.device_get(state_of(uninterrupted('parallel')[0], workdir)), 1e-6)
+  assert {x.sharding.memory_kind for x in jax.tree.leaves(state.optimizer)
+          if x.ndim} == {'pinned_host'}
+  assert_close(jax.device_get(state),
+               jax.device_get(state_of(uninterrupted('parallel')[0], workdir)), 1e-6)
   found, wanted = log_of(tmp_path), log_of(workdir)
-  assert len(found) == len(wanted) and all(one['nats'] == pytest.approx(other['nats'], rel=1e-6) for one, other in zip(found, wanted))
+  assert len(found) == len(wanted)
+  assert all(one['nats'] == pytest.approx(other['nats'], rel=1e-6)
+             for one, other in zip(found, wanted))
 
 
 def test_a_future_that_no_document_is_long_enough_for_is_nan_and_the_run_goes_on(folder, tmp_path):
   documents = [tmp_path / f'{i}.txt' for i in range(20)]
   for path in documents:
     path.write_text('a')  # <bos> a <eos>: two targets of future 0, one of future 1
-  config = experiment(folder, data={'paths': tuple(map(str, documents))}, model={'futures': 3, 'layers': 5})
+  config = experiment(folder, data={'paths': tuple(map(str, documents))},
+                      model={'futures': 3, 'layers': 5})
   outcome = fit(config, tmp_path / 'run', note=lambda line: None)
   assert outcome.step == config.train.steps
   for record in log_of(tmp_path / 'run'):
-    assert record['nats'][2] is None and record['accuracy'][2] is None and record['count'][2] == 0 and record['nats'][1] > 0
+    assert record['nats'][2] is None and record['accuracy'][2] is None and record['count'][2] == 0
+    assert record['nats'][1] > 0
 
 
 def test_a_workdir_that_cannot_be_a_folder_is_refused_before_anything_is_done(folder, tmp_path):
