@@ -1,9 +1,10 @@
-"""Kills `prepare`, `train` and a training job of two processes at random moments, over and over, and compares what comes out with what an undisturbed run gives.
+"""Kills `prepare`, `train` and a job of two processes at random moments, and compares with a run that was not killed.
 
     python tests/kills.py --kills=50
 
-Of `prepare` the folder must be the same, byte for byte. Of `train` every line of the log must tell the same loss to the last bit, hence the same batches:
-nothing repeated, nothing lost. Of a job one process is killed, and the other must end by itself. Prints a line a kill; exit code 1 on any difference.
+`prepare` must write the same folder, byte for byte. `train` must log the same loss at every step, to the last bit, so
+that no batch was repeated or lost. When one process of a job is killed, the other one must end by itself.
+Prints a line per kill; exit code 1 if anything differs.
 """
 import argparse
 import contextlib
@@ -32,9 +33,11 @@ FIELDS = {
 JOB = FIELDS | {'model.kv_heads': 2, 'mesh.fsdp': 4, 'mesh.tensor': 2, 'train.batch': 8,
                 'train.evaluate_rows': 8, 'train.steps': 12, 'train.checkpoint_every': 3,
                 'train.heartbeat_seconds': 5}
-DEVICES, PATIENCE_SECONDS = 4, 400  # of each of two processes; beyond the 300 seconds that one waits at the start for one that was killed before it came
-ANOTHER_ENDED = 'mtp_jax: .*another process of this job (has|may have) ended.*[:;] run the same command on all of them to resume'
-# compilation takes most of the time of so small a job
+DEVICES = 4  # of each of the two processes
+PATIENCE_SECONDS = 400  # a process waits 300 seconds at the start for one that was killed before it came
+ANOTHER_ENDED = ('mtp_jax: .*another process of this job (has|may have) ended.*[:;] '
+                 'run the same command on all of them to resume')
+# Compilation takes most of the time of such a small job.
 FAST = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 
 
@@ -65,18 +68,22 @@ def train(workdir: pathlib.Path, cache: pathlib.Path, fields: dict) -> list[str]
 
 def run(arguments: list[str], seconds: float | None = None,
         programs: pathlib.Path | str = '') -> subprocess.Popen:
-  """Runs to the end, or for so long, and then kills it and waits until nothing of it is left. programs: where JAX keeps what it compiled."""
+  """Runs a command to its end, or kills it after `seconds` and waits until its workers have ended too.
+
+  Args:
+    programs: JAX's compilation cache.
+  """
   process = _start(arguments, programs)
   try:
-    _hear(process, seconds)
+    _wait(process, seconds)
   except subprocess.TimeoutExpired:
     process.send_signal(signal.SIGKILL)
-    _hear(process)  # ends when the last worker has closed its end
+    _wait(process)  # returns when the last worker has closed its end of the pipes
   return process
 
 
-def _hear(process: subprocess.Popen, seconds: float | None = None) -> None:
-  """What it said until its end: `out`, where Gloo also writes, from threads of its own and at any time; `output`, that and then stderr."""
+def _wait(process: subprocess.Popen, seconds: float | None = None) -> None:
+  """Waits for the end. Sets `out`, its stdout, where Gloo writes too, and `output`, stdout and then stderr."""
   process.out, err = process.communicate(timeout=seconds)
   process.output = process.out + err
 
@@ -93,7 +100,7 @@ def _start(arguments: list[str], programs: pathlib.Path | str,
 
 @contextlib.contextmanager
 def job(programs: pathlib.Path, *commands: list[str]) -> Iterator[list[subprocess.Popen]]:
-  """The processes of one job, a command each. Whatever is left of them at the end is killed."""
+  """The processes of one job, one per command. Those that still run at the end are killed."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{free.getsockname()[1]}'
@@ -116,21 +123,21 @@ def job(programs: pathlib.Path, *commands: list[str]) -> Iterator[list[subproces
 
 
 def workers(process: subprocess.Popen) -> list[int]:
-  """The children of a process that runs: the one in which it does its work."""
+  """The children of a process, if it runs: the one that does its work."""
   path = pathlib.Path(f'/proc/{process.pid}/task/{process.pid}/children')
   return [int(pid) for pid in path.read_text().split()] if process.poll() is None else []
 
 
 def ended(processes: Sequence[subprocess.Popen], seconds: float) -> list[int]:
-  """The exit codes, once all have ended, their workers included; `output` is what each has said. Raises TimeoutExpired."""
+  """Waits for all processes and their workers; their exit codes. Raises TimeoutExpired."""
   until = time.monotonic() + seconds
   for process in processes:
-    _hear(process, max(0.01, until - time.monotonic()))
+    _wait(process, max(0.01, until - time.monotonic()))
   return [process.returncode for process in processes]
 
 
 def undisturbed_job(folder: pathlib.Path) -> dict[int, str]:
-  """Runs JOB in folder / 'whole', unless that has been done; the losses."""
+  """The losses of JOB in folder / 'whole'; runs it the first time."""
   if not (folder / 'whole').exists():
     with job(folder / 'programs',
              *[train(folder / 'whole', folder / 'cache', JOB)] * 2) as processes:
@@ -140,19 +147,26 @@ def undisturbed_job(folder: pathlib.Path) -> dict[int, str]:
 
 
 def contents(folder: pathlib.Path) -> dict[str, str]:
+  """SHA-256 of every file, by its path in the folder."""
   return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
           for path in sorted(folder.rglob('*')) if path.is_file()}
 
 
 def losses(workdir: pathlib.Path) -> dict[int, str]:
+  """The loss of every step in the log, in all its digits."""
   log = workdir / 'metrics.jsonl'
-  records = [json.loads(line) for line in log.read_text().splitlines()
-             if line.endswith('}')] if log.exists() else []
+  lines = log.read_text().splitlines() if log.exists() else []
+  records = [json.loads(line) for line in lines if line.endswith('}')]
   return {record['step']: repr(record['loss']) for record in records if record['kind'] == 'train'}
 
 
-def kill_prepare(folder: pathlib.Path, kills: int, rng: random.Random, say=print) -> bool:
-  """Whether the set is the same whenever, and as often as, it was killed."""
+def checkpoints(workdir: pathlib.Path) -> list[int]:
+  """Steps that have a folder, oldest first."""
+  return sorted(int(path.name) for path in workdir.glob('checkpoints/*') if path.name.isdigit())
+
+
+def kill_prepare(folder: pathlib.Path, kills: int, rng: random.Random, note=print) -> bool:
+  """Whether the set is always the same, however often `prepare` was killed."""
   corpus(folder / 'in')
   prepare = lambda output, workers: command('prepare', f'--input={folder / "in"}',
                                             f'--output={output}', '--shard_bytes=400000',
@@ -161,7 +175,8 @@ def kill_prepare(folder: pathlib.Path, kills: int, rng: random.Random, say=print
   whole = run(prepare(folder / 'whole', 1))
   seconds = time.perf_counter() - start
   assert whole.returncode == 0, whole.output
-  wanted, same, done, n = contents(folder / 'whole'), True, 0, 0
+  expected = contents(folder / 'whole')
+  same, done, n = True, 0, 0
   while done < kills:
     output, n = folder / f'killed-{n}', n + 1
     while done < kills and not (output / 'index.json').exists():
@@ -169,17 +184,19 @@ def kill_prepare(folder: pathlib.Path, kills: int, rng: random.Random, say=print
       killed = run(prepare(output, workers), rng.uniform(0.3, 1) * seconds)
       if killed.returncode == -signal.SIGKILL:
         done += 1
-        say(f'prepare killed {done} times; {len(list(output.glob("parts/*")))} parts are done')
-    ended = run(prepare(output, 2))
-    found = contents(output)
-    same &= ended.returncode == 0 and found == wanted
-    say(f'finished: {"the same bytes" if found == wanted else "OTHER BYTES: " + str([k for k in wanted | found if wanted.get(k) != found.get(k)])} {ended.output if ended.returncode else ""}')
+        note(f'prepare killed {done} times; {len(list(output.glob("parts/*")))} parts are done')
+    last = run(prepare(output, 2))
+    files = contents(output)
+    differing = [name for name in expected | files if expected.get(name) != files.get(name)]
+    same &= last.returncode == 0 and not differing
+    note(f'finished: {f"OTHER BYTES: {differing}" if differing else "the same bytes"} '
+         + (last.output if last.returncode else ''))
     shutil.rmtree(output)
   return same
 
 
-def kill_train(folder: pathlib.Path, kills: int, rng: random.Random, say=print) -> bool:
-  """Whether every step's loss is the same whenever, and as often as, a run was killed."""
+def kill_train(folder: pathlib.Path, kills: int, rng: random.Random, note=print) -> bool:
+  """Whether the loss of every step is always the same, however often `train` was killed."""
   train_in = lambda name: train(folder / name, folder / 'cache', FIELDS)
   programs = folder / 'programs'
   run(train_in('first'), None, programs)
@@ -187,7 +204,8 @@ def kill_train(folder: pathlib.Path, kills: int, rng: random.Random, say=print) 
   whole = run(train_in('whole'), None, programs)
   seconds = time.perf_counter() - start
   assert whole.returncode == 0, whole.output
-  wanted, same, done, n = losses(folder / 'whole'), losses(folder / 'first') == losses(folder / 'whole'), 0, 0
+  expected = losses(folder / 'whole')
+  same, done, n = losses(folder / 'first') == expected, 0, 0
   while done < kills:
     workdir, n = folder / f'killed-{n}', n + 1
     while done < kills:
@@ -195,69 +213,85 @@ def kill_train(folder: pathlib.Path, kills: int, rng: random.Random, say=print) 
       if killed.returncode != -signal.SIGKILL:
         break
       done += 1
-      say(f'train killed {done} times; checkpoints {sorted(int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit())}')
-    ended = run(train_in(workdir.name), None, programs)
-    found = losses(workdir)
-    same &= ended.returncode == 0 and found == wanted
-    say(f'finished: {"the same losses" if found == wanted else "OTHER LOSSES"} {ended.output if ended.returncode else ""}')
+      note(f'train killed {done} times; checkpoints {checkpoints(workdir)}')
+    last = run(train_in(workdir.name), None, programs)
+    is_same = losses(workdir) == expected
+    same &= last.returncode == 0 and is_same
+    note(f'finished: {"the same losses" if is_same else "OTHER LOSSES"} '
+         + (last.output if last.returncode else ''))
     shutil.rmtree(workdir)
   return same
 
 
-def kill_job(folder: pathlib.Path, kills: int, rng: random.Random, say=print) -> bool:
-  """Whether every step's loss is the same, on both processes, whenever, and as often as, one of the two was killed, or the worker of one; and whether the
-  other one ended by itself, with a line at the end that says so.
+def kill_job(folder: pathlib.Path, kills: int, rng: random.Random, note=print) -> bool:
+  """Whether the losses of both processes are always the same, and the one that was not killed ended by itself.
 
-  It is killed once both run, some steps later: before, the other one would wait five minutes for it to come.
+  One of the two, or its worker, is killed some steps after both have started: earlier, the other one would wait five
+  minutes for it. The other one must end with a message.
   """
-  wanted = undisturbed_job(folder)
-  same, done, n = wanted == losses(folder / 'whole' / 'process-1') and len(wanted) == JOB['train.steps'], 0, 0
-  start = lambda workdir: job(folder / 'programs', *[train(workdir, folder / 'cache', JOB)] * 2)
-  checkpoints = lambda workdir: sorted(int(path.name) for path in workdir.glob('checkpoints/*')
-                                       if path.name.isdigit())
-
-  has_ended = lambda processes: any(process.poll() is not None for process in processes)
-
-  def starts(workdir: pathlib.Path) -> int:
-    logs = [own / 'events.jsonl' for own in (workdir, workdir / 'process-1')]
-    return min(log.read_text().count('"start"') if log.exists() else 0 for log in logs)
-
+  expected = undisturbed_job(folder)
+  same = len(expected) == JOB['train.steps'] and losses(folder / 'whole' / 'process-1') == expected
+  done, n = 0, 0
   while done < kills:
     workdir, n = folder / f'killed-{n}', n + 1
+    start = lambda workdir=workdir: job(folder / 'programs', *[train(workdir, folder / 'cache', JOB)] * 2)
     while done < kills:
-      before, until = starts(workdir), time.monotonic() + PATIENCE_SECONDS
+      before = _starts(workdir)
       step = max([0, *checkpoints(workdir)]) + rng.randint(0, 6)
-      with start(workdir) as processes:
-        while not has_ended(processes) and time.monotonic() < until and not (starts(workdir) > before and (step == 0 or step in losses(workdir))):
-          time.sleep(0.02)
+      with start() as processes:
+        _wait_for_step(processes, workdir, before, step)
         time.sleep(rng.uniform(0, 1))
-        if has_ended(processes):
+        if _any_has_ended(processes):
           same &= ended(processes, PATIENCE_SECONDS) == [0, 0]
           break
-        began, victim, whom = time.perf_counter(), rng.choice([0, 1]), rng.choice([
-            'process', 'worker'])
-        for pid in workers(processes[victim]) if whom == 'worker' else ():
-          os.kill(pid, signal.SIGKILL)
-        if whom == 'process':
+        began, victim, kind = time.perf_counter(), rng.choice([0, 1]), rng.choice(['process', 'worker'])
+        if kind == 'process':
           processes[victim].kill()
+        else:
+          for pid in workers(processes[victim]):
+            os.kill(pid, signal.SIGKILL)
         codes, done = ended(processes, PATIENCE_SECONDS), done + 1
-        survivor = processes[1 - victim]
-        last = (survivor.output.splitlines() or [''])[-1]
-        # Orbax may print tracebacks of its threads, which do not lead through this project
-        ours = f'File "{ROOT}/src/'
-        noticed = re.fullmatch(ANOTHER_ENDED, last) and ours not in survivor.output
-        # 0: it had done all
-        fine = survivor.returncode == 0 or survivor.returncode == 1 and bool(noticed)
+        seconds, survivor = time.perf_counter() - began, processes[1 - victim]
+        fine = _ended_well(survivor)
         same &= fine
-        say(f'job: {whom} {victim} killed, {done} times; exit codes {codes} after {time.perf_counter() - began:.1f} s; '
-            f'checkpoints {checkpoints(workdir)}; {last if fine else "NO CLEAR END: " + survivor.output}')
-    with start(workdir) as processes:
+        message = (survivor.output.splitlines() or [''])[-1] if fine else f'NO CLEAR END: {survivor.output}'
+        note(f'job: {kind} {victim} killed, {done} times; exit codes {codes} after {seconds:.1f} s; '
+             f'checkpoints {checkpoints(workdir)}; {message}')
+    with start() as processes:
       codes = ended(processes, PATIENCE_SECONDS)
-    found = [losses(workdir), losses(workdir / 'process-1')]
-    same &= codes == [0, 0] and found == [wanted, wanted]
-    say(f'finished: {"the same losses" if found == [wanted, wanted] else "OTHER LOSSES"} {[process.output for process in processes] if any(codes) else ""}')
+    is_same = [losses(workdir), losses(workdir / 'process-1')] == [expected, expected]
+    same &= codes == [0, 0] and is_same
+    note(f'finished: {"the same losses" if is_same else "OTHER LOSSES"} '
+         + str([process.output for process in processes] if any(codes) else ''))
     shutil.rmtree(workdir)
   return same
+
+
+def _starts(workdir: pathlib.Path) -> int:
+  """How often both processes have started."""
+  logs = [folder / 'events.jsonl' for folder in (workdir, workdir / 'process-1')]
+  return min(log.read_text().count('"start"') if log.exists() else 0 for log in logs)
+
+
+def _wait_for_step(processes, workdir: pathlib.Path, starts: int, step: int) -> None:
+  """Waits until both processes have started once more and logged the step, or until one has ended."""
+  until = time.monotonic() + PATIENCE_SECONDS
+  while not _any_has_ended(processes) and time.monotonic() < until:
+    if _starts(workdir) > starts and (step == 0 or step in losses(workdir)):
+      return
+    time.sleep(0.02)
+
+
+def _any_has_ended(processes: Sequence[subprocess.Popen]) -> bool:
+  return any(process.poll() is not None for process in processes)
+
+
+def _ended_well(survivor: subprocess.Popen) -> bool:
+  """Whether the other process of a killed one had finished, or noticed it and said so."""
+  last = (survivor.output.splitlines() or [''])[-1]
+  is_ours = f'File "{ROOT}/src/' in survivor.output  # tracebacks of Orbax's threads do not lead through this project
+  noticed = re.fullmatch(ANOTHER_ENDED, last) is not None and not is_ours
+  return survivor.returncode == 0 or (survivor.returncode == 1 and noticed)
 
 
 if __name__ == '__main__':

@@ -76,7 +76,7 @@ def test_a_mesh_of_slices_is_refused_when_it_cuts_across_them():
       self.slice_index, self.process_index, self.id = i // 4, 0, i
       self.platform, self.device_kind = 'tpu', 'TPU v5'
 
-  line = (r'config.mesh: data 1 x fsdp 8 .* the 8 devices stand in 2 slices.*'
+  line = (r'config.mesh: data 1 x fsdp 8 .* the 8 devices are in 2 slices.*'
           'set config.mesh.data to a multiple of 2')
   with pytest.raises(BadInput, match=line):
     make_mesh(MeshConfig(fsdp=8), [Device(i) for i in range(8)])

@@ -154,15 +154,15 @@ def test_on_any_mesh_every_row_is_read_once_by_all_who_hold_it_or_the_mesh_is_re
       found = shares(monkeypatch, dict(zip(AXES, sizes)), count, per_process)
     except BadInput as error:
       assert not fits
-      assert str(error).startswith(f'config.mesh: data x fsdp = {sizes[0] * sizes[1]} does not share out '
-                                   f'the rows among {count} processes')
+      assert str(error).startswith(f'config.mesh: data x fsdp = {sizes[0] * sizes[1]} '
+                                   f'cannot be divided among {count} processes')
       refused += 1
       continue
     assert fits
-    place = {}  # of each group of rows: the parts of the batch that come to lie there
+    place = {}  # group of rows -> the parts of the batch put there
     for groups, (index, parts) in zip(held, found):
-      each = len(rows) // sizes[2] // parts
-      for group, part in zip(groups, range(index * each, (index + 1) * each), strict=True):
+      size = len(rows) // sizes[2] // parts
+      for group, part in zip(groups, range(index * size, (index + 1) * size), strict=True):
         place.setdefault(group, set()).add(part)
     assert sorted(place) == list(range(sizes[0] * sizes[1])), (sizes, found)
     assert sorted(itertools.chain(*place.values())) == sorted(place), (sizes, found)
@@ -192,7 +192,7 @@ def test_each_slice_holds_a_stretch_of_the_data_axis_and_every_other_axis_stays_
                          [{'fsdp': 16}, {'data': 1, 'fsdp': 8, 'tensor': 2}, {'data': 3, 'fsdp': 4},
                           {'data': 2, 'fsdp': 4}])
 def test_a_mesh_that_cuts_across_slices_or_leaves_chips_out_is_refused(sizes):
-  message = ('^config.mesh: .*; the 16 devices stand in 2 slices, each of which holds a stretch of the data axis: '
+  message = ('^config.mesh: .*; the 16 devices are in 2 slices, each of which holds a part of the data axis: '
              'set config.mesh.data to a multiple of 2, and the product to 16$')
   with pytest.raises(BadInput, match=message):
     make_mesh(MeshConfig(**sizes), [Described(i, i // 4, i // 8) for i in range(16)])
@@ -213,7 +213,7 @@ def test_two_slices_of_real_chips_are_laid_out_the_same_way():
     mesh = make_mesh(MeshConfig(**sizes), devices)
     assert slices_of(mesh) == wanted
   for sizes in ({'fsdp': 32}, {'data': 1, 'fsdp': 16, 'tensor': 2}):
-    with pytest.raises(BadInput, match='the 32 devices stand in 2 slices'):
+    with pytest.raises(BadInput, match='the 32 devices are in 2 slices'):
       make_mesh(MeshConfig(**sizes), devices)
 
 
