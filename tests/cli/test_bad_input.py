@@ -1,0 +1,274 @@
+"""Bad input of every command: one line on stderr that says what to fix, and exit code 2."""
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+TRAIN = 'train --config=tiny.py --workdir=new'
+RESUME = 'train --config=tiny.py --workdir=run'
+GENERATE = 'generate --workdir=run --prompt=a'
+
+# name: (command line, what the message must hold)
+BAD = {
+    'unknown command': ('trian', "trian: no such command; did you mean 'train'?"),
+    'unknown benchmark': (
+        'benchmark trian',
+        "benchmark trian: no such command; did you mean 'benchmark train'?"),
+    'unknown flag': (
+        f'{TRAIN} --wokdir=x',
+        "--wokdir=x: train has no such flag; did you mean 'workdir'?"),
+    'flag without =': ('train --config tiny.py', '--config: flags are written --name=value'),
+    'stray word': (f'{TRAIN} faster', 'faster: not expected here; flags are written --name=value'),
+    'no config': ('train --workdir=new', '--config: missing'),
+    'no workdir': ('train --config=tiny.py', '--workdir: missing'),
+    'no prompt': ('generate --workdir=run', '--prompt: missing'),
+    'neither to inspect': ('inspect', 'inspect: pass either --workdir=DIR or --config=FILE'),
+    'both to inspect': ('inspect --workdir=run --config=tiny.py', 'inspect: pass either'),
+    'field misspelt': (
+        f'{TRAIN} --config.train.stepz=5',
+        "config.train.stepz: no such field; did you mean 'steps'?"),
+    'section misspelt': (
+        f'{TRAIN} --config.trian.steps=5',
+        "config.trian.steps: no such section; did you mean 'train'?"),
+    'field misspelt after no': (
+        f'{TRAIN} --noconfig.train.tensorbord',
+        "config.train.tensorbord: no such field; did you mean 'tensorboard'?"),
+    'whole section': (f'{TRAIN} --config.model={{}}', 'config.model: a section, set its fields'),
+    'float for int': (f'{TRAIN} --config.train.steps=1.5', '--config.train.steps=1.5'),
+    'text for int': (f'{TRAIN} --config.train.steps=abc', '--config.train.steps=abc'),
+    'text for bool': (
+        f'{TRAIN} --config.train.tensorboard=maybe',
+        '--config.train.tensorboard=maybe'),
+    'choice misspelt': (
+        f'{TRAIN} --config.model.kind=paralel',
+        "config.model.kind='paralel': did you mean 'parallel'?"),
+    'combination': (f'{TRAIN} --config.model.layers=2', 'config.model.layers=2: leaves no trunk'),
+    'negative': (
+        f'{TRAIN} --config.optimizer.clip=-2',
+        'config.optimizer.clip=-2.0: must be positive'),
+    'missing file': (
+        'train --config=tony.py --workdir=new',
+        "--config=tony.py: no such file; did you mean './tiny.py'?"),
+    'config that raises': (
+        'train --config=raises.py --workdir=new',
+        '--config=raises.py: ZeroDivisionError: division by zero'),
+    'config that is no Python': (
+        'train --config=syntax.py --workdir=new',
+        '--config=syntax.py: SyntaxError: invalid syntax (syntax.py, line 1)'),
+    'config without get_config': (
+        'train --config=lacks.py --workdir=new',
+        "has no attribute 'get_config'"),
+    'config not converted': (
+        'train --config=forgets.py --workdir=new',
+        'get_config() returned Config, but must return Config(...).to_config_dict()'),
+    'profile': (f'{TRAIN} --profile_steps=3', '--profile_steps=3: must be a:b with 0 < a < b'),
+    'field said twice': (
+        f'{TRAIN} --config.train.steps=3 --config.train.steps=4',
+        '--config.train.steps: given 2 times; give it once'),
+    'mesh too large': (
+        f'{TRAIN} --config.mesh.data=16 --config.train.batch=32',
+        'data 16 x fsdp 1 x context 1 x tensor 1 x expert 1 = 16 devices, but there are 8'),
+    'no documents': (
+        f'{TRAIN} --config.data.paths=nowhere',
+        "config.data.paths: 'nowhere' holds no file"),
+    'no tokenizer': (
+        f'{TRAIN} --config.data.tokenizer=nowhere.model',
+        "config.data.tokenizer='nowhere.model': No such file or directory"),
+    'vocabulary too small': (
+        f'{TRAIN} --config.model.vocab=200',
+        'config.model.vocab=200: the tokenizer bytes has 259 ids; set at least that'),
+    'resume another model': (
+        f'{RESUME} --config.model.layers=4',
+        'config.model.layers=4: the checkpoint in'),
+    'resume for fewer steps': (
+        f'{RESUME} --config.train.steps=2 --config.optimizer.warmup_steps=0',
+        'config.train.steps=2: the checkpoint in'),
+    'resume other documents': (
+        f'{RESUME} --config.data.paths=others/documents --config.train.batch=16',
+        'was trained on: source 0: tokens '),
+    'resume without documents': (
+        f'{RESUME} --config.data.paths=nowhere',
+        "config.data.paths: 'nowhere' holds no file"),
+    'resume other conventions': (
+        'train --config=tiny.py --workdir=elsewhere',
+        'conventions contradict this version in target'),
+    'load other conventions': (
+        'evaluate --workdir=elsewhere',
+        'conventions contradict this version in target'),
+    'damaged checkpoint': (
+        'inspect --workdir=broken',
+        'lacks the record of config and conventions'),
+    'resume damaged checkpoint': (
+        'train --config=tiny.py --workdir=broken',
+        'lacks the record of config and conventions'),
+    'evaluate nothing': (
+        'evaluate --workdir=empty',
+        '--workdir=empty: holds no checkpoint; train one with: python -m mtp_jax train'),
+    'generate from nothing': (
+        'generate --workdir=empty --prompt=a',
+        '--workdir=empty: holds no checkpoint'),
+    'inspect nothing': ('inspect --workdir=nowhere', '--workdir=nowhere: holds no checkpoint'),
+    'benchmark nothing': (
+        'benchmark decode --workdir=empty',
+        '--workdir=empty: holds no checkpoint'),
+    'another step': ('evaluate --workdir=run --step=7', 'step 7: run holds the steps 3'),
+    'negative rows': ('evaluate --workdir=run --rows=-3', '--rows=-3: must be at least 0'),
+    'rows that are no number': ('evaluate --workdir=run --rows=x', '--rows=x'),
+    'draft too large': (
+        f'{GENERATE} --draft=2',
+        'draft=2: this model has 2 futures, so 0 to 1 can draft'),
+    'negative temperature': (
+        f'{GENERATE} --temperature=-1',
+        'temperature=-1: must be 0 (greedy) or a positive number'),
+    'top_p of 0': (f'{GENERATE} --top_p=0', 'top_p=0: must be above 0 and at most 1'),
+    'top_p of 2': (f'{GENERATE} --top_p=2', 'top_p=2: must be above 0 and at most 1'),
+    'fewer than none': (f'{GENERATE} --max_tokens=-1', '--max_tokens=-1: must be at least 0'),
+    'empty prompt': ('generate --workdir=run --prompt=', '--prompt: empty; say what to continue'),
+    'criterion misspelt': (
+        f'{GENERATE} --criterion=lossy_topk',
+        "criterion=lossy_topk: no such criterion; did you mean 'lossy_top_k'?"),
+    'threshold of exactness': (f'{GENERATE} --threshold=2', 'threshold=2: for exact it must be 0'),
+    'draft: prompt too long': (
+        'generate --workdir=run --prompt=aaaaaaaaaaaaaaaaaaaa',
+        'prompt: 21 tokens with the one that begins it, but max_length=16 holds them and at least '
+        'one more'),
+    'draft: no room': (
+        f'{GENERATE} --max_tokens=24',
+        'max_tokens=24: a prompt of 2 tokens leaves room for 14 within max_length=16'),
+    'draft: other tokenizer': (f'{GENERATE} --drafter=foreign', '--drafter=foreign: '),
+    'draft: no such drafter': (
+        f'{GENERATE} --drafter=nowhere',
+        "--drafter=nowhere: neither 'futures' nor 'lookup', nor the workdir of a model"),
+    'draft: beyond all measure': (
+        f'{GENERATE} --drafter=lookup --draft=9999999999',
+        'draft=9999999999: must be between 0 and 256'),
+    'draft: longest beyond all measure': (
+        f'{GENERATE} --max_length=99999999999',
+        'max_length=99999999999: must be between 2 and'),
+    'draft: streamed, too long': (
+        'generate --workdir=run --stream --prompt=aaaaaaaaaaaaaaaaaaaa',
+        'prompt: 21 tokens'),
+    'infinitely hot': (
+        f'{GENERATE} --temperature=1e39',
+        'temperature=1e+39: must be 0 (greedy) or a positive number'),
+    'draft: adaptive and lossy': (
+        f'{GENERATE} --adaptive --min_block=2',
+        'adaptive: needs the exact criterion'),
+    'batch in words': (
+        'benchmark decode --workdir=run --batch=1,two',
+        '--batch=1,two: must be numbers of prompts decoded at once, such as 1,8'),
+    'draft: batch that does not divide': (
+        'benchmark decode --workdir=run --prompts=2 --prompt_tokens=8 --batch=3',
+        '--batch=3: 2 prompts do not divide into such batches; --prompts=3 would'),
+    'decode against nobody': (
+        'benchmark decode --workdir=run --against=torch',
+        "--against=torch: must be 'transformers'"),
+    'weight in other words': (
+        f'{TRAIN} "--config.objective.weights=(1, \'0.3 until 0.5 0.1\')"',
+        "config.objective.weights=(1.0, '0.3 until 0.5 0.1'): 'until' is not step, linear or "
+        "cosine"),
+    'against nothing': (
+        'benchmark train --config=tiny.py --against=nowhere.py',
+        '--against=nowhere.py: no such file'),
+    'against a config that raises': (
+        'benchmark train --config=tiny.py --against=raises.py',
+        '--against=raises.py: ZeroDivisionError'),
+    'prepare nothing': ('prepare --output=set', '--input: missing'),
+    'prepare into nowhere': ('prepare --input=documents', '--output: missing'),
+    'prepare: no such input': (
+        'prepare --input=nowhere --output=set',
+        "--input: 'nowhere' holds no file"),
+    'prepare: a comma too many': (
+        'prepare --input=documents, --output=set',
+        '--input=documents,: holds an empty name'),
+    'prepare: no tokenizer': (
+        'prepare --input=documents --output=set --tokenizer=nowhere',
+        "--tokenizer='nowhere': No such file or directory; give 'bytes' or"),
+    'prepare: keep what cannot be kept': (
+        'prepare --input=documents --output=set --keep=nul,empty',
+        '--keep=empty: such a record has no text to keep'),
+    'prepare: format misspelt': (
+        'prepare --input=documents --output=set --format=json',
+        "--format=json: did you mean 'jsonl'?"),
+    'prepare into its input': (
+        'prepare --input=documents --output=documents/set',
+        '--output=documents/set: is within the input documents'),
+    'prepare: too many bad records': (
+        'prepare --input=bad.jsonl --output=bad --workers=0',
+        '--input: 1 of 3 records are bad (1 broken_json), more than --bad_share=0.05; the first '
+        'is broken_json in bad.jsonl, line 2'),
+    'prepare into a folder of another': (
+        'prepare --input=documents --output=. --workers=0',
+        'holds files that are no prepared set, such as'),
+    'prepare elsewhere without a package': (
+        'prepare --input=documents --output=nowhere://x',
+        "--output: 'nowhere://x': Protocol not known: nowhere"),
+    'inspect no set': (
+        'inspect-data --data=documents',
+        "documents' holds no prepared set; make one with"),
+    'inspect misspelt packing': (
+        'inspect-data --data=set --packing=best-fit',
+        "--packing='best-fit': did you mean 'best_fit'?"),
+    'tokenizer of another kind': (
+        'train-tokenizer --input=documents --output=x.model --kind=word',
+        '--kind=word: must be bpe or unigram'),
+    'tokenizer into nowhere': (
+        'train-tokenizer --input=documents --output=nowhere/x.model',
+        '--output=nowhere/x.model: must be a new file in an existing folder'),
+    'tokenizer over a file': (
+        'train-tokenizer --input=documents --output=tiny.py',
+        '--output=tiny.py: must be a new file'),
+    'train into documents prepared': (
+        'train --config=tiny.py --workdir=prepared-set',
+        'prepared-set: holds a prepared set; choose another'),
+    'train on documents that are no set': (
+        f'{TRAIN} "--config.data.sources=(\'documents\',)" --config.data.paths=()',
+        "documents' holds no prepared set"),
+    'plan without topology': ('plan --config=tiny.py', '--topology: missing'),
+    'goodput of nothing': ('goodput --workdir=empty', '--workdir=empty: no events.jsonl there'),
+    'certify without config': ('certify', '--config: missing'),
+    'no steps': ('benchmark train --config=tiny.py --steps=0', '--steps=0: must be at least 1'),
+    'no prompts': ('benchmark decode --workdir=run --prompts=0', '--prompts=0: must be at least 1'),
+    'too many prompts': (
+        'benchmark decode --workdir=run --prompts=999',
+        'but 999 prompts are wanted'),
+}
+
+
+# These need the data, the tokenizer, a checkpoint or the devices, so they import JAX.
+LATE = ('mesh', 'documents', 'tokenizer', 'vocabulary', 'resume', 'conventions', 'checkpoint',
+        'nothing', 'step', 'draft', 'too many')
+
+
+@pytest.mark.parametrize('command, message', BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_exit_code_2(run, place, command, message):
+  code, out, err = run(command)
+  assert (code, out, len(err)) == (2, [], 1), err
+  assert err[0].startswith('mtp_jax: ') and message in err[0]
+  assert not (place / 'new').exists()
+
+
+def test_bad_input_is_reported_before_jax_is_imported(place):
+  """One fresh interpreter, every command line that needs no more than the config file."""
+  early = [shlex.split(command) for name, (command, _) in BAD.items()
+           if not any(word in name for word in LATE)]
+  assert len(early) > 20
+  program = ('import json, os, sys\nfrom mtp_jax.cli.main import main\nos.chdir(sys.argv[2])\n'
+             'for arguments in json.loads(sys.argv[1]):\n'
+             '  assert main(arguments) == 2\n  assert "jax" not in sys.modules, arguments\n')
+  command = [sys.executable, '-c', program, json.dumps(early), str(place)]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert len(done.stderr.splitlines()) == len(early)
+
+
+def test_the_module_runs_as_a_program(place):
+  """An empty workdir is refused before a backend starts: one that does not exist is not missed."""
+  command = [sys.executable, '-m', 'mtp_jax', 'evaluate', f'--workdir={place / "empty"}']
+  environment = {**os.environ, 'JAX_PLATFORMS': 'none'}
+  done = subprocess.run(command, capture_output=True, text=True, env=environment)
+  assert done.returncode == 2 and done.stdout == ''
+  assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith('mtp_jax: --workdir=/')

@@ -1,0 +1,57 @@
+"""evaluate and generate print what the functions behind them return."""
+from experiments import experiment, random_state, write
+
+GENERATE = 'generate --workdir=run --prompt=a'
+
+
+def test_evaluate_prints_one_entry_a_future(run, run_json):
+  values = run_json('evaluate --workdir=run')
+  assert {'nats', 'accuracy', 'count', 'bits_per_byte'} <= values.keys() and values['step'] == 3
+  assert [len(values[key]) for key in ('nats', 'accuracy', 'count')] == [2, 2, 2]
+  for choice in ('greedy', 'sampled'):
+    assert len(values[f'acceptance_{choice}']) == 1
+    assert len(values[f'tokens_per_forward_{choice}']) == len(values[f'speed_up_{choice}']) == 2
+  assert values['tokens_per_forward_greedy'][0] == values['speed_up_greedy'][0] == 1
+  assert values['tokens_per_forward_sampled'][1] > 1
+  for mean, total in (('nats', 'nats_sum'), ('accuracy', 'correct')):
+    assert [x / n for x, n in zip(values[total], values['count'])] == values[mean]
+  code, out, err = run('evaluate --workdir=run --nospeed')
+  assert code == 0 and err == [] and out[0].split() == ['future', 'nats', 'accuracy', 'count']
+  assert f'{values["bits_per_byte"]:.4f}' in out[3]
+  assert out[-1].split()[0] == '1' and 'speed-up' not in ' '.join(out)
+
+
+def test_evaluate_says_when_the_documents_are_others(run, place):
+  config = experiment(place)
+  write(place / 'moved', config, random_state(config))
+  code, _, err = run('evaluate --workdir=moved --rows=4')
+  assert code == 0 and len(err) == 1 and err[0].startswith('note: the documents here differ')
+
+
+def test_generate_prints_the_same_text_for_every_draft(run, run_json):
+  sized = f'{GENERATE} --max_tokens=24 --max_length=40'
+  plain, one, longest = (run_json(f'{sized} --draft={draft}') for draft in (0, 1, -1))
+  for values in (plain, one, longest):
+    assert {'text', 'tokens', 'forwards', 'tokens_per_forward', 'seconds'} <= values.keys()
+  assert plain['text'] == one['text'] == longest['text']
+  assert plain['tokens'] == plain['forwards'] == 24
+  code, out, _ = run(f'{sized} --draft=1')
+  assert code == 0
+  assert 'tokens per forward' in out[-2] and out[-1].startswith('acceptance by depth: ')
+  text = '\n'.join(out[:-3])
+  assert text == 'a' + plain['text']
+  code, streamed, _ = run(f'{sized} --draft=1 --stream')
+  assert code == 0 and '\n'.join(streamed[:-2]) == text
+
+
+def test_what_is_lossy_says_so_and_what_is_not_does_not(run, run_json):
+  short, top_k = f'{GENERATE} --max_tokens=10', '--criterion=lossy_top_k --threshold=259'
+  exact, lossy = run_json(short), run_json(f'{short} {top_k}')
+  assert (exact['criterion']['name'], exact['lossless']) == ('exact', True)
+  assert lossy['criterion'] == {'name': 'lossy_top_k', 'threshold': 259, 'min_block': 1}
+  assert (lossy['lossless'], lossy['acceptance']) == (False, [1.0])
+  last_line = lambda command: run(command)[1][-1]
+  assert last_line(f'{short} {top_k}').startswith('lossy: lossy_top_k, threshold 259')
+  blocks = 'lossy: exact, threshold 0, blocks of 2 at least'
+  assert last_line(f'{short} --min_block=2').startswith(blocks)
+  assert not any('lossy' in line for line in run(short)[1])
