@@ -1,4 +1,6 @@
-"""The mesh: which devices form it, who reads which rows, in what order it holds positions, and the tokens of each device."""
+"""The mesh: which devices form it, who reads which rows, in what order it holds positions, and the
+tokens of each device.
+"""
 import math
 
 import jax
@@ -12,13 +14,16 @@ from mtp_jax.sharding import AXES, out, place, spec
 
 
 def make_mesh(sizes: MeshConfig, devices=None) -> jax.sharding.Mesh:
-  """An Explicit mesh over the first devices; neighbours in it are close to each other in the chips' own network.
+  """An Explicit mesh over the first devices; neighbours in it are close to each other in the chips'
+  own network.
 
-  Devices may be in several slices, which only the data-centre network connects. Each slice then holds a part of the data
-  axis, so that one sum of gradients a step is all that crosses that network.
+  Devices may be in several slices, which only the data-centre network connects. Each slice then
+  holds a part of the data axis, so that one sum of gradients a step is all that crosses that
+  network.
 
   Raises:
-    BadInput: it needs more devices than there are, leaves a process without one, or cuts across slices.
+    BadInput: it needs more devices than there are, leaves a process without one, or cuts across
+      slices.
   """
   devices = jax.devices() if devices is None else devices
   shape = tuple(getattr(sizes, axis) for axis in AXES)
@@ -36,8 +41,9 @@ def make_mesh(sizes: MeshConfig, devices=None) -> jax.sharding.Mesh:
       grid = mesh_utils.create_device_mesh(shape, devices[:needed], allow_split_physical_axes=True)
       return jax.sharding.Mesh(grid, AXES, axis_types=types)
   if sizes.data % slices or needed != len(devices):
-    raise BadInput(f'config.mesh: {text}; the {len(devices)} devices are in {slices} slices, each of which holds a part of '
-                   f'the data axis: set config.mesh.data to a multiple of {slices}, and the product to {len(devices)}')
+    raise BadInput(f'config.mesh: {text}; the {len(devices)} devices are in {slices} slices, each of which holds '
+                   f'a part of the data axis: set config.mesh.data to a multiple of {slices}, '
+                   f'and the product to {len(devices)}')
   within, across = (sizes.data // slices, *shape[1:]), (slices, *[1] * (len(AXES) - 1))
   grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
   return jax.sharding.Mesh(grid, AXES, axis_types=types)
@@ -57,8 +63,8 @@ def process_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     rows_of_process.setdefault(device.process_index, set()).update(range(*rows.indices(row_groups)))
   shares = sorted({tuple(sorted(rows)) for rows in rows_of_process.values()})
   if sum(map(len, shares)) != row_groups or len(set(map(len, shares))) > 1:
-    raise BadInput(f'config.mesh: data x fsdp = {row_groups} cannot be divided among {len(rows_of_process)} processes; '
-                   'make it a multiple of them, or 1')
+    raise BadInput(f'config.mesh: data x fsdp = {row_groups} cannot be divided among {len(rows_of_process)} '
+                   'processes; make it a multiple of them, or 1')
   return shares.index(tuple(sorted(rows_of_process[jax.process_index()]))), len(shares)
 
 
@@ -73,8 +79,9 @@ def put(batch, mesh):
 def mesh_order(L: int) -> np.ndarray:
   """int32[L]: the position that each place along the context axis holds.
 
-  Causal attention costs more at later positions. So the length is cut into 2c equal parts, and each of c devices gets one part
-  from the front and its mirror image from the back: all have the same work. Where 2c does not divide L, the order is the text's.
+  Causal attention costs more at later positions. So the length is cut into 2c equal parts, and each
+  of c devices gets one part from the front and its mirror image from the back: all have the same
+  work. Where 2c does not divide L, the order is the text's.
   """
   mesh = jax.sharding.get_abstract_mesh()
   c = 1 if mesh.empty else mesh.shape['context']
@@ -138,9 +145,11 @@ def _sharded(rest, *axes) -> dict:
 
 
 def sum_over_devices(x_PDV, letters: str):
-  """[P, ...] -> [...]: the sum over P, of which each device keeps the part that the letters give it; one reduce-scatter.
+  """[P, ...] -> [...]: the sum over P, of which each device keeps the part that the letters give
+  it; one reduce-scatter.
 
-  The first letter is the one over fsdp: if another dimension is scattered, XLA sums up the whole on every device first.
+  The first letter is the one over fsdp: if another dimension is scattered, XLA sums up the whole on
+  every device first.
   """
   if token_shards() == 1:
     return place(x_PDV[0], letters)

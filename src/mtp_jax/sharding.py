@@ -5,19 +5,21 @@ Upper case, each the name of one axis, and where RULES say so sharded:
     B batch rows  L length (queries)  S keys, or slots of a cache  D width  C two states side by side, 2D
     H query heads  G key heads  K width of a head  F feed-forward  V vocabulary  E experts
     N trunk layers, stacked  M futures, stacked  T tokens of a whole row, L + M
-    P devices that hold different tokens  R rows of a cache, B x G
+    P devices that hold different tokens  Q queries of a key head, L x r  R rows of a cache, B x G
 
 Lower case, never sharded:
 
-    d l  D and L, whole on every device
+    d l  width and length, whole on every device
     g  futures that run at once  n  steps of a loop: groups of futures, or chunks  t  tokens of a chunk
     r  query heads that share a key head  h  heads of either kind  x  any further axes
-    p  tokens of a prompt  i  tokens that a decoder reads at once  k  drafts  w  positions that a module runs again
+    p  tokens of a prompt  i  tokens that a decoder reads at once  k  drafts
+    w  positions that a module runs again
 
-`x_BLD` is a float array of batch x length x width, `einsum('BLD,DHK->BLHK', x_BLD, wq_DHK)` contracts it, and
-`spec('BLHK')` is where the result lives on a mesh with the axes data, fsdp, context, tensor and expert. A parameter's name
-ends in its axes, so its name is its sharding; stacked axes (N, M) come first and are not in the name. The meshes are
-`Explicit`: shardings are part of the types, and a mistake is an error while tracing.
+`x_BLD` is a float array of batch x length x width, `einsum('BLD,DHK->BLHK', x_BLD, wq_DHK)`
+contracts it, and `spec('BLHK')` is where the result lives on a mesh with the axes data, fsdp,
+context, tensor and expert. A parameter's name ends in its axes, so its name is its sharding;
+stacked axes (N, M) come first and are not in the name. The meshes are `Explicit`: shardings are
+part of the types, and a mistake is an error while tracing.
 """
 import functools
 
@@ -27,12 +29,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'context', 'tensor', 'expert')
 RULES = {
-    'B': ('data', 'fsdp'), 'L': ('context',), 'D': ('fsdp',), 'C': ('fsdp',), 'H': ('tensor',), 'G': ('tensor',),
-    'F': ('tensor',), 'V': ('tensor',), 'E': ('expert',), 'P': ('data', 'fsdp', 'context')}
+    'B': ('data', 'fsdp'), 'L': ('context',), 'Q': ('context',), 'D': ('fsdp',), 'C': ('fsdp',),
+    'H': ('tensor',), 'G': ('tensor',), 'F': ('tensor',), 'V': ('tensor',), 'E': ('expert',), 'P': ('data', 'fsdp', 'context')}
 
 
 def spec(letters: str) -> PartitionSpec:
-  """'DHK' -> P('fsdp', 'tensor', None): the first letter to ask for a mesh axis gets it; lower-case letters ask for none."""
+  """'DHK' -> P('fsdp', 'tensor', None): the first letter to ask for a mesh axis gets it; lower-case
+  letters ask for none.
+  """
   taken, dims = set(), []
   for letter in letters:
     axes = tuple(axis for axis in RULES.get(letter, ()) if axis not in taken)
@@ -64,7 +68,9 @@ def shardings(tree, mesh):
 
 
 def out(letters: str) -> dict:
-  """{'out_sharding': spec} under an Explicit mesh, {} without one: the one place where shardings meet operations."""
+  """{'out_sharding': spec} under an Explicit mesh, {} without one: the one place where shardings
+  meet operations.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   return {} if mesh.empty else {'out_sharding': spec(letters)}
 
@@ -73,9 +79,10 @@ def out(letters: str) -> dict:
 def einsum(subscripts: str, a, b, dtype=None):
   """jnp.einsum of two arrays in the type of the first, sharded by the letters of the result.
 
-  Its gradients are einsums of the same letters, sharded like the operands, each in its operand's own type: a float32
-  parameter is cast here, where it is used, and its gradient is a float32 sum, over the tokens of a device and over devices.
-  XLA's own transpose of a contraction copies activations on a CPU, and makes a SwiGLU's backward pass 1.7 x as slow.
+  Its gradients are einsums of the same letters, sharded like the operands, each in its operand's
+  own type: a float32 parameter is cast here, where it is used, and its gradient is a float32 sum,
+  over the tokens of a device and over devices. XLA's own transpose of a contraction copies
+  activations on a CPU, and makes a SwiGLU's backward pass 1.7 x as slow.
 
   Args:
     dtype: of the result, by default that of `a`.
@@ -105,8 +112,9 @@ einsum.defvjp(_einsum_forward, _einsum_backward)
 def lookup(table_VD, ids_BL, dtype):
   """Rows of a table, in the type asked for: [B, L, D]. Its gradient is summed in float32.
 
-  The table is not gathered: each device looks up its share of the width, for the rows of all devices that it shares a batch
-  with, and devices exchange the rows found, here and in the backward pass.
+  The table is not gathered: each device looks up its share of the width, for the rows of all
+  devices that it shares a batch with, and devices exchange the rows found, here and in the backward
+  pass.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return table_VD[ids_BL].astype(dtype)

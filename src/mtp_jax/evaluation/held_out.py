@@ -1,4 +1,6 @@
-"""What a model is worth on held-out rows: nats, accuracy, bits per byte, and how many of its own drafts it accepts."""
+"""What a model is worth on held-out rows: nats, accuracy, bits per byte, and how many of its own
+drafts it accepts.
+"""
 import functools
 import math
 
@@ -23,9 +25,10 @@ def evaluate(config: Config, model: Model, batches, byte_length_V, allowed_V, me
     allowed_V: bool, ids that a decoder may generate.
 
   Returns:
-    nats and accuracy, with the sums they are made of: one entry a future, nan where no held-out document is long enough.
-    bits_per_byte of future 0. Greedily and at temperature 1 (see `acceptance`): acceptance, one entry a draft depth, and
-    tokens_per_forward, one entry a draft length from 0 on.
+    nats and accuracy, with the sums they are made of: one entry a future, nan where no held-out
+    document is long enough. bits_per_byte of future 0. Greedily and at temperature 1 (see
+    `acceptance`): acceptance, one entry a draft depth, and tokens_per_forward, one entry a draft
+    length from 0 on.
   """
   total = None
   for batch in batches:
@@ -55,4 +58,5 @@ def _evaluate_batch(config: Config, model: Model, batch, byte_length_V, allowed_
   read, w_VD = Read.of(batch, c.futures), model.readout().table()
   h_MBLD = objective.future_states(model, read)
   _, sums = objective.cross_entropy(c, o, h_MBLD, w_VD, Labels.of(read, jnp.ones(c.futures)))
-  return sums, read.target_bytes(byte_length_V), acceptance.drafts(c, h_MBLD, w_VD, read, allowed_V, o.chunk)
+  drafts = acceptance.drafts(c, h_MBLD, w_VD, read, allowed_V, o.chunk)
+  return sums, read.target_bytes(byte_length_V), drafts

@@ -1,13 +1,15 @@
 """A check of a config on a small float32 twin of it, in minutes on a CPU.
 
-gradients   those that JAX finds for a dense objective, and the same in every way of running a step: microbatches, meshes,
+gradients   those that JAX finds for a dense objective, and the same in every way of running a step:
+microbatches, meshes,
             rematerialisation, heads at once
-leakage     which token influences which prediction is what documents, causality and the kind of futures allow: no more, no less
-FLOPs       what the step multiplies is what `model.costs` counts
+leakage     which token influences which prediction is what documents, causality and the kind of
+futures allow: no more, no less FLOPs       what the step multiplies is what `model.costs` counts
 
-The twin has the config's kind, futures, sharing, norms, weights and objective, but few layers and small sizes. Its rows are
-packed with documents of unequal length, so that microbatches and devices count unequally, and every parameter is random. It is
-a check of the code that the config chooses, not of the config's own sizes, types or data.
+The twin has the config's kind, futures, sharing, norms, weights and objective, but few layers and
+small sizes. Its rows are packed with documents of unequal length, so that microbatches and devices
+count unequally, and every parameter is random. It is a check of the code that the config chooses,
+not of the config's own sizes, types or data.
 """
 import dataclasses
 import math
@@ -40,7 +42,9 @@ MESHES = {
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """One line of the report: what was checked, what was found, what is allowed, and whether it holds."""
+  """One line of the report: what was checked, what was found, what is allowed, and whether it
+  holds.
+  """
   check: str
   found: str
   allowed: str
@@ -54,8 +58,8 @@ def certify(config: Config) -> Iterator[Finding]:
     BadInput: there are fewer than eight devices.
   """
   if len(jax.devices()) < DEVICES:
-    raise BadInput(f'certify: needs {DEVICES} devices, but there are {len(jax.devices())}; run it in a process of its own, '
-                   f'which makes {DEVICES} on a CPU')
+    raise BadInput(f'certify: needs {DEVICES} devices, but there are {len(jax.devices())}; run it in a process '
+                   f'of its own, which makes {DEVICES} on a CPU')
   twin = small(config)
   yield from gradients(twin)
   yield from leakage(twin)
@@ -100,7 +104,8 @@ def packed_rows(config: Config) -> dict[str, np.ndarray]:
   return batch
 
 def gradients(config: Config, ways: dict[str, dict] | None = None) -> Iterator[Finding]:
-  """Gradients of every parameter group, in each of the ways, against the plainest way of running a step.
+  """Gradients of every parameter group, in each of the ways, against the plainest way of running a
+  step.
 
   The plainest way has one device, one microbatch, one head at a time, and recomputes nothing.
 
@@ -152,7 +157,9 @@ def by_group(gradients) -> dict[str, list[np.ndarray]]:
 
 
 def worst_group(gradients: dict, reference: dict) -> tuple[float, str]:
-  """(largest difference, relative to its group's largest entry; the name of that group). nan counts as the largest."""
+  """(largest difference, relative to its group's largest entry; the name of that group). nan counts
+  as the largest.
+  """
   difference = {}
   for group, arrays in reference.items():
     largest = max(np.abs(x).max(initial=0) for x in arrays)
@@ -174,7 +181,9 @@ def leakage(config: Config, read=Read.of) -> Iterator[Finding]:
 
 
 def influence(config: Config, read=Read.of) -> tuple[np.ndarray, np.ndarray]:
-  """bool[T, M, L] each: whether token j changes the loss of future m at position t; and whether it may."""
+  """bool[T, M, L] each: whether token j changes the loss of future m at position t; and whether it
+  may.
+  """
   c = config.model
   batch = one_token_changed(c)
   T = len(batch['tokens']) - 1
@@ -192,7 +201,9 @@ def influence(config: Config, read=Read.of) -> tuple[np.ndarray, np.ndarray]:
 
 
 def one_token_changed(c: ModelConfig) -> dict[str, np.ndarray]:
-  """T + 1 rows of T = 2M + 9 tokens, the same documents in each: row j has another token j, the last row has none."""
+  """T + 1 rows of T = 2M + 9 tokens, the same documents in each: row j has another token j, the
+  last row has none.
+  """
   M = c.futures
   T = 2 * M + 9
   segments = np.array([*[1] * (M + 2), 2, *[3] * 4, *[4] * 3, *[0] * T])[:T]
@@ -201,7 +212,8 @@ def one_token_changed(c: ModelConfig) -> dict[str, np.ndarray]:
   rng = np.random.default_rng(2)
   tokens = np.tile(rng.integers(0, c.vocab, T), (T + 1, 1))
   tokens[np.arange(T), np.arange(T)] = (tokens[-1] + rng.integers(1, c.vocab, T)) % c.vocab
-  return {'tokens': tokens, 'segments': np.tile(segments, (T + 1, 1)), 'positions': np.tile(positions, (T + 1, 1))}
+  every_row = lambda values: np.tile(values, (T + 1, 1))
+  return {'tokens': tokens, 'segments': every_row(segments), 'positions': every_row(positions)}
 
 
 def nats(model: Model, read: Read):
@@ -224,11 +236,14 @@ def pictures(config: Config, read=Read.of) -> list[str]:
   return [*lines, 'row: token, column: position; # influences it, . does not, L leaks, ? should influence it']
 
 
-def flops(config: Config, twin: Config, counted: Callable[[ModelConfig, int], int] | None = None) -> Iterator[Finding]:
-  """Matrix products of the twin, its loops unrolled, and of the config itself, loops times their length, against `counted`.
+def flops(config: Config, twin: Config,
+          counted: Callable[[ModelConfig, int], int] | None = None) -> Iterator[Finding]:
+  """Matrix products of the twin, its loops unrolled, and of the config itself, loops times their
+  length, against `counted`.
 
   Args:
-    counted: FLOPs of a token of a model at a length, recomputation included; by default those of `model.costs`.
+    counted: FLOPs of a token of a model at a length, recomputation included; by default those of
+      `model.costs`.
   """
   with jax.disable_jit():
     unrolled = _flops('FLOPs, twin unrolled', twin, counted or _counted)

@@ -3,8 +3,9 @@
     q_BLHK = rotary(h_BLD wq_DHK)    k_BSGK = rotary(h_BSD wk_DGK)    v_BSGK = h_BSD wv_DGK
     y_BLD  = softmax(q k / sqrt(K)) v wo_HKD
 
-Rotary embedding in half-split order (arXiv:2104.09864). What a query may look at is an argument, `keys`: the `Documents` of
-a packed batch in training, a `Cache` in decoding. A block first writes the keys and values of its tokens into it, then reads.
+Rotary embedding in half-split order (arXiv:2104.09864). What a query may look at is an argument,
+`keys`: the `Documents` of a packed batch in training, a `Cache` in decoding. A block first writes
+the keys and values of its tokens into it, then reads.
 """
 import dataclasses
 
@@ -54,7 +55,9 @@ class GroupedQueryAttention(nnx.Module):
 
   @staticmethod
   def flops(c: ModelConfig, keys: int) -> int:
-    """Forward FLOPs of one token that attends to so many keys: four matrices, the scores, and the sum of the values."""
+    """Forward FLOPs of one token that attends to so many keys: four matrices, the scores, and the
+    sum of the values.
+    """
     matrices = 2 * c.width * c.head_width * (2 * c.heads + 2 * c.kv_heads)
     return matrices + 2 * GroupedQueryAttention.score_flops(c, keys)
 
@@ -69,8 +72,8 @@ def rotary(x_BLhK, positions_BL, base: float, slots: int | None = None):
 
   Args:
     x_BLhK: query heads or key heads.
-    slots: a bound of the positions, if there is one: sines are then read from a table. In the loop of a decoder XLA
-      computes the table once, before the loop.
+    slots: a bound of the positions, if there is one: sines are then read from a table. In the loop
+      of a decoder XLA computes the table once, before the loop.
   """
   half = x_BLhK.shape[-1] // 2
   frequency_K = jnp.tile(base ** (-jnp.arange(half) / half), 2)
@@ -88,11 +91,13 @@ def rotary(x_BLhK, positions_BL, base: float, slots: int | None = None):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Documents:
-  """What the tokens of a packed batch may look at: those before them in their document; padding looks at padding only.
+  """What the tokens of a packed batch may look at: those before them in their document; padding
+  looks at padding only.
 
   Attributes:
     mask_BLS: bool, whether a query may look at a key.
-    segments_BL: int32, the number of each token's document in its row, 0 for padding; the mask is made from it.
+    segments_BL: int32, the number of each token's document in its row, 0 for padding; the mask is
+      made from it.
     k_BSGK, v_BSGK: keys and values, once written.
   """
   mask_BLS: jax.Array
@@ -105,7 +110,9 @@ class Documents:
     return dataclasses.replace(self, k_BSGK=place(k_BLGK, 'BSGK'), v_BSGK=place(v_BLGK, 'BSGK'))
 
   def attend(self, q_BLHK, positions_BL):
-    """Softmax attention within documents, by the kernel of the chip where there is one. [B, L, H, K]"""
+    """Softmax attention within documents, by the kernel of the chip where there is one. [B, L, H,
+    K]
+    """
     kernel = kernels.kernel_for(q_BLHK)
     if kernel:
       return kernel(q_BLHK, self.k_BSGK, self.v_BSGK, self.segments_BL, self.mask_BLS)
@@ -120,55 +127,61 @@ def documents(segments_BL) -> Documents:
 
 
 def attend(q_BLHK, k_BSGK, v_BSGK, mask_BLS):
-  """softmax(q k / sqrt(K)) v over the keys that the mask allows; scores and softmax in float32. [B, L, H, K]
+  """softmax(q k / sqrt(K)) v over the keys that the mask allows; scores and softmax in float32. [B,
+  L, H, K]
 
-  The r = H/G query heads that share a key head are put beside the length, so that each (B, G) is one matrix product.
+  The queries of a key head, Q = L x r of r = H/G heads, are put side by side, so that each (B, G)
+  is one matrix product.
   """
   B, L, H, K = q_BLHK.shape
   G = k_BSGK.shape[2]
   q_BLGrK = jnp.reshape(q_BLHK * K**-0.5, (B, L, G, H // G, K), **out('BLGrK'))
-  q_BGLK = jnp.reshape(jnp.moveaxis(q_BLGrK, 2, 1), (B, G, L * H // G, K), **out('BGLK'))
-  o_BGLrK = jnp.reshape(_attend(q_BGLK, k_BSGK, v_BSGK, mask_BLS), (B, G, L, H // G, K), **out('BGLrK'))
+  q_BGQK = jnp.reshape(jnp.moveaxis(q_BLGrK, 2, 1), (B, G, L * H // G, K), **out('BGQK'))
+  o_BGLrK = jnp.reshape(_attend(q_BGQK, k_BSGK, v_BSGK, mask_BLS), (B, G, L, H // G, K), **out('BGLrK'))
   return jnp.reshape(jnp.moveaxis(o_BGLrK, 1, 2), (B, L, H, K), **out('BLHK'))
 
 
 @jax.custom_vjp
-def _attend(q_BGLK, k_BSGK, v_BSGK, mask_BLS):
-  """Attention whose backward pass recomputes the scores (arXiv:2205.14135, section 3.1): no L x S array is saved."""
-  return _attend_forward(q_BGLK, k_BSGK, v_BSGK, mask_BLS)[0]
+def _attend(q_BGQK, k_BSGK, v_BSGK, mask_BLS):
+  """Attention whose backward pass recomputes the scores (arXiv:2205.14135, section 3.1): no L x S
+  array is saved.
+  """
+  return _attend_forward(q_BGQK, k_BSGK, v_BSGK, mask_BLS)[0]
 
 
-def _scores(q_BGLK, k_BSGK, mask_BLS):
-  """Masked scores, float32[B, G, L, S]. A mask entry holds for all r query heads that share a key head."""
-  scores_BGLS = einsum('BGLK,BSGK->BGLS', q_BGLK, k_BSGK, jnp.float32)
-  B, G, rows, S = scores_BGLS.shape
+def _scores(q_BGQK, k_BSGK, mask_BLS):
+  """Masked scores, float32[B, G, Q, S]. A mask entry holds for all r query heads that share a key
+  head.
+  """
+  scores_BGQS = einsum('BGQK,BSGK->BGQS', q_BGQK, k_BSGK, jnp.float32)
+  B, G, Q, S = scores_BGQS.shape
   L = mask_BLS.shape[1]
-  scores_BGLrS = jnp.reshape(scores_BGLS, (B, G, L, rows // L, S), **out('BGLrS'))
+  scores_BGLrS = jnp.reshape(scores_BGQS, (B, G, L, Q // L, S), **out('BGLrS'))
   masked_BGLrS = jnp.where(mask_BLS[:, None, :, None], scores_BGLrS, -1e30)
-  return jnp.reshape(masked_BGLrS, (B, G, rows, S), **out('BGLS'))
+  return jnp.reshape(masked_BGLrS, (B, G, Q, S), **out('BGQS'))
 
 
-def _attend_forward(q_BGLK, k_BSGK, v_BSGK, mask_BLS):
-  scores_BGLS = _scores(q_BGLK, k_BSGK, mask_BLS)
-  top_BGL1 = jnp.max(scores_BGLS, -1, keepdims=True)
-  e_BGLS = jnp.exp(scores_BGLS - top_BGL1)
-  sum_BGL1 = jnp.sum(e_BGLS, -1, keepdims=True)
-  o_BGLK = einsum('BGLS,BSGK->BGLK', e_BGLS.astype(v_BSGK.dtype), v_BSGK, jnp.float32) / sum_BGL1
-  o_BGLK, lse_BGL1 = checkpoint_name((o_BGLK.astype(q_BGLK.dtype), top_BGL1 + jnp.log(sum_BGL1)), 'attention')
-  return o_BGLK, (q_BGLK, k_BSGK, v_BSGK, mask_BLS, o_BGLK, lse_BGL1)
+def _attend_forward(q_BGQK, k_BSGK, v_BSGK, mask_BLS):
+  scores_BGQS = _scores(q_BGQK, k_BSGK, mask_BLS)
+  top_BGQ1 = jnp.max(scores_BGQS, -1, keepdims=True)
+  e_BGQS = jnp.exp(scores_BGQS - top_BGQ1)
+  sum_BGQ1 = jnp.sum(e_BGQS, -1, keepdims=True)
+  o_BGQK = einsum('BGQS,BSGK->BGQK', e_BGQS.astype(v_BSGK.dtype), v_BSGK, jnp.float32) / sum_BGQ1
+  o_BGQK, lse_BGQ1 = checkpoint_name((o_BGQK.astype(q_BGQK.dtype), top_BGQ1 + jnp.log(sum_BGQ1)), 'attention')
+  return o_BGQK, (q_BGQK, k_BSGK, v_BSGK, mask_BLS, o_BGQK, lse_BGQ1)
 
 
-def _attend_backward(residual, do_BGLK):
-  q_BGLK, k_BSGK, v_BSGK, mask_BLS, o_BGLK, lse_BGL1 = residual
-  dtype = q_BGLK.dtype
-  p_BGLS = jnp.exp(_scores(q_BGLK, k_BSGK, mask_BLS) - lse_BGL1)
-  dp_BGLS = einsum('BGLK,BSGK->BGLS', do_BGLK, v_BSGK, jnp.float32)
-  delta_BGL1 = jnp.sum(do_BGLK.astype(jnp.float32) * o_BGLK, -1, keepdims=True)
-  ds_BGLS = (p_BGLS * (dp_BGLS - delta_BGL1)).astype(dtype)
-  dq_BGLK = einsum('BGLS,BSGK->BGLK', ds_BGLS, k_BSGK)
-  dk_BSGK = einsum('BGLS,BGLK->BSGK', ds_BGLS, q_BGLK)
-  dv_BSGK = einsum('BGLS,BGLK->BSGK', p_BGLS.astype(dtype), do_BGLK)
-  return dq_BGLK, dk_BSGK, dv_BSGK, None
+def _attend_backward(residual, do_BGQK):
+  q_BGQK, k_BSGK, v_BSGK, mask_BLS, o_BGQK, lse_BGQ1 = residual
+  dtype = q_BGQK.dtype
+  p_BGQS = jnp.exp(_scores(q_BGQK, k_BSGK, mask_BLS) - lse_BGQ1)
+  dp_BGQS = einsum('BGQK,BSGK->BGQS', do_BGQK, v_BSGK, jnp.float32)
+  delta_BGQ1 = jnp.sum(do_BGQK.astype(jnp.float32) * o_BGQK, -1, keepdims=True)
+  ds_BGQS = (p_BGQS * (dp_BGQS - delta_BGQ1)).astype(dtype)
+  dq_BGQK = einsum('BGQS,BSGK->BGQK', ds_BGQS, k_BSGK)
+  dk_BSGK = einsum('BGQS,BGQK->BSGK', ds_BGQS, q_BGQK)
+  dv_BSGK = einsum('BGQS,BGQK->BSGK', p_BGQS.astype(dtype), do_BGQK)
+  return dq_BGQK, dk_BSGK, dv_BSGK, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -177,10 +190,11 @@ _attend.defvjp(_attend_forward, _attend_backward)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Keys and values of one block in decoding; slot s holds position s of its sequence, and a query reads up to its own.
+  """Keys and values of one block in decoding; slot s holds position s of its sequence, and a query
+  reads up to its own.
 
-  The key heads of all sequences are rows, R = B x G, so that attention is one matrix product a row, and XLA writes new tokens
-  in place, without a copy.
+  The key heads of all sequences are rows, R = B x G, so that attention is one matrix product a row,
+  and XLA writes new tokens in place, without a copy.
   """
   k_RSK: jax.Array
   v_RSK: jax.Array
@@ -213,16 +227,20 @@ class Cache:
     G, r = R // B, H * B // R
     q_BGLrK = jnp.moveaxis(jnp.reshape(q_BLHK * K**-0.5, (B, L, G, r, K)), 2, 1)
     mask_BGLrS = jnp.broadcast_to(jnp.arange(S) <= positions_BL[:, None, :, None, None], (B, G, L, r, S))
-    scores_RLS = einsum('RLK,RSK->RLS', jnp.reshape(q_BGLrK, (R, L * r, K)), self.k_RSK, jnp.float32)
-    scores_RLS = jnp.where(jnp.reshape(mask_BGLrS, (R, L * r, S)), scores_RLS, -1e30)
-    e_RLS = jnp.exp(scores_RLS - jnp.max(scores_RLS, -1, keepdims=True))
-    o_RLK = einsum('RLS,RSK->RLK', e_RLS.astype(self.v_RSK.dtype), self.v_RSK, jnp.float32)
-    o_RLK = (o_RLK / jnp.sum(e_RLS, -1, keepdims=True)).astype(q_BLHK.dtype)
-    return jnp.reshape(jnp.moveaxis(jnp.reshape(o_RLK, (B, G, L, r, K)), 1, 2), (B, L, H, K))
+    scores_RQS = einsum('RQK,RSK->RQS', jnp.reshape(q_BGLrK, (R, L * r, K)), self.k_RSK, jnp.float32)
+    scores_RQS = jnp.where(jnp.reshape(mask_BGLrS, (R, L * r, S)), scores_RQS, -1e30)
+    e_RQS = jnp.exp(scores_RQS - jnp.max(scores_RQS, -1, keepdims=True))
+    o_RQK = einsum('RQS,RSK->RQK', e_RQS.astype(self.v_RSK.dtype), self.v_RSK, jnp.float32)
+    o_RQK = (o_RQK / jnp.sum(e_RQS, -1, keepdims=True)).astype(q_BLHK.dtype)
+    return jnp.reshape(jnp.moveaxis(jnp.reshape(o_RQK, (B, G, L, r, K)), 1, 2), (B, L, H, K))
 
 
-def write(old_BS, new_BL, positions_BL):
-  """old_BS with each row's new entries at their positions; those outside 0..S-1 are dropped."""
-  rows_B1 = jnp.arange(positions_BL.shape[0])[:, None]
-  slots_BL = jnp.where(positions_BL < 0, old_BS.shape[1], positions_BL)
-  return old_BS.at[rows_B1, slots_BL].set(new_BL, mode='drop')
+def write(old, new, positions):
+  """`old` with each row's new entries at their positions; those outside 0..S-1 are dropped.
+
+  Args:
+    old: [rows, S, ...]. new: [rows, n, ...]. positions: int32[rows, n].
+  """
+  rows = jnp.arange(positions.shape[0])[:, None]
+  slots = jnp.where(positions < 0, old.shape[1], positions)
+  return old.at[rows, slots].set(new, mode='drop')

@@ -3,8 +3,9 @@
     x_BLD += attention(norm(x_BLD))
     x_BLD += feed_forward(norm(x_BLD))
 
-Pre-norm, residual, no biases. One block serves training and decoding: `keys` is what its tokens may look at, the `Documents`
-of a batch or a `Cache`. Parameters are float32; `einsum` casts them to the compute type, that of x_BLD, where they are used.
+Pre-norm, residual, no biases. One block serves training and decoding: `keys` is what its tokens may
+look at, the `Documents` of a batch or a `Cache`. Parameters are float32; `einsum` casts them to the
+compute type, that of x_BLD, where they are used.
 """
 import jax
 from flax import nnx

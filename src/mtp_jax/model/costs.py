@@ -1,8 +1,9 @@
 """What a model holds and what it costs: parameters and FLOPs by part.
 
-A multiply-add is two FLOPs, the backward pass costs twice the forward pass, and rematerialisation is not counted. There are two
-conventions for attention: it counts all L keys of a row (PaLM, arXiv:2204.02311, appendix B), so that model-FLOP utilisation
-compares across systems; or, `causal`, the L/2 keys that a query may look at on average.
+A multiply-add is two FLOPs, the backward pass costs twice the forward pass, and rematerialisation
+is not counted. There are two conventions for attention: it counts all L keys of a row (PaLM,
+arXiv:2204.02311, appendix B), so that model-FLOP utilisation compares across systems; or, `causal`,
+the L/2 keys that a query may look at on average.
 """
 import hashlib
 import math
@@ -16,7 +17,8 @@ from mtp_jax.model.block import Block
 from mtp_jax.model.model import HEADS
 
 PARTS = ('embedding', 'trunk', 'futures', 'unembedding')
-PART_OF = {'embed_VD': 'embedding', 'trunk': 'trunk', 'final_norm_D': 'trunk', 'futures': 'futures', 'unembed_VD': 'unembedding'}
+PART_OF = {'embed_VD': 'embedding', 'trunk': 'trunk', 'final_norm_D': 'trunk', 'futures': 'futures',
+           'unembed_VD': 'unembedding'}
 
 
 def parameters(model) -> dict[str, int]:
@@ -27,8 +29,10 @@ def parameters(model) -> dict[str, int]:
   return counts | {'total': sum(counts.values())}
 
 
-def flops_per_token(c: ModelConfig, length: int, active: tuple[bool, ...] | None = None, causal: bool = False) -> dict[str, int]:
-  """Forward and backward FLOPs of one input token: trunk, futures, unembedding (one for each active future), total.
+def flops_per_token(c: ModelConfig, length: int, active: tuple[bool, ...] | None = None,
+                    causal: bool = False) -> dict[str, int]:
+  """Forward and backward FLOPs of one input token: trunk, futures, unembedding (one for each active
+  future), total.
 
   A shared sequential module is applied, and counted, M-1 times. Embedding a token costs nothing.
 
@@ -49,10 +53,11 @@ def flops_per_token(c: ModelConfig, length: int, active: tuple[bool, ...] | None
 
 
 def recomputed_flops_per_token(c: ModelConfig, length: int) -> int:
-  """FLOPs that a train step multiplies besides, with remat='none', and that model-FLOP utilisation does not count.
+  """FLOPs that a train step multiplies besides, with remat='none', and that model-FLOP utilisation
+  does not count.
 
-  Attention computes its scores once more in the backward pass. The inner heads of a chain run once to find the states that
-  the walk back starts from.
+  Attention computes its scores once more in the backward pass. The inner heads of a chain run once
+  to find the states that the walk back starts from.
   """
   heads = len(c.heads_to_run((True,) * c.futures))
   blocks = c.trunk_layers + (0 if c.kind == 'linear' else heads)
@@ -61,9 +66,11 @@ def recomputed_flops_per_token(c: ModelConfig, length: int) -> int:
 
 
 def matmul_flops(jaxpr) -> int:
-  """2 x the multiply-adds of every matrix product in a jaxpr and all jaxprs inside it, the TPU's attention kernels included.
+  """2 x the multiply-adds of every matrix product in a jaxpr and all jaxprs inside it, the TPU's
+  attention kernels included.
 
-  Products in a loop count as often as it runs, those of a device as often as there are devices in its mesh.
+  Products in a loop count as often as it runs, those of a device as often as there are devices in
+  its mesh.
   """
   total = 0
   for equation in jaxpr.eqns:
@@ -80,7 +87,8 @@ def matmul_flops(jaxpr) -> int:
 
 
 def _tiles(kernel: dict) -> int:
-  """How many tiles a kernel of causal attention multiplies: its grid is rows x heads x tiles of queries x tiles of keys.
+  """How many tiles a kernel of causal attention multiplies: its grid is rows x heads x tiles of
+  queries x tiles of keys.
 
   Causality hides half of them.
   """
@@ -93,7 +101,9 @@ TIMES = {'scan': lambda loop: loop['length'], 'shard_map': lambda local: local['
 
 
 def parameters_sha256(model) -> str:
-  """SHA-256 over name, type, shape and bytes of every parameter, in the order of their names; the same on any mesh."""
+  """SHA-256 over name, type, shape and bytes of every parameter, in the order of their names; the
+  same on any mesh.
+  """
   digest = hashlib.sha256()
   leaves = sorted((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(model))
   for path, leaf in leaves:

@@ -32,7 +32,9 @@ class SwiGLU(nnx.Module):
 
 @jax.custom_vjp
 def swiglu(gate_BLF, up_BLF, down_FD):
-  """(silu(gate) * up) down. Only gate and up are saved for the backward pass, which computes their product again."""
+  """(silu(gate) * up) down. Only gate and up are saved for the backward pass, which computes their
+  product again.
+  """
   return einsum('BLF,FD->BLD', jax.nn.silu(gate_BLF) * up_BLF, down_FD)
 
 

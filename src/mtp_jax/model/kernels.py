@@ -1,6 +1,8 @@
-"""Attention kernels of the chips, each called under `jax.shard_map` on a device's own rows, heads and positions.
+"""Attention kernels of the chips, each called under `jax.shard_map` on a device's own rows, heads
+and positions.
 
-A kernel keeps the scores in the chip's own memory. Where none fits the platform or the shapes, `attention.attend` runs.
+A kernel keeps the scores in the chip's own memory. Where none fits the platform or the shapes,
+`attention.attend` runs.
 """
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,8 @@ from mtp_jax.sharding import place, spec
 def kernel_for(q_BLHK):
   """The attention kernel for the platform of the mesh and for such shapes, or None.
 
-  It is called with (q_BLHK, k_BSGK, v_BSGK, segments_BL, mask_BLS). A TPU's takes tiles of 128; cuDNN's takes heads of up to 128
-  in bfloat16.
+  It is called with (q_BLHK, k_BSGK, v_BSGK, segments_BL, mask_BLS). A TPU's takes tiles of 128;
+  cuDNN's takes heads of up to 128 in bfloat16.
   """
   mesh = jax.sharding.get_abstract_mesh()
   kind = getattr(None if mesh.empty else mesh.abstract_device, 'device_kind', '')
@@ -28,7 +30,8 @@ def kernel_for(q_BLHK):
 
 
 def splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, mask_BLS=None, interpret: bool = False):
-  """JAX's TPU kernel of causal attention within segments; it skips tiles that the causal mask hides. [B, L, H, K]
+  """JAX's TPU kernel of causal attention within segments; it skips tiles that the causal mask
+  hides. [B, L, H, K]
 
   Args:
     mask_BLS: not used; the kernel makes its own from segments.
@@ -79,4 +82,5 @@ def cudnn(q_BLHK, k_BSGK, v_BSGK, segments_BL, mask_BLS, implementation: str = '
         q_BLHK, k_BSGK, v_BSGK, mask=mask_BLS[:, None], is_causal=whole, implementation=implementation)
 
   specs = tuple(map(spec, ('BLHK', 'BSGK', 'BSGK', 'BLS')))
-  return jax.shard_map(on_device, in_specs=specs, out_specs=spec('BLHK'), check_vma=False)(q_BLHK, k_BSGK, v_BSGK, mask_BLS)
+  return jax.shard_map(on_device, in_specs=specs, out_specs=spec('BLHK'), check_vma=False)(
+      q_BLHK, k_BSGK, v_BSGK, mask_BLS)

@@ -1,14 +1,18 @@
-"""A decoder trunk and its futures: blocks stacked on a leading axis, once for depth and once for the tokens ahead.
+"""A decoder trunk and its futures: blocks stacked on a leading axis, once for depth and once for
+the tokens ahead.
 
-    tokens_BL -> x_BLD (embedding) -> z_BLD (trunk, N blocks) -> h_BLD of each future m -> logits_BLV (one shared unembedding)
+    tokens_BL -> x_BLD (embedding) -> z_BLD (trunk, N blocks)
+              -> h_BLD of each future m -> logits_BLV (one shared unembedding)
 
-Future m at position t predicts token t+1+m. The kinds of Gloeckle et al. 2024 (arXiv:2404.19737, section 2, appendix B):
+Future m at position t predicts token t+1+m. The kinds of Gloeckle et al. 2024 (arXiv:2404.19737,
+section 2, appendix B):
 
     parallel, linear    h^m = norm(head_m(z)),                      m = 0..M-1; a head is a block, or one linear map
     causal              h^m = norm(head_m(... head_1(head_0(z)))),  the next token's head comes first
     anticausal          h^m = norm(head_m(... head_{M-1}(z))),      the farthest token's comes first
 
-sequential (DeepSeek-V3, arXiv:2412.19437, equations 21-23): a causal chain that is given the tokens in between,
+sequential (DeepSeek-V3, arXiv:2412.19437, equations 21-23): a causal chain that is given the tokens
+in between,
 
     h^0 = norm(z),  h^k_t = norm_k(block_k(join_k [norm_e(embed(token_{t+k})) ; norm_h(h^{k-1}_t)])),  k = 1..M-1
 
@@ -42,7 +46,9 @@ def remat(c: ModelConfig, f):
 
 
 class Module(nnx.Module):
-  """One link of the sequential chain: joins a token's embedding, first, with the previous state, and runs a block."""
+  """One link of the sequential chain: joins a token's embedding, first, with the previous state,
+  and runs a block.
+  """
 
   def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
     D = c.width
@@ -74,7 +80,8 @@ class Futures:
   """What turns the trunk's state into predictions.
 
   Attributes:
-    heads: the futures' heads or modules, stacked over those that have their own; None in a plain language model.
+    heads: the futures' heads or modules, stacked over those that have their own; None in a plain
+      language model.
     final_norm_D: the norm that they share. Sequential modules have their own.
     embed_VD: the embedding, for sequential modules, else None.
     unembed_VD: the unembedding.
@@ -93,17 +100,21 @@ class Futures:
     return place(self.unembed_VD.astype(self.config.dtype), 'Vd')
 
   def start(self, z_BLD):
-    """(the state that the first head reads; h_BLD of a future 0 without a head of its own, else None)."""
+    """(the state that the first head reads; h_BLD of a future 0 without a head of its own, else
+    None).
+    """
     if not self.config.first_own_head:
       return z_BLD, None
     h_BLD = self.norm(z_BLD)
     return h_BLD if self.config.hidden_input == 'post_norm' else z_BLD, h_BLD
 
   def run_head(self, head, state_BLD, given_BL, positions_BL, keys):
-    """One future: (the state that the next head reads, the normed state that the unembedding reads).
+    """One future: (the state that the next head reads, the normed state that the unembedding
+    reads).
 
     Args:
-      given_BL: the token that a sequential module is given at each position; not read by other kinds.
+      given_BL: the token that a sequential module is given at each position; not read by other
+        kinds.
     """
     c = self.config
     if c.kind == 'sequential':
@@ -124,7 +135,9 @@ class Futures:
     return jax.tree.map(lambda x: x[0], self.heads) if self.config.share_modules else None
 
   def unstacked(self, futures: list[int], stacked, shared):
-    """The inverse of `stacked` and `shared`, for gradients: in the shape of `heads`, zeros for all other futures."""
+    """The inverse of `stacked` and `shared`, for gradients: in the shape of `heads`, zeros for all
+    other futures.
+    """
     if self.config.share_modules:
       return jax.tree.map(lambda x: x[None], shared)
     if not futures:
@@ -135,19 +148,24 @@ class Futures:
     return jax.tree.map(lambda x, part: jnp.zeros_like(x).at[own].set(part), self.heads, stacked)
 
   def given(self, futures: list[int], targets_MBL):
-    """The tokens that the modules of these futures are given, stacked: the targets of the future before; else None."""
+    """The tokens that the modules of these futures are given, stacked: the targets of the future
+    before; else None.
+    """
     if self.config.kind != 'sequential':
       return None
     return targets_MBL[futures[0] - 1:futures[-1]]
 
   def map(self, f, xs, z_BLD, targets_MBL, positions_BL, keys):
-    """f(h_BLD, x) of every future, stacked over M: one head after the other, in the order of the chain.
+    """f(h_BLD, x) of every future, stacked over M: one head after the other, in the order of the
+    chain.
 
     Args:
-      f: called with the normed state that the unembedding reads, and the future's entry of xs; returns a pytree of arrays.
+      f: called with the normed state that the unembedding reads, and the future's entry of xs;
+        returns a pytree of arrays.
       xs: a pytree of arrays with a leading axis M.
       z_BLD: what `run_trunk` returned.
-      targets_MBL: what each future predicts; sequential modules are given those of the future before.
+      targets_MBL: what each future predicts; sequential modules are given those of the future
+        before.
     """
     c = self.config
     heads_to_run = c.heads_to_run((True,) * c.futures)

@@ -3,5 +3,5 @@ from mtp_jax.objective.stream import chunked, cross_entropy, cross_entropy_and_g
 from mtp_jax.objective.targets import Labels, Read, Sums
 from mtp_jax.objective.walk import dense, future_states, loss, trunk_state
 
-__all__ = ['Labels', 'Read', 'Sums', 'chunked', 'cross_entropy', 'cross_entropy_and_gradients', 'dense', 'future_states', 'loss',
-           'trunk_state', 'whole']
+__all__ = ['Labels', 'Read', 'Sums', 'chunked', 'cross_entropy', 'cross_entropy_and_gradients', 'dense',
+           'future_states', 'loss', 'trunk_state', 'whole']

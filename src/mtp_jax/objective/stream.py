@@ -3,8 +3,9 @@
     logits = h u^T        nats = lse - logit of the target        lse = log sum exp logits
     g      = weight * ((1 + 2 z lse) softmax - one-hot)           dh = g u        du += g^T h
 
-Weights are known before the walk, hence so is every logit's gradient the moment its softmax is: three matrix products a chunk,
-none again in the backward pass. One chunk's logits are alive at a time. (z-loss: PaLM, arXiv:2204.02311, section 5.)
+Weights are known before the walk, hence so is every logit's gradient the moment its softmax is:
+three matrix products a chunk, none again in the backward pass. One chunk's logits are alive at a
+time. (z-loss: PaLM, arXiv:2204.02311, section 5.)
 """
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,8 @@ def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_gBLD, w_VD, labels: Labe
 
 
 def cross_entropy_and_gradients(c: ModelConfig, o: ObjectiveConfig, h_gBLD, w_VD, labels: Labels, dw_PDV):
-  """(float32 loss, Sums of the g futures, gradient of h_gBLD, dw_PDV plus the gradient of the unembedding).
+  """(float32 loss, Sums of the g futures, gradient of h_gBLD, dw_PDV plus the gradient of the
+  unembedding).
 
   Args:
     dw_PDV: float32, the gradient of the unembedding so far, on each device that of its own tokens.
@@ -92,21 +94,25 @@ def _by_future(sums_n: Sums, futures: int) -> Sums:
 
 
 def chunked(x_gBL, chunk: int):
-  """[g, B, L, ...] -> [n, P, t, ...]: each device's tokens in equal chunks of at most `chunk`, filled up at the end."""
-  x_gPt = jnp.stack([by_device(x_BL) for x_BL in x_gBL])
-  g, P, tokens, *rest = x_gPt.shape
+  """[g, B, L, ...] -> [n, P, t, ...]: each device's tokens in equal chunks of at most `chunk`,
+  filled up at the end.
+  """
+  all_tokens = jnp.stack([by_device(x_BL) for x_BL in x_gBL])
+  g, P, tokens, *rest = all_tokens.shape
   n = -(-tokens // chunk)
   t, tail = -(-tokens // n), 'x' * len(rest)
-  x_gPt = jnp.pad(x_gPt, [(0, 0), (0, 0), (0, n * t - tokens), *[(0, 0)] * len(rest)])
-  x_gPnt = jnp.reshape(x_gPt, (g, P, n, t, *rest), **out('gPnt' + tail))
+  filled = jnp.pad(all_tokens, [(0, 0), (0, 0), (0, n * t - tokens), *[(0, 0)] * len(rest)])
+  x_gPnt = jnp.reshape(filled, (g, P, n, t, *rest), **out('gPnt' + tail))
   return jnp.reshape(jnp.moveaxis(x_gPnt, 2, 1), (g * n, P, t, *rest), **out('nPt' + tail))
 
 
 def whole(x_nPt, shape: tuple[int, int, int]):
-  """The inverse of `chunked`: [n, P, t, ...] -> [g, B, L, ...], the first three sizes being `shape`."""
+  """The inverse of `chunked`: [n, P, t, ...] -> [g, B, L, ...], the first three sizes being
+  `shape`.
+  """
   g, B, L = shape
   n, P, t, *rest = x_nPt.shape
   tail = 'x' * len(rest)
   x_gnPt = jnp.reshape(x_nPt, (g, n // g, P, t, *rest), **out('gnPt' + tail))
-  x_gPt = jnp.reshape(jnp.moveaxis(x_gnPt, 1, 2), (g, P, n // g * t, *rest), **out('gPt' + tail))
-  return jnp.stack([by_row(x_Pt[:, :B * L // P], B) for x_Pt in x_gPt])
+  filled = jnp.reshape(jnp.moveaxis(x_gnPt, 1, 2), (g, P, n // g * t, *rest), **out('gPt' + tail))
+  return jnp.stack([by_row(x[:, :B * L // P], B) for x in filled])

@@ -1,8 +1,10 @@
-"""What a step asks of a batch, made once: inputs, positions, documents, and what each future predicts and where it counts.
+"""What a step asks of a batch, made once: inputs, positions, documents, and what each future
+predicts and where it counts.
 
-Future m at position t predicts token t+1+m, and counts iff that token is in the same document as t. A batch is a dict of
-int32[B, T], T = L + M: 'tokens', 'segments' (the number of a token's document in its row, 0 for padding) and 'positions' (from
-the document's first token). A row holds M tokens more than inputs, so the farthest future has a target at the last position.
+Future m at position t predicts token t+1+m, and counts iff that token is in the same document as t.
+A batch is a dict of int32[B, T], T = L + M: 'tokens', 'segments' (the number of a token's document
+in its row, 0 for padding) and 'positions' (from the document's first token). A row holds M tokens
+more than inputs, so the farthest future has a target at the last position.
 """
 import dataclasses
 
@@ -20,7 +22,8 @@ class Read:
 
   Attributes:
     inputs_BL, positions_BL, segments_BL: int32.
-    targets_MBL: int32, the token that each future predicts; sequential module k is given those of future k-1.
+    targets_MBL: int32, the token that each future predicts; sequential module k is given those of
+      future k-1.
     counted_MBL: bool, whether it counts.
   """
   inputs_BL: jax.Array
@@ -38,7 +41,8 @@ class Read:
     ahead = range(1, futures + 1)
     targets_MBL = jnp.stack([cut(batch['tokens'], start) for start in ahead])
     same_MBL = jnp.stack([cut(batch['segments'], start) == segments_BL for start in ahead])
-    return cls(cut(batch['tokens'], 0), cut(batch['positions'], 0), segments_BL, targets_MBL, same_MBL & (segments_BL > 0))
+    counted_MBL = same_MBL & (segments_BL > 0)
+    return cls(cut(batch['tokens'], 0), cut(batch['positions'], 0), segments_BL, targets_MBL, counted_MBL)
 
   @property
   def count_M(self):
@@ -46,7 +50,9 @@ class Read:
     return jnp.sum(self.counted_MBL, (1, 2), dtype=jnp.int32)
 
   def microbatches(self, n: int) -> 'Read':
-    """With a leading axis n: every n-th row each, so that each microbatch is spread over the devices like the batch."""
+    """With a leading axis n: every n-th row each, so that each microbatch is spread over the
+    devices like the batch.
+    """
     def split(x):
       *stacked, B, L = x.shape
       letters = 'M' * len(stacked) + 'BnL'
@@ -62,7 +68,9 @@ class Read:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Labels:
-  """What some futures are scored against: target tokens, the weight of each in the loss, and where they count."""
+  """What some futures are scored against: target tokens, the weight of each in the loss, and where
+  they count.
+  """
   target_gBL: jax.Array
   weight_gBL: jax.Array
   counted_gBL: jax.Array
@@ -77,7 +85,9 @@ class Labels:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums:
-  """Of each future, over all positions that count: float32[M] nats, int32[M] hits of the argmax, int32[M] positions."""
+  """Of each future, over all positions that count: float32[M] nats, int32[M] hits of the argmax,
+  int32[M] positions.
+  """
   nats_M: jax.Array
   correct_M: jax.Array
   count_M: jax.Array

@@ -2,15 +2,17 @@
 
     loss = sum_m weight_m / count_m * sum_{b,t} (nats + z * lse^2)
 
-(Gloeckle et al. 2024, arXiv:2404.19737, section 2.) With several futures the unembedding is the cost, so its gradient is our own:
+(Gloeckle et al. 2024, arXiv:2404.19737, section 2.) With several futures the unembedding is the
+cost, so its gradient is our own:
 
     for each group of futures, the last of a chain first:     heads forward
-      for each chunk of their positions:                      logits, their gradient, dh, du: see stream.py
-                                                              heads backward, into the gradient of the state they read
+      for each chunk of their positions:                      logits, their gradient, dh, du: see
+        stream.py heads backward, into the gradient of the state they read
 
-One group's activations and one chunk's logits are alive at a time (Gloeckle et al., figure 2), whatever the number of futures; a
-chain also keeps one state a head, as a trunk keeps one a block. config.model.head_batch independent heads run as a group,
-vmapped; the links of a chain run one by one.
+One group's activations and one chunk's logits are alive at a time (Gloeckle et al., figure 2),
+whatever the number of futures; a chain also keeps one state a head, as a trunk keeps one a block.
+config.model.head_batch independent heads run as a group, vmapped; the links of a chain run one by
+one.
 """
 import dataclasses
 import functools
@@ -47,9 +49,10 @@ def loss(model: Model, read: Read, coefficient_M, o: ObjectiveConfig, active: tu
   Only the loss has a gradient, and only to the model.
 
   Args:
-    coefficient_M: weight_m / count_m, with the counts of the whole step, so that microbatches add up exactly.
-    active: futures that are computed, by default all; of the others the sums are 0. In a chain those that an active one
-      depends on are computed too.
+    coefficient_M: weight_m / count_m, with the counts of the whole step, so that microbatches add
+      up exactly.
+    active: futures that are computed, by default all; of the others the sums are 0. In a chain
+      those that an active one depends on are computed too.
 
   Returns:
     (float32 scalar, Sums).
@@ -60,7 +63,9 @@ def loss(model: Model, read: Read, coefficient_M, o: ObjectiveConfig, active: tu
 
 
 def dense(model: Model, read: Read, coefficient_M, o: ObjectiveConfig, active: tuple[bool, ...] | None = None):
-  """`loss` as one would first write it: every future's logits at once, and JAX's own gradient. For comparison."""
+  """`loss` as one would first write it: every future's logits at once, and JAX's own gradient. For
+  comparison.
+  """
   c, h_MBLD = model.config, future_states(model, read)
   counted_MBL = read.counted_MBL & jnp.array(active or (True,) * c.futures)[:, None, None]
   logits_MBLV = jnp.einsum('MBLD,VD->MBLV', h_MBLD, model.readout().table(), preferred_element_type=jnp.float32)
@@ -75,7 +80,8 @@ def dense(model: Model, read: Read, coefficient_M, o: ObjectiveConfig, active: t
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loss(o: ObjectiveConfig, active: tuple[bool, ...], futures: Futures, z_BLD, coefficient_M, read: Read, keys: Documents):
+def _loss(o: ObjectiveConfig, active: tuple[bool, ...], futures: Futures, z_BLD, coefficient_M,
+          read: Read, keys: Documents):
   """Loss and sums, without a gradient."""
   w_VD, active_M = futures.table(), jnp.array(active)
 
@@ -85,10 +91,12 @@ def _loss(o: ObjectiveConfig, active: tuple[bool, ...], futures: Futures, z_BLD,
 
   labels = Labels.of(read, coefficient_M)
   loss_M, sums_M1 = futures.map(score, labels, z_BLD, read.targets_MBL, read.positions_BL, keys)
-  return jnp.sum(loss_M, where=active_M), jax.tree.map(lambda x_M1: jnp.where(active_M, x_M1[:, 0], 0), sums_M1)
+  sums = jax.tree.map(lambda x_M1: jnp.where(active_M, x_M1[:, 0], 0), sums_M1)
+  return jnp.sum(loss_M, where=active_M), sums
 
 
-def _loss_forward(o: ObjectiveConfig, active: tuple[bool, ...], futures: Futures, z_BLD, coefficient_M, read, keys):
+def _loss_forward(o: ObjectiveConfig, active: tuple[bool, ...], futures: Futures, z_BLD, coefficient_M,
+                  read: Read, keys: Documents):
   """Loss and sums, and as residuals the gradients of the futures and of the trunk's state."""
   with jax.named_scope('futures'):
     walk = _Walk(o, futures, futures.table(), read.positions_BL, keys)
@@ -127,7 +135,8 @@ class _Walk:
     (state_BLD, h_BLD), back_to_trunk = jax.vjp(start, futures.final_norm_D, z_BLD)
     common = futures.shared(), futures.final_norm_D, futures.embed_VD
     total = _Total(jnp.zeros(()), jnp.zeros(w_VD.shape[::-1], jnp.float32, **out('DV')))
-    sums, dstacked, dcommon, dstate_BLD = Sums.zeros(c.futures), None, *jax.tree.map(jnp.zeros_like, (common, state_BLD))
+    sums, dstacked = Sums.zeros(c.futures), None
+    dcommon, dstate_BLD = jax.tree.map(jnp.zeros_like, (common, state_BLD))
 
     heads_to_run = c.heads_to_run(active)
     if heads_to_run:
@@ -149,11 +158,15 @@ class _Walk:
     return (total.loss, sums), (gradients, dz_BLD)
 
   def grouped(self, heads_to_run: list[int], targets_MBL, labels: Labels):
-    """(heads, the tokens they are given, their labels), each with leading axes (groups, futures of a group)."""
+    """(heads, the tokens they are given, their labels), each with leading axes (groups, futures of
+    a group).
+    """
     c, of = self.futures.config, np.array(heads_to_run)
     g = c.head_batch if c.independent and len(of) % c.head_batch == 0 else 1
     split = lambda x: jnp.reshape(x, (-1, g, *x.shape[1:]))
-    chosen = jax.tree.map(lambda x_MBL: x_MBL if len(of) == len(x_MBL) else jnp.stack([x_MBL[m] for m in of]), labels)
+    chosen = labels
+    if len(of) < c.futures:
+      chosen = jax.tree.map(lambda x_MBL: jnp.stack([x_MBL[m] for m in of]), labels)
     given = self.futures.given(heads_to_run, targets_MBL)
     return jax.tree.map(split, (self.futures.stacked(heads_to_run), given, chosen))
 
@@ -173,8 +186,8 @@ class _Walk:
     zeros_PDV = jnp.zeros((token_shards(), *self.w_VD.shape[::-1]), jnp.float32, **out('PDV'))
     loss, sums, dh_gBLD, dw_PDV = cross_entropy_and_gradients(
         self.futures.config, self.o, h_gBLD, self.w_VD, labels, zeros_PDV)
-    # A device's own sum is as large as the whole table. The barrier makes the devices share it out before the heads'
-    # activations are made again.
+    # A device's own sum is as large as the whole table. The barrier makes the devices share it out
+    # before the heads' activations are made again.
     dw_DV, dh_gBLD = jax.lax.optimization_barrier((total.dw_DV + sum_over_devices(dw_PDV, 'DV'), dh_gBLD))
     return _Total(total.loss + loss, dw_DV), sums, dh_gBLD
 
@@ -187,12 +200,13 @@ class _Walk:
       head_g, given_gBL = link
       return self.heads(head_g, common, state_BLD, given_gBL)[0], state_BLD
 
-    end_BLD, state_nBLD = jax.lax.scan(onward, state_BLD, links, reverse=last_first)
-    order = [end_BLD[None], state_nBLD] if last_first else [state_nBLD, end_BLD[None]]
-    return jnp.concatenate(order)
+    end_BLD, earlier = jax.lax.scan(onward, state_BLD, links, reverse=last_first)
+    return jnp.concatenate([end_BLD[None], earlier] if last_first else [earlier, end_BLD[None]])
 
   def walk_back(self, total: _Total, groups, common, start_BLD):
-    """Each group forward, scored, and backward: (total, Sums, gradients of the heads, of `common` and of start_BLD)."""
+    """Each group forward, scored, and backward: (total, Sums, gradients of the heads, of `common`
+    and of start_BLD).
+    """
     c = self.futures.config
     head_ng, given_ngBL, labels_ng = groups
     state_nBLD = None if c.independent else self.states_of_chain(head_ng, common, start_BLD, given_ngBL)
