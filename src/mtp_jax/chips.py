@@ -1,7 +1,8 @@
-"""What chips can do, as their makers publish it.
+"""Published peaks of TPUs and GPUs, and the measured one of a CPU.
 
-Sources: Google Cloud TPU system architecture pages (v4, v5e, v5p, v6e, TPU7x; a chip's share of its pod's data-centre network); NVIDIA A100,
-H100 and H200 data sheets (SXM, without sparsity; NVLink).
+Sources: Google Cloud TPU system architecture pages (v4, v5e, v5p, v6e, TPU7x; network: a chip's
+part of its pod's data-centre network); NVIDIA data sheets of A100, H100 and H200 (SXM, without
+sparsity; links: NVLink).
 """
 import dataclasses
 import math
@@ -13,8 +14,13 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Peaks of one chip: bfloat16 FLOP/s, bytes of memory and bytes/s to it; bytes/s that it sends along one dimension of its torus (two links)
-  or, without a torus, in all; bytes/s to the data-centre network. A dimension of a multiple of `ring` chips closes to a ring."""
+  """Peaks of one chip.
+
+  flops: bfloat16 FLOP/s. hbm_bytes: size of its memory; hbm_bandwidth: bytes/s to it.
+  link_bandwidth: bytes/s sent along one dimension of the torus (two links), or without a torus.
+  network_bandwidth: bytes/s to the data-centre network; nan where it is not published.
+  ring: a dimension closes to a ring if its size is a multiple of this.
+  """
   flops: float
   hbm_bytes: float
   hbm_bandwidth: float
@@ -29,7 +35,8 @@ CHIPS = {  # as JAX names them
     'TPU v5p': Chip(459e12, 95 * 2**30, 2765e9, 200e9, 6.25e9, 4),
     'TPU v5 lite': Chip(197e12, 16 * 2**30, 819e9, 100e9, 3.125e9, 16),
     'TPU v6 lite': Chip(918e12, 32 * 2**30, 1600e9, 200e9, 12.5e9, 16),
-    'TPU7x': Chip(2307e12 / 2, 96 * 2**30, 7380e9 / 2, 200e9, math.nan, 4),  # a chip is two devices
+    # A chip is two devices.
+    'TPU7x': Chip(2307e12 / 2, 96 * 2**30, 7380e9 / 2, 200e9, math.nan, 4),
     'NVIDIA A100-SXM4-40GB': Chip(312e12, 40e9, 1555e9, 300e9, math.nan),
     'NVIDIA A100-SXM4-80GB': Chip(312e12, 80e9, 2039e9, 300e9, math.nan),
     'NVIDIA H100 80GB HBM3': Chip(989e12, 80e9, 3350e9, 450e9, math.nan),
@@ -38,12 +45,16 @@ CHIPS = {  # as JAX names them
 
 
 def peak_flops(seconds: float = 0.5) -> float:
-  """FLOP/s of one local device: declared for known chips, measured by a float32 matmul on a CPU, nan for others."""
+  """FLOP/s of one local device: published for known chips, nan for others, measured on a CPU.
+
+  On a CPU it is the best float32 matrix product within `seconds`, on every device of the mesh at
+  once, so that devices which share the machine also share its speed.
+  """
   device = jax.local_devices()[0]
   if device.platform != 'cpu':
     return CHIPS[device.device_kind].flops if device.device_kind in CHIPS else math.nan
   n = 2048
-  x = jnp.ones((n, n), jnp.float32)  # on every device of the mesh at once, so that fake ones measure their share of the machine
+  x = jnp.ones((n, n), jnp.float32)
   matmul = jax.jit(lambda x: x @ x)
   matmul(x).block_until_ready()
   best, end = math.inf, time.perf_counter() + seconds

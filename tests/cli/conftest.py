@@ -13,6 +13,7 @@ from mtp_jax.checkpoint.record import FOLDER
 from mtp_jax.cli.main import main
 from mtp_jax.data.corpus import open_corpus
 
+
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
   """A folder with the config file tiny.py, some that are wrong, and a checkpoint in run/."""

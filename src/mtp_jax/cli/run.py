@@ -20,30 +20,38 @@ from mtp_jax.config import BadInput, Config
 
 
 def train(flags) -> int:
-  """Starts, or resumes where the newest checkpoint in --workdir stands."""
+  """Starts a run, or resumes it from the newest checkpoint in --workdir."""
   config = config_of(flags)
   need(flags, 'workdir')
-  first, _, last = flags.profile_steps.partition(':')
-  if flags.profile_steps and not (first.isdigit() and last.isdigit() and 0 < int(first) < int(last)):
-    raise BadInput(f'--profile_steps={flags.profile_steps}: must be a:b with 0 < a < b, the steps a to b-1')
+  profiled = _profiled(flags.profile_steps)
   from mtp_jax.train import processes
-  profiled = range(int(first), int(last)) if flags.profile_steps else range(0)
-  return processes.run(lambda: exit_code_of(lambda: _fit(flags, config, profiled)), config.train.heartbeat_seconds)
+  return processes.run(lambda: exit_code_of(lambda: _fit(flags, config, profiled)),
+                       config.train.heartbeat_seconds)
 
 
-def _fit(flags, config: Config, profile_steps: range) -> int:
+def _profiled(steps: str) -> range:
+  """The steps of 'a:b'; none of ''."""
+  first, _, last = steps.partition(':')
+  if steps and not (first.isdigit() and last.isdigit() and 0 < int(first) < int(last)):
+    raise BadInput(f'--profile_steps={steps}: must be a:b with 0 < a < b, the steps a to b-1')
+  return range(int(first), int(last)) if steps else range(0)
+
+
+def _fit(flags, config: Config, profiled: range) -> int:
   import jax
 
   from mtp_jax.train.fit import NotFinite, fit
   try:
-    outcome = fit(config, flags.workdir, profile_steps)
+    outcome = fit(config, flags.workdir, profiled)
   except NotFinite as error:
     print(f'mtp_jax: {error}', file=sys.stderr)
     return 1
-  stopped = f'; stopped by signal {outcome.signal}, run the same command to resume' if outcome.signal else ''
+  line = f'step {outcome.step} of {config.train.steps}, checkpoint in {flags.workdir}'
+  if outcome.signal:
+    line += f'; stopped by signal {outcome.signal}, run the same command to resume'
+  values = {'step': outcome.step, 'validation': outcome.validation, 'signal': outcome.signal}
   if jax.process_index() == 0:
-    print_result(flags, {'step': outcome.step, 'validation': outcome.validation, 'signal': outcome.signal},
-            [f'step {outcome.step} of {config.train.steps}, checkpoint in {flags.workdir}{stopped}'])
+    print_result(flags, values, [line])
   return 128 + outcome.signal if outcome.signal else 0
 
 
@@ -131,13 +139,17 @@ def goodput(flags) -> int:
           for kind, seconds in account['seconds'].items() if seconds]
   print_result(flags, account, [
       *table(('', 'seconds', 'share'), rows), '',
-      f'goodput {account["goodput"]:.1%} of {wall:,.1f} s; {account["runs"]} runs, {account["steps"]:,} steps, '
-      f'{account["lost_steps"]:,} steps lost'])
+      f'goodput {account["goodput"]:.1%} of {wall:,.1f} s; {account["runs"]} runs, '
+      f'{account["steps"]:,} steps, {account["lost_steps"]:,} steps lost'])
   return 0
 
 
 def drafter_of(flags, lm):
-  """--drafter as `LanguageModel.generate` takes it: its name, or the model, refused before it is loaded when its tokenizer is another."""
+  """--drafter as `LanguageModel.generate` takes it: a name, or a loaded draft model.
+
+  Raises:
+    BadInput: there is no such drafter, or the draft model has another tokenizer.
+  """
   if flags.drafter in ('futures', 'lookup'):
     return flags.drafter
   from mtp_jax.checkpoint.record import check_tokenizer, read_record
@@ -145,42 +157,56 @@ def drafter_of(flags, lm):
   try:
     record = read_record(flags.drafter)
   except BadInput as error:
-    raise BadInput(f"--drafter={flags.drafter}: neither 'futures' nor 'lookup', nor the workdir of a model: {error}") from None
-  check_tokenizer('--drafter=' + flags.drafter, lm.tokenizer.digest, record, 'a draft model must share the tokenizer of the model')
+    raise BadInput(f"--drafter={flags.drafter}: neither 'futures' nor 'lookup', nor the workdir of "
+                   f'a model: {error}') from None
+  check_tokenizer(f'--drafter={flags.drafter}', lm.tokenizer.digest, record,
+                  'a draft model must share the tokenizer of the model')
   return load(flags.drafter)
 
 
 COMMANDS = {
-    'train': Command(train, 'pretrain, or resume', (
-        CONFIG, WORKDIR,
-        ('profile_steps', '', 'a:b writes a jax.profiler trace of the steps a to b-1'), JSON),
+    'train': Command(
+        train, 'pretrain, or resume',
+        (CONFIG, WORKDIR,
+         ('profile_steps', '', 'a:b writes a jax.profiler trace of the steps a to b-1'),
+         JSON),
         'train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=200'),
-    'evaluate': Command(evaluate, 'held-out nats, accuracy, bits per byte', (
-        WORKDIR, STEP,
-        ('rows', 0, 'only so many rows, at even distances; 0 is all'),
-        ('speed', True, 'time a forward of each draft length, for the speed-up to expect'), JSON),
+    'evaluate': Command(
+        evaluate, 'held-out nats, accuracy, bits per byte',
+        (WORKDIR, STEP,
+         ('rows', 0, 'number of rows, evenly spaced; 0: all'),
+         ('speed', True, 'time a forward of each draft length, for the expected speed-up'),
+         JSON),
         'evaluate --workdir=runs/tiny'),
-    'generate': Command(generate, 'continue a prompt, drafting ahead', (
-        WORKDIR, STEP,
-        ('prompt', None, 'text to continue'),
-        ('max_tokens', 0, 'new tokens at most; 0: what --max_length leaves, at most 256'),
-        ('max_length', 0, 'tokens in all; 0: the rows the model was trained on'),
-        ('drafter', 'futures', "futures, lookup (what followed the same few tokens before), or the workdir of a smaller model"),
-        ('draft', -1, 'tokens drafted: 0 is plain autoregression, -1 as many as there are futures'),
-        ('adaptive', False, 'draft 1 to --draft tokens, as recent acceptance and measured costs advise; implies --same_seed'),
-        ('temperature', 0.0, '0 is greedy'),
-        ('top_k', 0, 'draw from so many of the likeliest tokens; 0: all'),
-        ('top_p', 1.0, 'draw from the fewest likeliest tokens that hold this mass'),
-        ('seed', 0, 'of the sampling'),
-        ('same_seed', False, 'a sample that does not depend on the drafts; fewer of them are accepted'),
-        ('criterion', 'exact', 'what accepts a draft: exact, or lossy_top_k, lossy_distance, lossy_typical'),
-        ('threshold', 0.0, 'of a lossy criterion: k, distance, or the bound of typical acceptance'),
-        ('min_block', 1, 'tokens of a pass at least; above 1 is lossy'),
-        ('stop', '', 'a string that ends the text'),
-        ('stream', False, 'print the text as it grows'), JSON),
+    'generate': Command(
+        generate, 'continue a prompt, drafting ahead',
+        (WORKDIR, STEP,
+         ('prompt', None, 'text to continue'),
+         ('max_tokens', 0, 'largest number of new tokens; 0: what --max_length leaves, up to 256'),
+         ('max_length', 0, 'tokens of prompt and new text; 0: as many as the training rows had'),
+         ('drafter', 'futures',
+          'futures, lookup (copies what followed the same few tokens before), or the workdir of a '
+          'smaller model'),
+         ('draft', -1, 'tokens a draft has; 0: plain decoding, -1: as many as there are futures'),
+         ('adaptive', False,
+          'choose 1 to --draft tokens from recent acceptance and measured costs; sets --same_seed'),
+         ('temperature', 0.0, '0 is greedy'),
+         ('top_k', 0, 'sample from this many most probable tokens; 0: all'),
+         ('top_p', 1.0, 'sample from the fewest tokens that have this probability together'),
+         ('seed', 0, 'seed of the sampling'),
+         ('same_seed', False, 'a sample that does not depend on the drafts; accepts fewer of them'),
+         ('criterion', 'exact',
+          'how drafts are accepted: exact, or lossy_top_k, lossy_distance, lossy_typical'),
+         ('threshold', 0.0, 'of a lossy criterion: k, distance, or bound of typical acceptance'),
+         ('min_block', 1, 'least number of tokens a pass accepts; above 1 is lossy'),
+         ('stop', '', 'a string that ends the text'),
+         ('stream', False, 'print the text as it grows'),
+         JSON),
         "generate --workdir=runs/tiny --prompt='def main():' --max_tokens=200"),
-    'goodput': Command(goodput, 'where the time of a run went', (
-        WORKDIR,
-        ('plot', '', 'a PNG, a bar for each run'), JSON),
+    'goodput': Command(
+        goodput, 'where the time of a run went',
+        (WORKDIR,
+         ('plot', '', 'a PNG, one bar per run'),
+         JSON),
         'goodput --workdir=runs/tiny'),
 }
