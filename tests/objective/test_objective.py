@@ -247,6 +247,23 @@ def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(tiny, random_model
     assert x.sharding.is_equivalent_to(y.sharding, x.ndim), jax.tree_util.keystr(path)
 
 
+def test_axes_of_size_one_keep_their_sharding_on_a_mesh(tiny, variant):
+  """A gradient must have its parameter's type: traced with one key head, as in multi-query attention."""
+  batched = {'head_batch': 3} if variant['kind'] in ('parallel', 'linear') else {}
+  for changes in ({}, batched):
+    config = Config(tiny(kv_heads=1, **variant, **changes), data=DataConfig(length=8),
+                    train=TrainConfig(batch=2, evaluate_rows=2))
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+      state = training.abstract(config, mesh)
+      rows = jax.ShapeDtypeStruct((2, 8 + 3), jnp.int32, sharding=jax.NamedSharding(mesh, spec('Bt')))
+      batch = dict.fromkeys(('tokens', 'segments', 'positions'), rows)
+      step = functools.partial(training.step, config, active=(True,) * 3)
+      following, _ = jax.eval_shape(step, state, batch, jnp.ones(24, jnp.int32), jnp.ones(3))
+    types = lambda state: [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
+    assert types(following) == types(state)
+
+
 def one_step(tiny, random_model, batch, family, weights, accumulate):
   """Parameters, gradient (read off Adam's first moment) and metrics after a train.step; a large epsilon keeps Adam nearly linear."""
   config = Config(tiny(layers=3, futures=2, **family), ObjectiveConfig(weights, chunk=3), DataConfig(length=8),

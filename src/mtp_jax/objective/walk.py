@@ -143,7 +143,7 @@ class _Walk:
       groups = self.grouped(heads_to_run, targets_MBL, labels)
       total, sums_ng, dstacked, dcommon, dstate_BLD = self.walk_back(total, groups, common, state_BLD)
       sums = sums.set(np.array(heads_to_run), jax.tree.map(jnp.ravel, sums_ng))
-      dstacked = jax.tree.map(lambda x: jnp.reshape(x, (-1, *x.shape[2:])), dstacked)
+      dstacked = jax.tree.map(lambda x: _regroup(x, 2, (len(heads_to_run),)), dstacked)
 
     dh_BLD = None if h_BLD is None else jnp.zeros_like(h_BLD)
     if h_BLD is not None and active[0]:  # future 0 reads the trunk itself
@@ -163,7 +163,7 @@ class _Walk:
     """
     c, of = self.futures.config, np.array(heads_to_run)
     g = c.head_batch if c.independent and len(of) % c.head_batch == 0 else 1
-    split = lambda x: jnp.reshape(x, (-1, g, *x.shape[1:]))
+    split = lambda x: _regroup(x, 1, (len(of) // g, g))
     chosen = labels
     if len(of) < c.futures:
       chosen = jax.tree.map(lambda x_MBL: jnp.stack([x_MBL[m] for m in of]), labels)
@@ -224,3 +224,15 @@ class _Walk:
     (total, dcommon, dstate_BLD), (sums_ng, dhead_ng) = jax.lax.scan(
         step, (total, *zeros), (head_ng, given_ngBL, labels_ng, state_nBLD), reverse=c.kind != 'anticausal')
     return total, sums_ng, dhead_ng, dcommon, dstate_BLD
+
+
+def _regroup(x, axes: int, sizes: tuple[int, ...]):
+  """Reshapes the first `axes` axes, whole on every device, to `sizes`; the other axes keep their sharding.
+
+  Left to itself, a reshape drops the sharding of every axis of size 1.
+  """
+  shape = (*sizes, *x.shape[axes:])
+  if jax.sharding.get_abstract_mesh().empty:
+    return jnp.reshape(x, shape)
+  spec = jax.sharding.PartitionSpec(*[None] * len(sizes), *jax.typeof(x).sharding.spec[axes:])
+  return jnp.reshape(x, shape, out_sharding=spec)
