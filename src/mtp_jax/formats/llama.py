@@ -9,6 +9,9 @@ D]. Both sides rotate the two halves of a query or key against each other (rotar
 arXiv:2104.09864).
 """
 import dataclasses
+import os
+import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -60,6 +63,47 @@ def export(lm: LanguageModel) -> Llama:
             'pad_token_id': tokenizer.pad}
   return Llama(config, weights, _linear(decoder.head(0).map_Dd[...], c.width) if linear_head
                else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+  """New ids of each prompt, up to and including eos, and the seconds they took."""
+  ids: list[list[int]]
+  seconds: float
+
+
+def transformers_decoder(lm: LanguageModel) -> Callable[[list, int], Decoded]:
+  """Greedy decoding by Hugging Face transformers on the CPU, for prompts of equal length.
+
+  Raises:
+    BadInput: transformers is not installed, or its Llama cannot hold the model.
+  """
+  try:
+    import torch
+    import transformers
+  except ImportError as error:
+    raise BadInput(f"--against=transformers: {error}; pip install -e '.[transformers]'") from None
+  exported = export(lm)
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**exported.config)).eval()
+  model.load_state_dict({name: torch.from_numpy(array) for name, array in exported.weights.items()})
+  if exported.map is not None:
+    linear = torch.nn.Linear(*exported.map.shape[::-1], bias=False)
+    linear.load_state_dict({'weight': torch.from_numpy(exported.map)})
+    model.model.norm = torch.nn.Sequential(linear, model.model.norm)
+  bos, eos, pad = lm.tokenizer.bos, lm.tokenizer.eos, lm.tokenizer.pad
+
+  def run(prompts: list, max_tokens: int) -> Decoded:
+    ids = torch.tensor(np.stack([lm.row(prompt) for prompt in prompts])).long()
+    start = time.perf_counter()
+    with torch.inference_mode():
+      output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                              max_new_tokens=max_tokens, suppress_tokens=[bos, pad])
+    seconds = time.perf_counter() - start
+    new = output[:, ids.shape[1]:].tolist()
+    return Decoded([row[:row.index(eos) + 1] if eos in row else row for row in new], seconds)
+
+  return run
 
 
 def _block(block, c) -> dict[str, np.ndarray]:

@@ -2,10 +2,7 @@
 import dataclasses
 import functools
 import math
-import os
 import statistics
-import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +50,7 @@ def benchmark_decode(
   runs = [functools.partial(lm.generate, max_tokens=max_tokens, draft=k, **options)
           for k in lengths]
   if against_transformers:
-    runs.append(functools.partial(transformers_decoder(lm), max_tokens=max_tokens))
+    runs.append(functools.partial(llama.transformers_decoder(lm), max_tokens=max_tokens))
   for batch in batches:
     if len(held_out) % batch:
       enough = -(-len(held_out) // batch) * batch
@@ -127,47 +124,6 @@ def _drafting_share(lm: LanguageModel, group: list, k: int, options: dict) -> fl
     return float(engine.costs(rows, limits, 16)[0])
 
   return max(0.0, 1 - seconds(_FreeDrafts(k)) / seconds(lm.drafter(options['drafter'], k)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoded:
-  """New ids of each prompt, up to and including eos, and the seconds they took."""
-  ids: list[list[int]]
-  seconds: float
-
-
-def transformers_decoder(lm: LanguageModel) -> Callable[[list, int], Decoded]:
-  """Greedy decoding by Hugging Face transformers on the CPU, for prompts of equal length.
-
-  Raises:
-    BadInput: transformers is not installed, or its Llama cannot hold the model.
-  """
-  try:
-    import torch
-    import transformers
-  except ImportError as error:
-    raise BadInput(f"--against=transformers: {error}; pip install -e '.[transformers]'") from None
-  exported = llama.export(lm)
-  torch.set_num_threads(len(os.sched_getaffinity(0)))
-  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**exported.config)).eval()
-  model.load_state_dict({name: torch.from_numpy(array) for name, array in exported.weights.items()})
-  if exported.map is not None:
-    linear = torch.nn.Linear(*exported.map.shape[::-1], bias=False)
-    linear.load_state_dict({'weight': torch.from_numpy(exported.map)})
-    model.model.norm = torch.nn.Sequential(linear, model.model.norm)
-  bos, eos, pad = lm.tokenizer.bos, lm.tokenizer.eos, lm.tokenizer.pad
-
-  def run(prompts: list, max_tokens: int) -> Decoded:
-    ids = torch.tensor(np.stack([lm.row(prompt) for prompt in prompts])).long()
-    start = time.perf_counter()
-    with torch.inference_mode():
-      output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                              max_new_tokens=max_tokens, suppress_tokens=[bos, pad])
-    seconds = time.perf_counter() - start
-    new = output[:, ids.shape[1]:].tolist()
-    return Decoded([row[:row.index(eos) + 1] if eos in row else row for row in new], seconds)
-
-  return run
 
 
 def plot(values: dict, path: str) -> None:
