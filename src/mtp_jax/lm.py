@@ -127,14 +127,14 @@ class LanguageModel:
       shape = drafter if isinstance(drafter, str) else id(drafter), drafts.depth, *engine.shape(rows, limit_B), sampler.greedy, sampler.truncated
       if shape not in self._costs:
         self._costs[shape] = engine.costs(rows, limit_B), drafter  # which is kept, so that no other takes its id
-      engine = dataclasses.replace(engine, cost_M=self._costs[shape][0])
+      engine = dataclasses.replace(engine, pass_seconds=self._costs[shape][0])
     texts = [Text(self.tokenizer, stop) for _ in rows] if stop or stream else []
     start = time.perf_counter()
     end, end_B = engine.run(rows, limit_B, texts, stream)
     seconds = time.perf_counter() - start
     ids, depths = ([row[a:b].tolist() for row, a, b in zip(x_BS, length_B, end_B)] for x_BS in (end.tokens_BS, end.depth_BS))
     return Generation(ids, depths, [text.whole for text in texts] or [self.tokenizer.text(row) for row in ids], sum(map(len, ids)), int(end.forwards_B.sum()),
-                      end.offered_BK.sum(0).tolist(), end.accepted_BK.sum(0).tolist(), end.passes_M.tolist(), criterion.lossless, seconds)
+                      end.offered_Bk.sum(0).tolist(), end.accepted_Bk.sum(0).tolist(), end.passes_by_length.tolist(), criterion.lossless, seconds)
 
   def sampler(self, temperature_B, seed_B, top_k_B, top_p_B, same_seed: bool = False, criterion: Criterion = EXACT) -> Sampler:
     """How the rows of a batch choose; see `choices`."""

@@ -38,7 +38,7 @@ def test_the_law_of_an_emitted_block_is_that_of_autoregression(depth, drafts_see
   tokens; a shorter emission is completed by the model itself, as the next passes would.
   """
   rng = np.random.default_rng(depth)
-  run = jax.jit(lambda p_TV, q_KV, drafts_K, uniform_K: (in_a_row(accepts(p_TV[..., :-1, :], q_KV, drafts_K, uniform_K)),))
+  run = jax.jit(lambda p_iV, q_kV, drafts_k, uniform_k: (in_a_row(accepts(p_iV[..., :-1, :], q_kV, drafts_k, uniform_k)),))
   right = jax.jit(correction)
   everywhere = list(itertools.product(range(V + 1), repeat=depth + 1))
   for temperature, top_k, top_p in GRID:
@@ -58,9 +58,9 @@ def test_the_law_of_an_emitted_block_is_that_of_autoregression(depth, drafts_see
           cases.append((x, [r * (1 - 1e-9) if b else r * (1 + 1e-9) + 1e-300 for r, b in zip(ratios, below)]))
           weight.append(np.prod([q[x[:i]][x[i]] for i in range(depth)]) * chance)
     assert np.sum(weight) == pytest.approx(1, abs=1e-12)
-    p_TV, q_KV = np.array([[p[x[:i]] for i in range(depth + 1)] for x, _ in cases]), np.array([[q[x[:i]] for i in range(depth)] for x, _ in cases])
-    accepted, = run(p_TV, q_KV, np.array([x for x, _ in cases]), np.array([u for _, u in cases]))
-    own = right(p_TV, q_KV, accepted)
+    p_iV, q_kV = np.array([[p[x[:i]] for i in range(depth + 1)] for x, _ in cases]), np.array([[q[x[:i]] for i in range(depth)] for x, _ in cases])
+    accepted, = run(p_iV, q_kV, np.array([x for x, _ in cases]), np.array([u for _, u in cases]))
+    own = right(p_iV, q_kV, accepted)
 
     found = np.zeros((V + 1,) * (depth + 1))
     for (x, _), w, n, own_V in zip(cases, weight, np.asarray(accepted), np.asarray(own)):

@@ -18,11 +18,11 @@ from mtp_jax.sharding import einsum, letters
 class Forward:
   """What a forward of some tokens leaves.
 
-  state_BTD: what drafts are made of: the trunk's state, or what the first sequential module reads of it. next_BTD: what the
+  state_BiD: what drafts are made of: the trunk's state, or what the first sequential module reads of it. next_BiD: what the
   unembedding reads for the next token. ahead: what it reads for those after it, where their heads run on the way.
   """
-  state_BTD: jax.Array
-  next_BTD: jax.Array
+  state_BiD: jax.Array
+  next_BiD: jax.Array
   ahead: tuple[jax.Array, ...]
 
 
@@ -50,15 +50,15 @@ class Decoder:
   def reading(self, read: int) -> 'Decoder':
     return dataclasses.replace(self, read=read)
 
-  def embed(self, tokens_BT):
-    return self.embed_VD[tokens_BT]
+  def embed(self, tokens_Bi):
+    return self.embed_VD[tokens_Bi]
 
-  def norm(self, x_BTD):
-    return rms_norm(x_BTD, self.final_norm_D, self.config.norm_epsilon)
+  def norm(self, x_BiD):
+    return rms_norm(x_BiD, self.final_norm_D, self.config.norm_epsilon)
 
-  def logits(self, h_BTD):
-    """float32[B, T, V]"""
-    return capped(einsum('BLD,DV->BLV', h_BTD, self.unembed_DV, jnp.float32), self.config)
+  def logits(self, h_BiD):
+    """float32[B, i, V]"""
+    return capped(einsum('BLD,DV->BLV', h_BiD, self.unembed_DV, jnp.float32), self.config)
 
   def head(self, m: int):
     """The head or module of future m; a shared module goes on for ever."""
@@ -72,21 +72,21 @@ class Decoder:
     """Empty ones of all that `forward` runs."""
     return (Cache.empty(self.config, batch, slots),) * len(self.layers) + (self.cache(batch, slots),) * len(self.running)
 
-  def forward(self, tokens_BT, positions_BT, caches: tuple) -> tuple[Forward, tuple]:
+  def forward(self, tokens_Bi, positions_Bi, caches: tuple) -> tuple[Forward, tuple]:
     """New tokens through the trunk and the heads that stand on the way of the next token."""
-    c, x_BTD, written, read = self.config, self.embed(tokens_BT), [], {}
+    c, x_BiD, written, read = self.config, self.embed(tokens_Bi), [], {}
     for layer, cache in zip(self.layers, caches):
-      x_BTD, cache = layer(x_BTD, positions_BT, cache)
+      x_BiD, cache = layer(x_BiD, positions_Bi, cache)
       written.append(cache)
-    state_BTD = x_BTD
+    state_BiD = x_BiD
     for m, cache in zip(self.running, caches[len(self.layers):]):
-      x_BTD, cache = self.head(m)(x_BTD, positions_BT, cache)
+      x_BiD, cache = self.head(m)(x_BiD, positions_Bi, cache)
       written.append(cache)
-      read[m] = self.norm(x_BTD)
-    next_BTD = read[0] if read else self.norm(state_BTD)
+      read[m] = self.norm(x_BiD)
+    next_BiD = read[0] if read else self.norm(state_BiD)
     if c.kind == 'sequential' and c.hidden_input == 'post_norm':
-      state_BTD = next_BTD
-    return Forward(state_BTD, next_BTD, tuple(read[m] for m in range(1, self.read + 1))), tuple(written)
+      state_BiD = next_BiD
+    return Forward(state_BiD, next_BiD, tuple(read[m] for m in range(1, self.read + 1))), tuple(written)
 
   @property
   def running(self) -> list[int]:

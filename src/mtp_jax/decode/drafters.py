@@ -27,13 +27,13 @@ class Drafter(typing.Protocol):
   depth: int
   reads: int
 
-  def begin(self, decoder: Decoder, forward: Forward, tokens_BP, positions_BP, last_B1, slots: int):
+  def begin(self, decoder: Decoder, forward: Forward, tokens_Bp, positions_Bp, last_B1, slots: int):
     """The memory after the prompts, which end at the index last_B1, and before the model's own token after each, for so many slots."""
 
   def draft(self, decoder: Decoder, memory, tokens_BS, length_B1, k: int, sampler: Sampler):
     """(int32[B, k], their laws as `Sampler.draft` returns them, memory): drafts for the positions length_B1 + 0..k-1."""
 
-  def learn(self, decoder: Decoder, memory, forward: Forward, positions_BT, last_B1):
+  def learn(self, decoder: Decoder, memory, forward: Forward, positions_Bi, last_B1):
     """The memory after a pass, whose tokens are true up to the index last_B1."""
 
 
@@ -47,10 +47,10 @@ def _static(**default):
   return dataclasses.field(metadata={'static': True}, **default)
 
 
-def _at(x_BT, index_BK):
-  """x_BT, or x_BTD, at some of its positions; those outside are the nearest."""
-  index_BK = jnp.clip(index_BK, 0, x_BT.shape[1] - 1)
-  return jnp.take_along_axis(x_BT, index_BK if x_BT.ndim == 2 else index_BK[..., None], 1)
+def _at(x_Bi, index_Bi):
+  """x_Bi, or x_BiD, at some of its positions; those outside are the nearest."""
+  index_Bi = jnp.clip(index_Bi, 0, x_Bi.shape[1] - 1)
+  return jnp.take_along_axis(x_Bi, index_Bi if x_Bi.ndim == 2 else index_Bi[..., None], 1)
 
 
 @jax.tree_util.register_dataclass
@@ -60,20 +60,20 @@ class Heads:
   depth: int = _static()
   reads = 0
 
-  def begin(self, decoder, forward, tokens_BP, positions_BP, last_B1, slots):
-    empty = decoder.cache(len(tokens_BP), slots)
-    return self.learn(decoder, (None, (empty,) * self.depth), forward, positions_BP, last_B1)
+  def begin(self, decoder, forward, tokens_Bp, positions_Bp, last_B1, slots):
+    empty = decoder.cache(len(tokens_Bp), slots)
+    return self.learn(decoder, (None, (empty,) * self.depth), forward, positions_Bp, last_B1)
 
   def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
     state_B1D, caches = memory
-    h_BKD = jnp.concatenate([decoder.norm(decoder.head(m).read(state_B1D, length_B1 - 2, cache)) for m, cache in enumerate(caches[:k], 1)], 1)
-    return *sampler.draft(decoder.logits(h_BKD), length_B1 + jnp.arange(k)), memory
+    h_BkD = jnp.concatenate([decoder.norm(decoder.head(m).read(state_B1D, length_B1 - 2, cache)) for m, cache in enumerate(caches[:k], 1)], 1)
+    return *sampler.draft(decoder.logits(h_BkD), length_B1 + jnp.arange(k)), memory
 
-  def learn(self, decoder, memory, forward, positions_BT, last_B1):
+  def learn(self, decoder, memory, forward, positions_Bi, last_B1):
     """Every head writes, whether or not it will draft."""
-    write = lambda m, cache: decoder.head(m).write(forward.state_BTD, positions_BT, cache)
+    write = lambda m, cache: decoder.head(m).write(forward.state_BiD, positions_Bi, cache)
     caches = tuple(write(m, cache) for m, cache in enumerate(memory[1], 1))
-    return _at(forward.state_BTD, last_B1), caches
+    return _at(forward.state_BiD, last_B1), caches
 
 
 @jax.tree_util.register_dataclass
@@ -86,14 +86,14 @@ class Chain:
   def reads(self) -> int:
     return self.depth
 
-  def begin(self, decoder, forward, tokens_BP, positions_BP, last_B1, slots):
-    return self.learn(decoder, None, forward, positions_BP, last_B1)
+  def begin(self, decoder, forward, tokens_Bp, positions_Bp, last_B1, slots):
+    return self.learn(decoder, None, forward, positions_Bp, last_B1)
 
   def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
     return *sampler.draft(decoder.logits(memory[:, :k]), length_B1 + jnp.arange(k)), memory
 
-  def learn(self, decoder, memory, forward, positions_BT, last_B1):
-    return jnp.concatenate([_at(h_BTD, last_B1) for h_BTD in forward.ahead], 1)
+  def learn(self, decoder, memory, forward, positions_Bi, last_B1):
+    return jnp.concatenate([_at(h_BiD, last_B1) for h_BiD in forward.ahead], 1)
 
 
 @jax.tree_util.register_dataclass
@@ -108,35 +108,35 @@ class Modules:
   depth: int = _static()
   reads = 0
 
-  def begin(self, decoder, forward, tokens_BP, positions_BP, last_B1, slots):
-    B, P, _ = forward.state_BTD.shape
-    caches = (decoder.cache(B, P),) * self.depth
-    caches, _ = self._run(decoder, caches, forward.state_BTD, tokens_BP, positions_BP, lambda m, h_B1D, tokens_BP: tokens_BP)
-    return jnp.pad(forward.state_BTD, ((0, 0), (0, slots - P), (0, 0))), tuple(cache.grown(slots) for cache in caches)
+  def begin(self, decoder, forward, tokens_Bp, positions_Bp, last_B1, slots):
+    B, p, _ = forward.state_BiD.shape
+    caches = (decoder.cache(B, p),) * self.depth
+    caches, _ = self._run(decoder, caches, forward.state_BiD, tokens_Bp, positions_Bp, lambda m, h_B1D, tokens_Bp: tokens_Bp)
+    return jnp.pad(forward.state_BiD, ((0, 0), (0, slots - p), (0, 0))), tuple(cache.grown(slots) for cache in caches)
 
   def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
     (state_BSD, caches), laws = memory, []
-    window_BW = length_B1 - 2 + jnp.arange(-self.depth, 1)
+    window_Bw = length_B1 - 2 + jnp.arange(-self.depth, 1)
 
     def extend(m, h_B1D, tokens_BS):
       token_B1, law_B1V = sampler.draft(decoder.logits(h_B1D), length_B1 + m - 1)
       laws.append(law_B1V)
       return write(tokens_BS, token_B1, length_B1 + m - 1)
 
-    caches, tokens_BS = self._run(decoder, caches, _at(state_BSD, window_BW), tokens_BS, window_BW, extend)
+    caches, tokens_BS = self._run(decoder, caches, _at(state_BSD, window_Bw), tokens_BS, window_Bw, extend)
     return _at(tokens_BS, length_B1 + jnp.arange(k)), None if laws[0] is None else jnp.concatenate(laws[:k], 1), (state_BSD, caches)
 
-  def learn(self, decoder, memory, forward, positions_BT, last_B1):
-    return write(memory[0], forward.state_BTD, positions_BT), memory[1]
+  def learn(self, decoder, memory, forward, positions_Bi, last_B1):
+    return write(memory[0], forward.state_BiD, positions_Bi), memory[1]
 
-  def _run(self, decoder, caches, h_BWD, tokens_BS, positions_BW, extend):
+  def _run(self, decoder, caches, h_BwD, tokens_BS, positions_Bw, extend):
     """The modules in turn: (caches, tokens_BS); extend(m, h_B1D, tokens_BS) may append what module m says last."""
     written = []
     for m, cache in enumerate(caches, 1):
-      raw_BWD, normed_BWD, cache = decoder.head(m)(decoder.embed(_at(tokens_BS, positions_BW + m)), h_BWD, positions_BW, cache)
+      raw_BwD, normed_BwD, cache = decoder.head(m)(decoder.embed(_at(tokens_BS, positions_Bw + m)), h_BwD, positions_Bw, cache)
       written.append(cache)
-      tokens_BS = extend(m, normed_BWD[:, -1:], tokens_BS)
-      h_BWD = normed_BWD if decoder.config.hidden_input == 'post_norm' else raw_BWD
+      tokens_BS = extend(m, normed_BwD[:, -1:], tokens_BS)
+      h_BwD = normed_BwD if decoder.config.hidden_input == 'post_norm' else raw_BwD
     return tuple(written), tokens_BS
 
 
@@ -152,22 +152,22 @@ class Other:
   depth: int = _static()
   reads = 0
 
-  def begin(self, decoder, forward, tokens_BP, positions_BP, last_B1, slots):
-    caches = self.model.forward(tokens_BP, positions_BP, self.model.caches(*tokens_BP.shape))[1]
+  def begin(self, decoder, forward, tokens_Bp, positions_Bp, last_B1, slots):
+    caches = self.model.forward(tokens_Bp, positions_Bp, self.model.caches(*tokens_Bp.shape))[1]
     return tuple(cache and cache.grown(slots) for cache in caches)
 
   def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
-    positions_BT, drafts, laws = length_B1 + jnp.arange(-2, 0), [], []
-    new_BT = _at(tokens_BS, positions_BT)
+    positions_Bi, drafts, laws = length_B1 + jnp.arange(-2, 0), [], []
+    new_Bi = _at(tokens_BS, positions_Bi)
     for _ in range(k):
-      forward, memory = self.model.forward(new_BT, positions_BT, memory)
-      positions_BT = positions_BT[:, -1:] + 1
-      new_BT, law_B1V = sampler.draft(self.model.logits(forward.next_BTD[:, -1:]), positions_BT)
-      drafts.append(new_BT)
+      forward, memory = self.model.forward(new_Bi, positions_Bi, memory)
+      positions_Bi = positions_Bi[:, -1:] + 1
+      new_Bi, law_B1V = sampler.draft(self.model.logits(forward.next_BiD[:, -1:]), positions_Bi)
+      drafts.append(new_Bi)
       laws.append(law_B1V)
     return jnp.concatenate(drafts, 1), None if laws[0] is None else jnp.concatenate(laws, 1), memory
 
-  def learn(self, decoder, memory, forward, positions_BT, last_B1):
+  def learn(self, decoder, memory, forward, positions_Bi, last_B1):
     return memory
 
 
@@ -180,7 +180,7 @@ class Lookup:
   longest: int = _static(default=4)
   reads = 0
 
-  def begin(self, decoder, forward, tokens_BP, positions_BP, last_B1, slots):
+  def begin(self, decoder, forward, tokens_Bp, positions_Bp, last_B1, slots):
     return ()
 
   def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
@@ -189,10 +189,10 @@ class Lookup:
              for i in range(self.longest)]
     alike_BS = jnp.where(place_S < last_B1, jnp.sum(jnp.cumprod(jnp.stack(equal).astype(jnp.int32), 0), 0), -1)
     place_B1 = jnp.argmax(alike_BS * tokens_BS.shape[1] + place_S, 1, keepdims=True)
-    drafts_BK = _at(tokens_BS, place_B1 + 1 + jnp.arange(k) % (last_B1 - place_B1))
-    return drafts_BK, sampler.certain(drafts_BK), memory
+    drafts_Bk = _at(tokens_BS, place_B1 + 1 + jnp.arange(k) % (last_B1 - place_B1))
+    return drafts_Bk, sampler.certain(drafts_Bk), memory
 
-  def learn(self, decoder, memory, forward, positions_BT, last_B1):
+  def learn(self, decoder, memory, forward, positions_Bi, last_B1):
     return memory
 
 
@@ -203,12 +203,12 @@ class Nothing:
   depth: int = _static(default=0)
   reads = 0
 
-  def begin(self, decoder, forward, tokens_BP, positions_BP, last_B1, slots):
+  def begin(self, decoder, forward, tokens_Bp, positions_Bp, last_B1, slots):
     return ()
 
   def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
-    drafts_BK = jnp.zeros((len(tokens_BS), 0), jnp.int32)
-    return drafts_BK, sampler.certain(drafts_BK), memory
+    drafts_Bk = jnp.zeros((len(tokens_BS), 0), jnp.int32)
+    return drafts_Bk, sampler.certain(drafts_Bk), memory
 
-  def learn(self, decoder, memory, forward, positions_BT, last_B1):
+  def learn(self, decoder, memory, forward, positions_Bi, last_B1):
     return memory

@@ -20,39 +20,39 @@ EVER = np.int32(2**31 - 1)  # passes
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-  """A model, its drafter, and how rows choose. lengths and cost_M as in `loop.advance`."""
+  """A model, its drafter, and how rows choose. lengths and pass_seconds as in `loop.advance`."""
   decoder: Decoder
   drafter: Drafter
   sampler: Sampler
   eos: int
   pad: int
   lengths: tuple[int, ...]
-  cost_M: np.ndarray | None = None
+  pass_seconds: np.ndarray | None = None
 
   def begin(self, rows: Sequence[np.ndarray], limit_B) -> Progress:
     """The pass over the prompts. limit_B: tokens of each row in all."""
-    B, P, S = self.shape(rows, limit_B)
-    prompts_BP, length_B = np.full((B, P), self.pad, np.int32), np.array([len(row) for row in rows], np.int32)
-    for row, ids in zip(prompts_BP, rows):
+    B, p, S = self.shape(rows, limit_B)
+    prompts_Bp, length_B = np.full((B, p), self.pad, np.int32), np.array([len(row) for row in rows], np.int32)
+    for row, ids in zip(prompts_Bp, rows):
       row[:len(ids)] = ids
-    return prefill(self.decoder, self.drafter, self.sampler, prompts_BP, length_B, np.asarray(limit_B, np.int32), np.int32(self.eos), slots=S)
+    return prefill(self.decoder, self.drafter, self.sampler, prompts_Bp, length_B, np.asarray(limit_B, np.int32), np.int32(self.eos), slots=S)
 
   def shape(self, rows: Sequence[np.ndarray], limit_B) -> tuple[int, int, int]:
-    """(B, P, S): rows, the bucket of their prompts and that of their caches."""
+    """(B, p, S): rows, the bucket of their prompts and that of their caches."""
     up = lambda n: -(-int(n) // BUCKET) * BUCKET
-    P = up(max(map(len, rows)))
-    return len(rows), P, max(P, up(max(limit_B) + self.drafter.depth))
+    p = up(max(map(len, rows)))
+    return len(rows), p, max(p, up(max(limit_B) + self.drafter.depth))
 
   def advance(self, progress: Progress, passes: int = EVER) -> Progress:
     """progress is given away."""
-    return advance(self.decoder, self.drafter, self.sampler, progress, np.int32(self.eos), np.int32(passes), self.cost_M, lengths=self.lengths)
+    return advance(self.decoder, self.drafter, self.sampler, progress, np.int32(self.eos), np.int32(passes), self.pass_seconds, lengths=self.lengths)
 
   def costs(self, rows: Sequence[np.ndarray], limit_B, passes: int = 4) -> np.ndarray:
     """Seconds of a pass for each of `lengths`, on these shapes: the least of three times, after one that compiles."""
     found = []
     for i in range(len(self.lengths)):
       only = np.where(np.arange(len(self.lengths)) == i, 1e-9, 1).astype(np.float32) if len(self.lengths) > 1 else None
-      forced = dataclasses.replace(self, eos=-1, cost_M=only)
+      forced = dataclasses.replace(self, eos=-1, pass_seconds=only)
       seconds = []
       for _ in range(4):
         endless = jax.block_until_ready(dataclasses.replace(forced.begin(rows, limit_B), limit_B=jnp.full(len(rows), EVER), done_B=jnp.zeros(len(rows), bool)))

@@ -29,12 +29,12 @@ from mtp_jax.model.attention import write
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Progress:
-  """The loop's state; K is the drafter's depth.
+  """The loop's state; k is the drafter's depth.
 
   caches: of the model's forward. memory: the drafter's. tokens_BS: int32. depth_BS: 0 where the model spoke itself, m where its m-th
   draft was accepted. length_B: tokens known. forwards_B: passes in which the row took part, that over its prompt included.
-  offered_BK: passes in which all drafts before this one were accepted and it had room; accepted_BK: in which it was as well.
-  passes_M: of the batch, by draft length. recent_2K: offered and accepted, old passes counting less.
+  offered_Bk: passes in which all drafts before this one were accepted and it had room; accepted_Bk: in which it was as well.
+  passes_by_length: of the batch, by draft length. recent_2k: offered and accepted, old passes counting less.
   """
   caches: tuple
   memory: object
@@ -44,38 +44,38 @@ class Progress:
   limit_B: jax.Array
   done_B: jax.Array
   forwards_B: jax.Array
-  offered_BK: jax.Array
-  accepted_BK: jax.Array
-  passes_M: jax.Array
-  recent_2K: jax.Array
+  offered_Bk: jax.Array
+  accepted_Bk: jax.Array
+  passes_by_length: jax.Array
+  recent_2k: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames='slots')
-def prefill(decoder: Decoder, drafter: Drafter, sampler: Sampler, prompts_BP, length_B, limit_B, eos, *, slots: int) -> Progress:
+def prefill(decoder: Decoder, drafter: Drafter, sampler: Sampler, prompts_Bp, length_B, limit_B, eos, *, slots: int) -> Progress:
   """The pass over the prompts, and the first token after each.
 
   Args:
-    prompts_BP: int32, left-aligned.
+    prompts_Bp: int32, left-aligned.
     length_B: int32 >= 1, tokens of each prompt.
     limit_B: int32, tokens of each row in all; a row whose limit is its length does nothing.
     eos: int32, the id that ends a row.
     slots: S, positions a cache holds: the drafter's depth more than the longest limit, at least.
   """
-  (B, P), K = prompts_BP.shape, drafter.depth
-  positions_BP, last_B1 = jnp.broadcast_to(jnp.arange(P), (B, P)), length_B[:, None] - 1
-  forward, caches = decoder.forward(prompts_BP, positions_BP, decoder.caches(B, P))  # no prompt attends to slots beyond it
+  (B, p), k = prompts_Bp.shape, drafter.depth
+  positions_Bp, last_B1 = jnp.broadcast_to(jnp.arange(p), (B, p)), length_B[:, None] - 1
+  forward, caches = decoder.forward(prompts_Bp, positions_Bp, decoder.caches(B, p))  # no prompt attends to slots beyond it
   caches = tuple(cache and cache.grown(slots) for cache in caches)
-  memory = drafter.begin(decoder, forward, prompts_BP, positions_BP, last_B1, slots)
-  next_B1D = jnp.take_along_axis(forward.next_BTD, last_B1[..., None], 1)
+  memory = drafter.begin(decoder, forward, prompts_Bp, positions_Bp, last_B1, slots)
+  next_B1D = jnp.take_along_axis(forward.next_BiD, last_B1[..., None], 1)
   zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
   accepted_B, own_B = sampler.verify(decoder.logits(next_B1D), zeros(B, 0), sampler.certain(zeros(B, 0)), length_B[:, None])
-  start = Progress(caches, memory, jnp.pad(prompts_BP, ((0, 0), (0, slots - P))), zeros(B, slots), length_B, limit_B, length_B >= limit_B,
-                   zeros(B), zeros(B, K), zeros(B, K), zeros(K + 1), jnp.zeros((2, K)))
+  start = Progress(caches, memory, jnp.pad(prompts_Bp, ((0, 0), (0, slots - p))), zeros(B, slots), length_B, limit_B, length_B >= limit_B,
+                   zeros(B), zeros(B, k), zeros(B, k), zeros(k + 1), jnp.zeros((2, k)))
   return _emit(start, zeros(B, 0), accepted_B, own_B, eos)
 
 
 @functools.partial(jax.jit, static_argnames='lengths', donate_argnames='progress')
-def advance(decoder: Decoder, drafter: Drafter, sampler: Sampler, progress: Progress, eos, passes, cost_M=None, *, lengths: tuple[int, ...]) -> Progress:
+def advance(decoder: Decoder, drafter: Drafter, sampler: Sampler, progress: Progress, eos, passes, pass_seconds=None, *, lengths: tuple[int, ...]) -> Progress:
   """At most `passes` passes more, fewer when all rows are done.
 
   Args:
@@ -83,10 +83,10 @@ def advance(decoder: Decoder, drafter: Drafter, sampler: Sampler, progress: Prog
     passes: int32.
     lengths: how many tokens to draft. Of several, each pass takes the one that promises most tokens for its cost, given what was
       accepted of late.
-    cost_M: seconds of a pass for each of `lengths`; only their ratios matter. Needed only where there are several.
+    pass_seconds: seconds of a pass for each of `lengths`; only their ratios matter. Needed only where there are several.
   """
   goes_on = lambda state: (state[0] < passes) & ~jnp.all(state[1].done_B)
-  chosen = lambda p: best_length(p.recent_2K, cost_M, lengths) if len(lengths) > 1 else 0
+  chosen = lambda p: best_length(p.recent_2k, pass_seconds, lengths) if len(lengths) > 1 else 0
 
   def as_long_as_chosen(state):
     """A loop for each length, one after the other: unlike the branches of a conditional, loops write into the caches where they lie."""
@@ -98,44 +98,44 @@ def advance(decoder: Decoder, drafter: Drafter, sampler: Sampler, progress: Prog
   return jax.lax.while_loop(goes_on, as_long_as_chosen, (0, progress))[1]
 
 
-def best_length(recent_2K, cost_M, lengths: tuple[int, ...]):
+def best_length(recent_2k, pass_seconds, lengths: tuple[int, ...]):
   """The index in `lengths` with the largest 1 + a_1 + a_1 a_2 + ... over its cost, a_k being the acceptance at depth k: eight of ten where
   nothing is known, so that what has not been tried of late is tried again."""
-  acceptance_K = (recent_2K[1] + 0.8) / (recent_2K[0] + 1)
-  tokens_M = 1 + jnp.pad(jnp.cumsum(jnp.cumprod(acceptance_K)), (1, 0))
-  return jnp.argmax(tokens_M[jnp.array(lengths)] / cost_M)
+  acceptance_k = (recent_2k[1] + 0.8) / (recent_2k[0] + 1)
+  tokens_by_length = 1 + jnp.pad(jnp.cumsum(jnp.cumprod(acceptance_k)), (1, 0))
+  return jnp.argmax(tokens_by_length[jnp.array(lengths)] / pass_seconds)
 
 
 def _pass(decoder: Decoder, drafter: Drafter, sampler: Sampler, eos, k: int, p: Progress) -> Progress:
   """Draft, forward, verify."""
   length_B1 = p.length_B[:, None]
   with jax.named_scope('draft'):
-    drafts_BK, q_BKV, memory = drafter.draft(decoder, p.memory, p.tokens_BS, length_B1, k, sampler)
-  block_BT = jnp.concatenate([jnp.take_along_axis(p.tokens_BS, length_B1 - 1, 1), drafts_BK], 1)
-  positions_BT = length_B1 - 1 + jnp.arange(k + 1)
+    drafts_Bk, q_BkV, memory = drafter.draft(decoder, p.memory, p.tokens_BS, length_B1, k, sampler)
+  inputs_Bi = jnp.concatenate([jnp.take_along_axis(p.tokens_BS, length_B1 - 1, 1), drafts_Bk], 1)
+  positions_Bi = length_B1 - 1 + jnp.arange(k + 1)
   with jax.named_scope('forward'):
-    forward, caches = decoder.forward(block_BT, positions_BT, p.caches)
+    forward, caches = decoder.forward(inputs_Bi, positions_Bi, p.caches)
   with jax.named_scope('verify'):
-    accepted_B, own_B = sampler.verify(decoder.logits(forward.next_BTD), drafts_BK, q_BKV, positions_BT + 1)
-  memory = drafter.learn(decoder, memory, forward, positions_BT, accepted_B[:, None])
-  return _emit(dataclasses.replace(p, caches=caches, memory=memory), drafts_BK, accepted_B, own_B, eos)
+    accepted_B, own_B = sampler.verify(decoder.logits(forward.next_BiD), drafts_Bk, q_BkV, positions_Bi + 1)
+  memory = drafter.learn(decoder, memory, forward, positions_Bi, accepted_B[:, None])
+  return _emit(dataclasses.replace(p, caches=caches, memory=memory), drafts_Bk, accepted_B, own_B, eos)
 
 
-def _emit(p: Progress, drafts_BK, accepted_B, own_B, eos) -> Progress:
+def _emit(p: Progress, drafts_Bk, accepted_B, own_B, eos) -> Progress:
   """Writes the accepted drafts and the own token of every row that is not done, up to its limit and its first eos."""
-  k = drafts_BK.shape[1]
-  ahead_T, accepted_B1, slots_BT = jnp.arange(k + 1), accepted_B[:, None], p.length_B[:, None] + jnp.arange(k + 1)
-  new_BT = jnp.where(ahead_T < accepted_B1, jnp.pad(drafts_BK, ((0, 0), (0, 1))), own_B[:, None])
-  offered_BT = (ahead_T <= accepted_B1) & (slots_BT < p.limit_B[:, None]) & ~p.done_B[:, None]
-  ends_BT = offered_BT & (new_BT == eos)
-  emitted_BT = offered_BT & (jnp.cumsum(ends_BT, 1) - ends_BT == 0)
-  slots_BT = jnp.where(emitted_BT, slots_BT, p.tokens_BS.shape[1])
-  length_B = p.length_B + jnp.sum(emitted_BT, 1, dtype=jnp.int32)
-  offered_BK = emitted_BT[:, :k]
-  accepted_BK = offered_BK & (ahead_T[:k] < accepted_B1)
-  counted_2K = jnp.stack([jnp.sum(offered_BK, 0), jnp.sum(accepted_BK, 0)]).astype(jnp.float32)
+  k = drafts_Bk.shape[1]
+  ahead_i, accepted_B1, slots_Bi = jnp.arange(k + 1), accepted_B[:, None], p.length_B[:, None] + jnp.arange(k + 1)
+  new_Bi = jnp.where(ahead_i < accepted_B1, jnp.pad(drafts_Bk, ((0, 0), (0, 1))), own_B[:, None])
+  offered_Bi = (ahead_i <= accepted_B1) & (slots_Bi < p.limit_B[:, None]) & ~p.done_B[:, None]
+  ends_Bi = offered_Bi & (new_Bi == eos)
+  emitted_Bi = offered_Bi & (jnp.cumsum(ends_Bi, 1) - ends_Bi == 0)
+  slots_Bi = jnp.where(emitted_Bi, slots_Bi, p.tokens_BS.shape[1])
+  length_B = p.length_B + jnp.sum(emitted_Bi, 1, dtype=jnp.int32)
+  offered_Bk = emitted_Bi[:, :k]
+  accepted_Bk = offered_Bk & (ahead_i[:k] < accepted_B1)
+  counted_2k = jnp.stack([jnp.sum(offered_Bk, 0), jnp.sum(accepted_Bk, 0)]).astype(jnp.float32)
   return dataclasses.replace(
-      p, tokens_BS=write(p.tokens_BS, new_BT, slots_BT), depth_BS=write(p.depth_BS, jnp.where(ahead_T < accepted_B1, ahead_T + 1, 0), slots_BT),
-      length_B=length_B, done_B=p.done_B | jnp.any(ends_BT & emitted_BT, 1) | (length_B >= p.limit_B), forwards_B=p.forwards_B + ~p.done_B,
-      offered_BK=p.offered_BK.at[:, :k].add(offered_BK), accepted_BK=p.accepted_BK.at[:, :k].add(accepted_BK),
-      passes_M=p.passes_M.at[k].add(1), recent_2K=(0.95 * p.recent_2K).at[:, :k].add(counted_2K))
+      p, tokens_BS=write(p.tokens_BS, new_Bi, slots_Bi), depth_BS=write(p.depth_BS, jnp.where(ahead_i < accepted_B1, ahead_i + 1, 0), slots_Bi),
+      length_B=length_B, done_B=p.done_B | jnp.any(ends_Bi & emitted_Bi, 1) | (length_B >= p.limit_B), forwards_B=p.forwards_B + ~p.done_B,
+      offered_Bk=p.offered_Bk.at[:, :k].add(offered_Bk), accepted_Bk=p.accepted_Bk.at[:, :k].add(accepted_Bk),
+      passes_by_length=p.passes_by_length.at[k].add(1), recent_2k=(0.95 * p.recent_2k).at[:, :k].add(counted_2k))

@@ -48,35 +48,35 @@ def law(logits_V, temperature, top_k=None, top_p=None):
   return jnp.where(temperature > 0, p_V, jax.nn.one_hot(jnp.argmax(logits_V, -1), V, dtype=p_V.dtype))
 
 
-def accepts(p_KV, q_KV, drafts_K, uniform_K):
-  """Whether each draft, for itself, passes: bool[..., K]. uniform_K: in [0, 1)."""
-  at = lambda law_KV: jnp.take_along_axis(law_KV, drafts_K[..., None], -1)[..., 0]
-  return uniform_K * at(q_KV) < at(p_KV)
+def accepts(p_kV, q_kV, drafts_k, uniform_k):
+  """Whether each draft, for itself, passes: bool[..., k]. uniform_k: in [0, 1)."""
+  at = lambda law_kV: jnp.take_along_axis(law_kV, drafts_k[..., None], -1)[..., 0]
+  return uniform_k * at(q_kV) < at(p_kV)
 
 
-def correction(p_TV, q_KV, accepted):
-  """The law of the token after the first `accepted` drafts: float[..., V]; T = K + 1."""
-  at = lambda law_TV: jnp.take_along_axis(law_TV, accepted[..., None, None], -2)[..., 0, :]
-  p_V, q_V = at(p_TV), at(jnp.concatenate([q_KV, jnp.zeros_like(p_TV[..., :1, :])], -2))
+def correction(p_iV, q_kV, accepted):
+  """The law of the token after the first `accepted` drafts: float[..., V]; i = k + 1."""
+  at = lambda law_iV: jnp.take_along_axis(law_iV, accepted[..., None, None], -2)[..., 0, :]
+  p_V, q_V = at(p_iV), at(jnp.concatenate([q_kV, jnp.zeros_like(p_iV[..., :1, :])], -2))
   rest_V = jnp.maximum(p_V - q_V, 0)
   mass = jnp.sum(rest_V, -1, keepdims=True)
   return jnp.where(mass > 0, rest_V / jnp.where(mass > 0, mass, 1), p_V)
 
 
-def lossy_accepts(criterion: Criterion, p_KV, drafts_K):
-  """Whether each draft, for itself, passes a criterion that is not exact: bool[..., K]."""
-  at_K = jnp.take_along_axis(p_KV, drafts_K[..., None], -1)[..., 0]
+def lossy_accepts(criterion: Criterion, p_kV, drafts_k):
+  """Whether each draft, for itself, passes a criterion that is not exact: bool[..., k]."""
+  at_k = jnp.take_along_axis(p_kV, drafts_k[..., None], -1)[..., 0]
   if criterion.name == 'lossy_top_k':
-    return jnp.sum(p_KV > at_K[..., None], -1) < criterion.threshold
+    return jnp.sum(p_kV > at_k[..., None], -1) < criterion.threshold
   if criterion.name == 'lossy_distance':
-    return jnp.abs(drafts_K - jnp.argmax(p_KV, -1)) <= criterion.threshold
-  entropy_K = -jnp.sum(jax.scipy.special.xlogy(p_KV, p_KV), -1)
-  return at_K > jnp.minimum(criterion.threshold, criterion.threshold**0.5 * jnp.exp(-entropy_K))
+    return jnp.abs(drafts_k - jnp.argmax(p_kV, -1)) <= criterion.threshold
+  entropy_k = -jnp.sum(jax.scipy.special.xlogy(p_kV, p_kV), -1)
+  return at_k > jnp.minimum(criterion.threshold, criterion.threshold**0.5 * jnp.exp(-entropy_k))
 
 
-def in_a_row(passes_BK):
+def in_a_row(passes_Bk):
   """How many drafts pass before the first that does not: int32[B]."""
-  return jnp.sum(jnp.cumprod(passes_BK.astype(jnp.int32), -1), -1, dtype=jnp.int32)
+  return jnp.sum(jnp.cumprod(passes_Bk.astype(jnp.int32), -1), -1, dtype=jnp.int32)
 
 
 @jax.tree_util.register_dataclass
@@ -97,67 +97,67 @@ class Sampler:
   same_seed: bool = dataclasses.field(default=False, metadata={'static': True})
   criterion: Criterion = dataclasses.field(default=EXACT, metadata={'static': True})
 
-  def draft(self, logits_BTV, positions_BT):
-    """(drafts for these positions, int32[B, T]; their laws, float[B, T, V], None where `verify` needs none)."""
-    logits_BTV = self._allowed(logits_BTV)
+  def draft(self, logits_BiV, positions_Bi):
+    """(drafts for these positions, int32[B, i]; their laws, float[B, i, V], None where `verify` needs none)."""
+    logits_BiV = self._allowed(logits_BiV)
     if self.greedy:
-      return _argmax(logits_BTV), None
-    q_BTV = self._law(logits_BTV)
-    return self._draw(q_BTV, positions_BT, OWN if self.same_seed else DRAFT), q_BTV
+      return _argmax(logits_BiV), None
+    q_BiV = self._law(logits_BiV)
+    return self._draw(q_BiV, positions_Bi, OWN if self.same_seed else DRAFT), q_BiV
 
-  def certain(self, drafts_BK):
+  def certain(self, drafts_Bk):
     """The laws of drafts that nothing was drawn for."""
-    return None if self.greedy else jax.nn.one_hot(drafts_BK, self.allowed_V.shape[0])
+    return None if self.greedy else jax.nn.one_hot(drafts_Bk, self.allowed_V.shape[0])
 
-  def verify(self, logits_BTV, drafts_BK, q_BKV, positions_BT):
+  def verify(self, logits_BiV, drafts_Bk, q_BkV, positions_Bi):
     """(how many drafts are accepted, int32[B]; the model's own token after them, int32[B]).
 
     Args:
-      logits_BTV: the model's, for every draft and one token more; T = K + 1.
-      drafts_BK, q_BKV: what `draft` returned.
-      positions_BT: where these tokens will stand.
+      logits_BiV: the model's, for every draft and one token more; i = k + 1.
+      drafts_Bk, q_BkV: what `draft` returned.
+      positions_Bi: where these tokens will stand.
     """
-    logits_BTV, K = self._allowed(logits_BTV), drafts_BK.shape[1]
-    at = lambda x_BT: jnp.take_along_axis(x_BT, accepted_B[:, None], 1)[:, 0]
-    p_BTV = None if self.greedy else self._law(logits_BTV)
+    logits_BiV, k = self._allowed(logits_BiV), drafts_Bk.shape[1]
+    at = lambda x_Bi: jnp.take_along_axis(x_Bi, accepted_B[:, None], 1)[:, 0]
+    p_BiV = None if self.greedy else self._law(logits_BiV)
     if self.criterion.name == 'exact':
       if self.greedy or self.same_seed:
-        own_BT = _argmax(logits_BTV) if self.greedy else self._draw(p_BTV, positions_BT, OWN)
-        accepted_B = self._at_least(in_a_row(drafts_BK == own_BT[:, :K]), K)
-        return accepted_B, at(own_BT)
-      passes_BK = accepts(p_BTV[:, :K], q_BKV, drafts_BK, self._uniform(positions_BT[:, :K]))
+        own_Bi = _argmax(logits_BiV) if self.greedy else self._draw(p_BiV, positions_Bi, OWN)
+        accepted_B = self._at_least(in_a_row(drafts_Bk == own_Bi[:, :k]), k)
+        return accepted_B, at(own_Bi)
+      passes_Bk = accepts(p_BiV[:, :k], q_BkV, drafts_Bk, self._uniform(positions_Bi[:, :k]))
     else:
       temperature_B11 = jnp.where(self.temperature_B > 0, self.temperature_B, 1)[:, None, None]
-      passes_BK = lossy_accepts(self.criterion, jax.nn.softmax(logits_BTV[:, :K] / temperature_B11), drafts_BK)
-    accepted_B = self._at_least(in_a_row(passes_BK), K)
+      passes_Bk = lossy_accepts(self.criterion, jax.nn.softmax(logits_BiV[:, :k] / temperature_B11), drafts_Bk)
+    accepted_B = self._at_least(in_a_row(passes_Bk), k)
     if self.greedy:
-      return accepted_B, at(_argmax(logits_BTV))
+      return accepted_B, at(_argmax(logits_BiV))
     if not self.criterion.lossless:  # what was let through was not drawn for its law, so nothing is left to correct
-      q_BKV = jnp.zeros_like(p_BTV[:, :K])
-    return accepted_B, self._draw(correction(p_BTV, q_BKV, accepted_B)[:, None], at(positions_BT)[:, None], OWN)[:, 0]
+      q_BkV = jnp.zeros_like(p_BiV[:, :k])
+    return accepted_B, self._draw(correction(p_BiV, q_BkV, accepted_B)[:, None], at(positions_Bi)[:, None], OWN)[:, 0]
 
-  def _at_least(self, accepted_B, K: int):
-    return jnp.maximum(accepted_B, min(self.criterion.min_block - 1, K))
+  def _at_least(self, accepted_B, k: int):
+    return jnp.maximum(accepted_B, min(self.criterion.min_block - 1, k))
 
-  def _allowed(self, logits_BTV):
-    return jnp.where(self.allowed_V, logits_BTV, -jnp.inf)
+  def _allowed(self, logits_BiV):
+    return jnp.where(self.allowed_V, logits_BiV, -jnp.inf)
 
-  def _law(self, logits_BTV):
+  def _law(self, logits_BiV):
     cut = (self.top_k_B[:, None], self.top_p_B[:, None]) if self.truncated else ()
-    return law(logits_BTV, self.temperature_B[:, None], *cut)
+    return law(logits_BiV, self.temperature_B[:, None], *cut)
 
-  def _draw(self, law_BTV, positions_BT, stream: int):
+  def _draw(self, law_BiV, positions_Bi, stream: int):
     """A token of each law, by Gumbel noise: argmax(log p + noise)."""
-    noise_BTV = self._keyed(lambda key: jax.random.gumbel(key, law_BTV.shape[2:]), positions_BT, stream)
-    return _argmax(jnp.log(law_BTV) + noise_BTV)
+    noise_BiV = self._keyed(lambda key: jax.random.gumbel(key, law_BiV.shape[2:]), positions_Bi, stream)
+    return _argmax(jnp.log(law_BiV) + noise_BiV)
 
-  def _uniform(self, positions_BK):
-    return self._keyed(jax.random.uniform, positions_BK, ACCEPT)
+  def _uniform(self, positions_Bk):
+    return self._keyed(jax.random.uniform, positions_Bk, ACCEPT)
 
-  def _keyed(self, random, positions_BT, stream: int):
+  def _keyed(self, random, positions_Bi, stream: int):
     one = lambda seed, position: random(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), position), stream))
-    return jax.vmap(jax.vmap(one, (None, 0)))(self.seed_B, positions_BT)
+    return jax.vmap(jax.vmap(one, (None, 0)))(self.seed_B, positions_Bi)
 
 
-def _argmax(x_BTV):
-  return jnp.argmax(x_BTV, -1).astype(jnp.int32)
+def _argmax(x_BiV):
+  return jnp.argmax(x_BiV, -1).astype(jnp.int32)
