@@ -1,4 +1,4 @@
-"""The face of a trained model: what goes in, what comes out, and figures that agree with each other."""
+"""A trained model: what goes in, what comes out, and figures that agree with each other."""
 import dataclasses
 
 import jax
@@ -8,7 +8,7 @@ from experiments import experiment, random_state, write
 
 import mtp_jax
 from mtp_jax.config import BadInput
-from mtp_jax.decode.engine import Text
+from mtp_jax.decode.detokenizer import Detokenizer
 from mtp_jax.decode.requests import Criterion
 
 PROMPTS = ['a', 'the 12 é', '.']
@@ -16,10 +16,14 @@ PROMPTS = ['a', 'the 12 é', '.']
 
 @pytest.fixture(scope='module')
 def lm(tmp_path_factory):
-  """Three futures, random weights with a large embedding, so that the argmax of one token differs from that of another."""
-  folder = tmp_path_factory.mktemp('lm')
-  config = experiment(folder, model={'layers': 4, 'futures': 3}, objective={'weights': (1.0,)}, data={'length': 128})
-  write(folder / 'run', config, random_state(config, seed=5))
+  """Three futures, random weights with a large embedding, so that tokens differ in their argmax."""
+  return random_model_of(tmp_path_factory.mktemp('lm'), futures=3)
+
+
+def random_model_of(folder, seed: int = 5, **model) -> mtp_jax.LanguageModel:
+  config = experiment(folder, model={'layers': 4} | model, objective={'weights': (1.0,)},
+                      data={'length': 128})
+  write(folder / 'run', config, random_state(config, seed=seed))
   return mtp_jax.load(folder / 'run')
 
 
@@ -29,54 +33,67 @@ def plain(lm):
 
 
 def test_the_record_travels_with_the_model(lm):
-  assert (lm.step, lm.record['step'], lm.config.model.futures, lm.tokenizer.size) == (3, 3, 3, 259)
+  assert (lm.step, lm.record['step']) == (3, 3)
+  assert (lm.config.model.futures, lm.tokenizer.size) == (3, 259)
 
 
 @pytest.mark.parametrize('draft', [1, 2, None])
 def test_the_output_does_not_depend_on_the_draft(lm, plain, draft):
-  found = lm.generate(PROMPTS, max_tokens=20, draft=draft)
-  assert found.ids == plain.ids and found.text == plain.text
-  assert found.forwards <= plain.forwards and len(found.acceptance) == (2 if draft is None else draft)
+  drafted = lm.generate(PROMPTS, max_tokens=20, draft=draft)
+  assert drafted.ids == plain.ids and drafted.text == plain.text
+  assert drafted.forwards <= plain.forwards
+  assert len(drafted.acceptance) == (2 if draft is None else draft)
 
 
-def test_a_batch_says_what_its_prompts_say_alone(lm, plain):
-  assert [lm.generate(prompt, max_tokens=20, draft=0).text[0] for prompt in PROMPTS] == plain.text
+def test_a_batch_generates_what_its_prompts_generate_alone(lm, plain):
+  alone = [lm.generate(prompt, max_tokens=20, draft=0).text[0] for prompt in PROMPTS]
+  assert alone == plain.text
 
 
 def test_text_bytes_and_ids_are_the_same_prompt(lm, plain):
-  ids = [np.frombuffer(prompt.encode(), np.uint8).tolist() for prompt in PROMPTS]
-  for prompts in ([prompt.encode() for prompt in PROMPTS], ids, [np.array(row, np.int32) for row in ids]):
+  as_bytes = [prompt.encode() for prompt in PROMPTS]
+  ids = [list(prompt) for prompt in as_bytes]
+  for prompts in (as_bytes, ids, [np.array(row, np.int32) for row in ids]):
     assert lm.generate(prompts, max_tokens=20, draft=0).ids == plain.ids
 
 
-def test_plain_autoregression_speaks_one_token_a_forward(plain):
-  assert plain.tokens == plain.forwards == sum(map(len, plain.ids)) and plain.tokens_per_forward == 1.0
+def test_plain_autoregression_generates_one_token_a_forward(plain):
+  assert plain.tokens == plain.forwards == sum(map(len, plain.ids))
+  assert plain.tokens_per_forward == 1.0
   assert plain.acceptance == [] and all(depth == 0 for row in plain.depths for depth in row)
   assert [len(row) for row in plain.ids] == [20, 20, 20] or any(row[-1] == 257 for row in plain.ids)
 
 
 def test_max_tokens_and_the_end_of_a_document_end_a_row(lm):
-  """At temperature 3 every id is likely, so that rows of 60 tokens often meet their end."""
-  found = lm.generate(['a'] * 24, max_tokens=60, temperature=3.0)
-  ended = [row[-1] == lm.tokenizer.eos for row in found.ids]
+  """At temperature 3 every id is likely, so that rows of 60 tokens often reach an end."""
+  ids, tokens = lm.generate(['a'] * 24, max_tokens=60, temperature=3.0).ids, lm.tokenizer
+  ended = [row[-1] == tokens.eos for row in ids]
   assert any(ended) and not all(ended)
-  for row, end in zip(found.ids, ended):
+  for row, end in zip(ids, ended):
     assert len(row) == 60 or end
-    assert lm.tokenizer.eos not in row[:-1] and not {lm.tokenizer.bos, lm.tokenizer.pad} & {*row} and max(row) < lm.tokenizer.size
+    assert tokens.eos not in row[:-1] and not {tokens.bos, tokens.pad} & {*row}
+    assert max(row) < tokens.size
 
 
 def test_ids_text_and_depths_belong_together(lm):
-  found = lm.generate(PROMPTS, max_tokens=20)
-  assert found.text == [lm.tokenizer.text(row) for row in found.ids]
-  assert [len(row) for row in found.depths] == [len(row) for row in found.ids] and found.tokens == sum(map(len, found.ids))
+  generation = lm.generate(PROMPTS, max_tokens=20)
+  assert generation.text == [lm.tokenizer.text(row) for row in generation.ids]
+  lengths = [len(row) for row in generation.ids]
+  assert [len(row) for row in generation.depths] == lengths and generation.tokens == sum(lengths)
 
 
 @pytest.fixture(scope='module')
 def agreeing(lm):
-  """Its blocks add nothing and its tokens embed alike, so that every future says the same: each draft is accepted, but for those before the first."""
+  """A model whose futures all predict the same token, so that every draft is accepted.
+
+  Its blocks add nothing, and its tokens have the same embedding.
+  """
   def change(path, x):
     name = jax.tree_util.keystr(path)
-    return x * 0 if 'wo_HKD' in name or 'down_FD' in name else np.repeat(np.asarray(x)[:1], len(x), 0) if '.embed_VD' in name else x
+    if 'wo_HKD' in name or 'down_FD' in name:
+      return x * 0
+    return np.repeat(np.asarray(x)[:1], len(x), 0) if '.embed_VD' in name else x
+
   return dataclasses.replace(lm, model=jax.tree_util.tree_map_with_path(change, lm.model))
 
 
@@ -85,150 +102,173 @@ def agreeing(lm):
 def test_tokens_are_forwards_and_accepted_drafts(request, name, max_tokens):
   """Depths count the accepted drafts; the pass over the prompt has none.
 
-  A row that is cut off lacks its last forward's own token; a draft that has no room is not offered.
+  A row that reaches its limit may lack its last forward's own token; a draft beyond the limit is
+  not offered.
   """
-  found = request.getfixturevalue(name).generate('ab', max_tokens=max_tokens)
-  depths = np.bincount(found.depths[0], minlength=3)
-  assert found.tokens == depths.sum() and found.forwards - depths[0] in (0, 1)
-  assert found.accepted == depths[1:].tolist() and sum(found.passes) == found.forwards
-  assert found.offered[0] <= found.forwards - 1 and found.offered[1] <= found.accepted[0]
-  assert found.tokens_per_forward == found.tokens / found.forwards
+  generation = request.getfixturevalue(name).generate('ab', max_tokens=max_tokens)
+  depths = np.bincount(generation.depths[0], minlength=3)
+  tokens, forwards = generation.tokens, generation.forwards
+  assert tokens == depths.sum() and forwards - depths[0] in (0, 1)
+  assert generation.accepted == depths[1:].tolist() and sum(generation.passes) == forwards
+  assert generation.offered[0] <= forwards - 1 and generation.offered[1] <= generation.accepted[0]
+  assert generation.tokens_per_forward == tokens / forwards
 
 
 def test_drafts_are_accepted_when_the_futures_agree(agreeing):
-  found = agreeing.generate('ab', max_tokens=1 + 3 * 4)
-  assert (found.tokens, found.forwards, found.tokens_per_forward) == (13, 5, 13 / 5)
-  assert found.depths[0] == [0] + [1, 2, 0] * 4
-  assert found.acceptance == [1.0, 1.0] and found.offered == [4, 4] and found.passes == [1, 0, 4]
+  generation = agreeing.generate('ab', max_tokens=1 + 3 * 4)
+  assert (generation.tokens, generation.forwards, generation.tokens_per_forward) == (13, 5, 13 / 5)
+  assert generation.depths[0] == [0] + [1, 2, 0] * 4
+  assert generation.acceptance == [1.0, 1.0] and generation.offered == [4, 4]
+  assert generation.passes == [1, 0, 4]
 
 
 def test_a_sample_depends_on_its_seed_alone(lm):
-  sample = lambda prompts, **options: lm.generate(prompts, max_tokens=12, temperature=1.0, **options).ids
+  def sample(prompts, **options):
+    return lm.generate(prompts, max_tokens=12, temperature=1.0, **options).ids
+
   assert sample(['a', 'b'], seed=3) != sample(['a', 'b'], seed=4)
   assert sample(['a', 'b'], seed=3, same_seed=True) == sample(['a', 'b'], seed=3, draft=0)
-  assert sample(['a', 'b'], seed=3)[1] == sample('b', seed=4)[0] == sample(['b', 'a'], seed=[4, 9])[0]  # row i samples with seed + i
+  second = sample(['a', 'b'], seed=3)[1]  # row i samples with seed + i
+  assert second == sample('b', seed=4)[0] == sample(['b', 'a'], seed=[4, 9])[0]
 
 
 def test_each_row_has_its_own_numbers(lm):
   """Against the same rows one at a time."""
-  own = {'max_tokens': [5, 9, 12], 'temperature': [0.0, 1.0, 0.5], 'top_k': [0, 3, 0], 'top_p': [1.0, 0.8, 0.9], 'seed': [7, 8, 7]}
-  found = lm.generate(PROMPTS, **own)
+  numbers = {'max_tokens': [5, 9, 12], 'temperature': [0.0, 1.0, 0.5], 'top_k': [0, 3, 0],
+             'top_p': [1.0, 0.8, 0.9], 'seed': [7, 8, 7]}
+  together = lm.generate(PROMPTS, **numbers)
   for i, prompt in enumerate(PROMPTS):
-    alone = lm.generate(prompt, **{name: values[i] for name, values in own.items()})
-    assert alone.ids[0] == found.ids[i] and len(alone.ids[0]) <= own['max_tokens'][i]
+    alone = lm.generate(prompt, **{name: values[i] for name, values in numbers.items()})
+    assert alone.ids[0] == together.ids[i] and len(alone.ids[0]) <= numbers['max_tokens'][i]
 
 
 def test_what_streams_is_the_text(lm, plain):
-  """Multi-byte characters come whole; with a stop string, what may be its beginning is held back."""
-  for options in ({}, {'stop': [plain.text[0][7:9]]}, {'draft': 0, 'stop': ['never', plain.text[1][5:8]]}):
-    parts = {row: [] for row in range(3)}
-    found = lm.generate(PROMPTS, max_tokens=20, stream=lambda row, ids, text, parts=parts: parts[row].append((ids, text)), **options)
+  """Multi-byte characters come whole; what may be the beginning of a stop string is held back."""
+  first, second, _ = plain.text
+  for options in ({}, {'stop': [first[7:9]]}, {'draft': 0, 'stop': ['never', second[5:8]]}):
+    parts = [[], [], []]
+    generation = lm.generate(PROMPTS, max_tokens=20, stream=recorder(parts), **options)
     for row in range(3):
-      assert ''.join(text for _, text in parts[row]) == found.text[row]
-      assert [token for ids, _ in parts[row] for token in ids] == found.ids[row]
-    assert max(map(len, parts.values())) > 1
+      assert ''.join(text for _, text in parts[row]) == generation.text[row]
+      assert [token for ids, _ in parts[row] for token in ids] == generation.ids[row]
+    assert max(map(len, parts)) > 1
+
+
+def recorder(parts: list[list]):
+  """A stream that appends (ids, text) to parts[row]."""
+  return lambda row, ids, text: parts[row].append((ids, text))
 
 
 @pytest.mark.parametrize('pieces', [1, 2, 5])
 def test_what_may_begin_a_stop_string_or_a_character_is_held_back(lm, pieces):
-  """A text in pieces of some bytes: nothing that is heard is ever taken back, and all of it is heard in the end."""
-  for whole, stop, wanted, ended in (('é, then the end; more', ['ends', 'end;', 'e end'], 'é, then th', True), ('is it the en', ['end'], 'is it the en', False)):
-    text, heard, kept, raw = Text(lm.tokenizer, stop), '', [], whole.encode()
-    for at in range(0, len(raw), pieces):
-      ids, said = text.grow(list(raw[at:at + pieces]), last=at + pieces >= len(raw))
-      heard, kept = heard + said, kept + ids
-      assert wanted.startswith(heard)
-    assert (heard, text.whole, text.stopped) == (wanted, wanted, ended)
-    assert bytes(kept) == (raw[:raw.index(b'e end') + 5] if ended else raw)
+  """A text in pieces of some bytes: what was streamed stays true, and in the end it is all there."""
+  for whole, stop, expected, stopped in (
+      ('é, then the end; more', ['ends', 'end;', 'e end'], 'é, then th', True),
+      ('is it the en', ['end'], 'is it the en', False)):
+    detokenizer, raw = Detokenizer(lm.tokenizer, stop), whole.encode()
+    streamed, kept = '', []
+    for start in range(0, len(raw), pieces):
+      piece, last = list(raw[start:start + pieces]), start + pieces >= len(raw)
+      ids, text = detokenizer.add(piece, last)
+      streamed, kept = streamed + text, kept + ids
+      assert expected.startswith(streamed)
+    assert (streamed, detokenizer.text, detokenizer.stopped) == (expected, expected, stopped)
+    assert bytes(kept) == (raw[:raw.index(b'e end') + 5] if stopped else raw)
 
 
 @pytest.mark.parametrize('draft', [0, 2])
 def test_a_stop_string_ends_the_row_before_it_and_only_that_row(lm, plain, draft):
   raw = [lm.tokenizer.decode(row) for row in plain.ids]
   stop = raw[0][6:8].decode('latin-1') if raw[0][6:8].isascii() else plain.text[0][4:6]
-  found = lm.generate(PROMPTS, max_tokens=20, draft=draft, stop=stop)
+  generation = lm.generate(PROMPTS, max_tokens=20, draft=draft, stop=stop)
   for row in range(3):
-    before, met, _ = raw[row].partition(stop.encode())
-    assert found.text[row] == before.decode(errors='replace')
-    assert lm.tokenizer.decode(found.ids[row]) == before + met  # the ids end with the token that completes it
-    assert len(found.ids[row]) == len(found.depths[row])
-  assert len(found.ids[0]) < 20
+    before, match, _ = raw[row].partition(stop.encode())
+    assert generation.text[row] == before.decode(errors='replace')
+    # the ids end with the token that completes the stop string
+    assert lm.tokenizer.decode(generation.ids[row]) == before + match
+    assert len(generation.ids[row]) == len(generation.depths[row])
+  assert len(generation.ids[0]) < 20
 
 
 def test_a_stop_string_met_early_ends_its_row_while_others_run_on(lm):
-  """The others go on for many passes of the host; the ended row gains nothing, neither ids nor stream."""
+  """The others run for many more passes; the ended row gains nothing, neither ids nor stream."""
   for seed in range(0, 60, 3):
     options = {'max_tokens': 60, 'temperature': 2.0, 'seed': seed}
     free = lm.generate(PROMPTS, draft=0, **options)
     raw = [lm.tokenizer.decode(row) for row in free.ids]
-    places = [(b, at) for b in range(3) for at in range(12) if raw[b][at:at + 2].isascii() and all(raw[b][at:at + 2] not in raw[other] for other in {0, 1, 2} - {b})]
-    if places and min(map(len, free.ids)) > 40:
+    unique = [(b, raw[b][i:i + 2]) for b in range(3) for i in range(12)
+              if raw[b][i:i + 2].isascii() and sum(raw[b][i:i + 2] in row for row in raw) == 1]
+    if unique and min(map(len, free.ids)) > 40:
       break
-  b, at = places[0]
-  stop, heard = raw[b][at:at + 2].decode(), {row: [] for row in range(3)}
-  found = lm.generate(PROMPTS, draft=1, same_seed=True, stop=[stop], stream=lambda row, ids, text: heard[row].extend(ids), **options)
-  end = raw[b].index(stop.encode()) + 2
-  assert found.ids == [ids[:end] if row == b else ids for row, ids in enumerate(free.ids)] == [heard[row] for row in range(3)]
-  assert found.tokens == sum(map(len, found.ids)) and found.text[b] == raw[b][:end - 2].decode(errors='replace')
+  b, stop = unique[0]
+  end, parts = raw[b].index(stop) + 2, [[], [], []]
+  generation = lm.generate(PROMPTS, draft=1, same_seed=True, stop=[stop.decode()],
+                           stream=recorder(parts), **options)
+  expected = [ids[:end] if row == b else ids for row, ids in enumerate(free.ids)]
+  streamed = [[token for ids, _ in parts[row] for token in ids] for row in range(3)]
+  assert generation.ids == expected == streamed
+  assert generation.tokens == sum(map(len, expected))
+  assert generation.text[b] == raw[b][:end - 2].decode(errors='replace')
 
 
 @pytest.mark.parametrize('kind', ['causal', 'anticausal'])
 def test_a_chain_of_heads_takes_any_drafter(tmp_path, kind):
-  config = experiment(tmp_path, model={'layers': 4, 'futures': 3, 'kind': kind}, objective={'weights': (1.0,)}, data={'length': 128})
-  write(tmp_path / 'run', config, random_state(config, seed=5))
-  chain = mtp_jax.load(tmp_path / 'run')
-  wanted = chain.generate(PROMPTS, max_tokens=12, draft=0).ids
+  chain = random_model_of(tmp_path, futures=3, kind=kind)
+  expected = chain.generate(PROMPTS, max_tokens=12, draft=0).ids
   for options in ({'drafter': 'lookup'}, {'drafter': chain, 'draft': 3}, {}):
-    assert chain.generate(PROMPTS, max_tokens=12, **options).ids == wanted
+    assert chain.generate(PROMPTS, max_tokens=12, **options).ids == expected
 
 
 def test_adaptive_samples_are_those_of_the_same_seed(lm):
   """Draft lengths depend on timings, the text does not."""
   options = {'max_tokens': 20, 'temperature': 0.8, 'seed': 3}
-  assert lm.generate(PROMPTS, adaptive=True, **options).ids == lm.generate(PROMPTS, draft=0, **options).ids
+  plain = lm.generate(PROMPTS, draft=0, **options)
+  assert lm.generate(PROMPTS, adaptive=True, **options).ids == plain.ids
 
 
 def test_another_model_drafts_and_the_text_is_the_models_own(lm, plain, tmp_path):
-  """Itself, which is right always; and another, which seldom is."""
-  found = lm.generate(PROMPTS, max_tokens=20, draft=3, drafter=lm)
-  assert found.ids == plain.ids and found.acceptance == [1.0] * 3
-  config = experiment(tmp_path, model={'layers': 2, 'futures': 1}, objective={'weights': (1.0,)})
-  write(tmp_path / 'run', config, random_state(config, seed=9))
-  other = mtp_jax.load(tmp_path / 'run')
+  """Itself, which is always right; and another, which rarely is."""
+  by_itself = lm.generate(PROMPTS, max_tokens=20, draft=3, drafter=lm)
+  assert by_itself.ids == plain.ids and by_itself.acceptance == [1.0] * 3
+  another = random_model_of(tmp_path, seed=9, layers=2, futures=1)
   for options in ({}, {'adaptive': True}):
-    assert lm.generate(PROMPTS, max_tokens=20, draft=2, drafter=other, **options).ids == plain.ids
-  assert lm.generate(PROMPTS, max_tokens=20, draft=2, drafter=other, temperature=1.0, same_seed=True).ids == lm.generate(PROMPTS, max_tokens=20, draft=0, temperature=1.0).ids
+    drafted = lm.generate(PROMPTS, max_tokens=20, draft=2, drafter=another, **options)
+    assert drafted.ids == plain.ids
+  sampled = lm.generate(PROMPTS, max_tokens=20, draft=2, drafter=another, temperature=1.0, same_seed=True)
+  assert sampled.ids == lm.generate(PROMPTS, max_tokens=20, draft=0, temperature=1.0).ids
 
 
 def test_lookup_drafts_what_followed_before(agreeing, lm, plain):
-  """A model that says one token for ever is guessed right as soon as it has said it twice."""
+  """A model that repeats one token is drafted right once it has generated it twice."""
   assert lm.generate(PROMPTS, max_tokens=20, draft=4, drafter='lookup').ids == plain.ids
-  found = agreeing.generate('ab', max_tokens=1 + 5 * 4, draft=4, drafter='lookup')
-  assert found.forwards <= 6 and found.accepted[-1] >= 3
+  repeated = agreeing.generate('ab', max_tokens=1 + 5 * 4, draft=4, drafter='lookup')
+  assert repeated.forwards <= 6 and repeated.accepted[-1] >= 3
 
 
 def test_adaptive_lengths_change_the_passes_but_not_the_text(lm, plain, agreeing):
-  found = lm.generate(PROMPTS, max_tokens=20, adaptive=True)
-  assert found.ids == plain.ids and sum(found.passes[1:]) > 0 and found.passes[0] == 1
-  found = agreeing.generate('ab', max_tokens=31, adaptive=True)  # which lengths it takes depends on timings, that all drafts are right does not
-  assert found.accepted == found.offered and found.accepted[0] > 0
+  adaptive = lm.generate(PROMPTS, max_tokens=20, adaptive=True)
+  assert adaptive.ids == plain.ids and sum(adaptive.passes[1:]) > 0 and adaptive.passes[0] == 1
+  # which lengths are taken depends on timings, but all drafts are right
+  right = agreeing.generate('ab', max_tokens=31, adaptive=True)
+  assert right.accepted == right.offered and right.accepted[0] > 0
 
 
-def test_lossy_criteria_say_that_they_are(lm, plain):
+def test_lossy_criteria_report_that_they_are(lm, plain):
   assert plain.lossless
-  found = lm.generate(PROMPTS, max_tokens=20, criterion=Criterion('lossy_top_k', 250))
-  assert not found.lossless and found.forwards < plain.forwards
-  assert lm.generate(PROMPTS, max_tokens=20, criterion=Criterion('lossy_top_k', 1)).ids == plain.ids  # the likeliest alone is greedy
+  lossy = lm.generate(PROMPTS, max_tokens=20, criterion=Criterion('lossy_top_k', 250))
+  assert not lossy.lossless and lossy.forwards < plain.forwards
+  greedy = lm.generate(PROMPTS, max_tokens=20, criterion=Criterion('lossy_top_k', 1))
+  assert greedy.ids == plain.ids  # the likeliest token alone
 
 
-def test_prompts_of_one_bucket_share_their_programs(lm):
-  from mtp_jax.decode.loop import advance, prefill
+def test_prompts_of_one_padded_length_share_their_programs(lm):
+  from mtp_jax.decode.loop import decode_passes, prefill
   options = {'max_tokens': 7, 'draft': 1}
   lm.generate(['abc', 'de'], **options)
-  counts = prefill._cache_size(), advance._cache_size()
+  counts = prefill._cache_size(), decode_passes._cache_size()
   lm.generate(['x' * 20, 'yz'], seed=5, **options)
   lm.generate(['x', 'y' * 15], max_tokens=9, draft=1)
-  assert (prefill._cache_size(), advance._cache_size()) == counts
+  assert (prefill._cache_size(), decode_passes._cache_size()) == counts
 
 
 @pytest.mark.parametrize('prompts, options, message', [
@@ -237,7 +277,8 @@ def test_prompts_of_one_bucket_share_their_programs(lm):
     ('', {}, 'prompt: empty'),
     (['a', []], {}, 'prompt: empty'),
     ('a' * 127, {}, 'prompt: 128 tokens with the one that begins it, but max_length=128'),
-    ('a' * 100, {'max_tokens': 40}, 'max_tokens=40: a prompt of 101 tokens leaves room for 27 within max_length=128'),
+    ('a' * 100, {'max_tokens': 40},
+     'max_tokens=40: a prompt of 101 tokens leaves room for 27 within max_length=128'),
     ('a', {'top_p': 0.0}, 'top_p=0: must be above 0 and at most 1'),
     ('a', {'top_p': 1.5}, 'top_p=1.5: must be'),
     ('a', {'top_k': -1}, 'top_k=-1: must be at least 1, or 0'),
@@ -250,7 +291,8 @@ def test_prompts_of_one_bucket_share_their_programs(lm):
     ('a', {'seed': 'x'}, "seed='x': must be a number"),
     (['a', 'b'], {'temperature': [1.0]}, r'temperature=\[1.0\]: must be a number, or 2 of them'),
     ('a', {'stop': ['']}, 'stop='),
-    ('a', {'drafter': 'futurs', 'draft': 1}, "drafter='futurs': must be 'futures', 'lookup', or another model"),
+    ('a', {'drafter': 'futurs', 'draft': 1},
+     "drafter='futurs': must be 'futures', 'lookup', or another model"),
     ('a', {'max_tokens': 0}, 'max_tokens=0: must be between 1 and'),
     ('a', {'temperature': -0.5}, 'temperature=-0.5: must be 0'),
     ('a', {'temperature': float('nan')}, 'temperature=nan: must be 0'),
@@ -267,17 +309,19 @@ def test_bad_arguments_are_bad_input(lm, prompts, options, message):
 
 
 def test_a_draft_model_must_share_the_tokenizer(lm):
-  foreign = dataclasses.replace(lm, tokenizer=dataclasses.replace(lm.tokenizer, digest='other'))
+  tokens = dataclasses.replace(lm.tokenizer, digest='other')
+  foreign = dataclasses.replace(lm, tokenizer=tokens)
   with pytest.raises(BadInput, match='drafter: its tokenizer, .*, is not that of this model'):
     lm.generate('a', draft=1, drafter=foreign)
 
 
 def test_evaluate_counts_every_target_once(lm):
-  found = lm.evaluate()
-  documents = lm.corpus.sources[0].validation
-  assert found['count'][0] == documents.tokens - documents.documents  # no document's bos is predicted
-  assert found['bits_per_byte'] == pytest.approx(found['nats'][0] * found['count'][0] / np.log(2) / documents.bytes, rel=1e-12)
-  assert len(found['nats']) == len(found['accuracy']) == len(found['count']) == 3
+  results, documents = lm.evaluate(), lm.corpus.sources[0].validation
+  count = documents.tokens - documents.documents  # no document's bos is predicted
+  assert results['count'][0] == count
+  bits = results['nats'][0] * count / np.log(2)
+  assert results['bits_per_byte'] == pytest.approx(bits / documents.bytes, rel=1e-12)
+  assert len(results['nats']) == len(results['accuracy']) == len(results['count']) == 3
 
 
 def test_evaluate_takes_as_many_rows_as_asked(lm):
@@ -286,6 +330,8 @@ def test_evaluate_takes_as_many_rows_as_asked(lm):
 
 def test_held_out_prompts_are_beginnings_of_documents(lm):
   prompt, = lm.held_out_prompts(1, 10)
-  assert len(prompt) == 10 and (prompt == lm.corpus.sources[0].validation.document(0)[:10]).all()
-  with pytest.raises(BadInput, match='held-out documents have 2000000 tokens or more, but 1 prompts are wanted'):
+  document = lm.corpus.sources[0].validation.document(0)
+  assert len(prompt) == 10 and (prompt == document[:10]).all()
+  message = 'held-out documents have 2000000 tokens or more, but 1 prompts are wanted'
+  with pytest.raises(BadInput, match=message):
     lm.held_out_prompts(1, 1000000)

@@ -88,14 +88,14 @@ def evaluate(flags) -> int:
 
 
 def generate(flags) -> int:
-  """Continues --prompt. Greedily, or with --same_seed, the text does not depend on the drafts, in float32; else its law does not."""
+  """Continues --prompt. Greedily, or with --same_seed, the text does not depend on the drafts, in float32; else its distribution does not."""
   if flags.prompt is None:
     raise BadInput("--prompt: missing; such as --prompt='def main():'")
   if not flags.prompt:
     raise BadInput('--prompt: empty; say what to continue')
   need_at_least(flags, draft=-1, max_tokens=0, max_length=0)
-  from mtp_jax.decode.requests import Criterion, choices
-  choices(1, flags.temperature, flags.seed, flags.top_k, flags.top_p)
+  from mtp_jax.decode.requests import Criterion, sampling_parameters
+  sampling_parameters(1, flags.temperature, flags.seed, flags.top_k, flags.top_p)
   criterion = Criterion(flags.criterion, flags.threshold, flags.min_block)
   lm = model_of(flags)
   said = [flags.prompt]  # before the first new text, so that nothing is printed when a number turns out to be wrong
@@ -117,7 +117,7 @@ def generate(flags) -> int:
     lines.append(f'drafts beyond depth {trained} are those of a module applied more often than it was trained for')
   if not found.lossless:
     lines.append(f'lossy: {criterion.name}, threshold {criterion.threshold:g}, blocks of {criterion.min_block} at least; '
-                 'the text does not follow the law of the model')
+                 "the text does not follow the model's distribution")
   print_result(flags, values, lines if stream else [flags.prompt + found.text[0], *lines])
   return 0
 

@@ -1,8 +1,10 @@
-"""Decoding: the futures, or another drafter, guess the next tokens; the next forward verifies them.
+"""Decoding: a drafter guesses the next tokens, the next forward of the model verifies them.
 
-    verify.py     which drafts are accepted, and what is said instead, from the laws alone
-    decoder.py    a Model laid out for decoding, and its forward with a cache
-    drafters.py   futures, another model, prompt lookup
-    loop.py       the passes, on the device
-    engine.py     the host's side: buckets of shapes, costs, text as it grows
+    requests.py     checks of what a caller asks for
+    verify.py       which drafts are accepted, and which token follows them
+    decoder.py      a Model arranged for decoding, and its forward with caches
+    drafters.py     the model's futures, another model, prompt lookup
+    loop.py         the passes, on the device
+    detokenizer.py  text while it is generated, stop strings
+    engine.py       the host's side: padded shapes, timing, streaming
 """

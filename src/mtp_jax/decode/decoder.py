@@ -1,4 +1,10 @@
-"""A Model laid out for decoding, and its forward over new tokens, with a cache."""
+"""A Model arranged for decoding, and its forward over new tokens, with caches.
+
+    tokens_Bi -> x_BiD (embedding) -> trunk -> state_BiD -> heads between the trunk and the next
+    token -> next_BiD -> logits_BiV
+
+i is the number of tokens that a forward reads: p of a prompt, or the last known token and k drafts.
+"""
 import dataclasses
 import functools
 
@@ -16,23 +22,32 @@ from mtp_jax.sharding import einsum, letters
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Forward:
-  """What a forward of some tokens leaves.
+  """What a forward computes for each of its tokens.
 
-  state_BiD: what drafts are made of: the trunk's state, or what the first sequential module reads of it. next_BiD: what the
-  unembedding reads for the next token. ahead: what it reads for those after it, where their heads run on the way.
+  Attributes:
+    state_BiD: what drafts are made from: the trunk's state, or what the first sequential module
+      reads.
+    next_BiD: normed state that the unembedding reads for the next token.
+    later: the same for futures 1, 2, ..., `Decoder.futures_in_forward` of them.
   """
   state_BiD: jax.Array
   next_BiD: jax.Array
-  ahead: tuple[jax.Array, ...]
+  later: tuple[jax.Array, ...]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-  """Every layer by itself and matrices in the compute type, so that no pass slices or casts a weight.
+  """Parameters arranged so that no pass slices or casts a weight.
 
-  heads: of the futures, or modules. unembed_DV: the columns of the tokenizer's ids. read: how many futures past the next one the
-  forward reads, where their heads stand in a chain.
+  Every layer is separate, and matrices are in the compute type.
+
+  Attributes:
+    layers: the trunk's blocks.
+    heads: the heads or modules of the futures.
+    unembed_DV: columns of the tokenizer's ids only.
+    futures_in_forward: how many futures past the next token `forward` computes; only where heads
+      form a chain.
   """
   layers: tuple[Block, ...]
   heads: tuple
@@ -40,17 +55,18 @@ class Decoder:
   embed_VD: jax.Array
   unembed_DV: jax.Array
   config: ModelConfig = dataclasses.field(metadata={'static': True})
-  read: int = dataclasses.field(default=0, metadata={'static': True})
+  futures_in_forward: int = dataclasses.field(default=0, metadata={'static': True})
 
   @classmethod
-  def of(cls, model: Model, size: int) -> 'Decoder':
-    """size: how many ids the tokenizer has."""
-    return _lay_out(model, size)
+  def of(cls, model: Model, vocabulary: int) -> 'Decoder':
+    """A copy of the parameters on their device. vocabulary: number of ids of the tokenizer."""
+    return _decoder(model, vocabulary)
 
-  def reading(self, read: int) -> 'Decoder':
-    return dataclasses.replace(self, read=read)
+  def with_futures_in_forward(self, futures: int) -> 'Decoder':
+    return dataclasses.replace(self, futures_in_forward=futures)
 
   def embed(self, tokens_Bi):
+    """float[B, i, D]"""
     return self.embed_VD[tokens_Bi]
 
   def norm(self, x_BiD):
@@ -58,49 +74,65 @@ class Decoder:
 
   def logits(self, h_BiD):
     """float32[B, i, V]"""
-    return capped(einsum('BLD,DV->BLV', h_BiD, self.unembed_DV, jnp.float32), self.config)
+    return capped(einsum('BiD,DV->BiV', h_BiD, self.unembed_DV, jnp.float32), self.config)
 
   def head(self, m: int):
-    """The head or module of future m; a shared module goes on for ever."""
+    """The head or module of future m. A shared module serves every m, also beyond its training."""
     return self.heads[0 if self.config.share_modules else m - self.config.first_own_head]
 
-  def cache(self, batch: int, slots: int) -> Cache | None:
-    """An empty one of a head."""
-    return None if self.config.kind == 'linear' else Cache.empty(self.config, batch, slots)
-
-  def caches(self, batch: int, slots: int) -> tuple:
-    """Empty ones of all that `forward` runs."""
-    return (Cache.empty(self.config, batch, slots),) * len(self.layers) + (self.cache(batch, slots),) * len(self.running)
-
-  def forward(self, tokens_Bi, positions_Bi, caches: tuple) -> tuple[Forward, tuple]:
-    """New tokens through the trunk and the heads that stand on the way of the next token."""
-    c, x_BiD, written, read = self.config, self.embed(tokens_Bi), [], {}
-    for layer, cache in zip(self.layers, caches):
-      x_BiD, cache = layer(x_BiD, positions_Bi, cache)
-      written.append(cache)
-    state_BiD = x_BiD
-    for m, cache in zip(self.running, caches[len(self.layers):]):
-      x_BiD, cache = self.head(m)(x_BiD, positions_Bi, cache)
-      written.append(cache)
-      read[m] = self.norm(x_BiD)
-    next_BiD = read[0] if read else self.norm(state_BiD)
-    if c.kind == 'sequential' and c.hidden_input == 'post_norm':
-      state_BiD = next_BiD
-    return Forward(state_BiD, next_BiD, tuple(read[m] for m in range(1, self.read + 1))), tuple(written)
-
   @property
-  def running(self) -> list[int]:
-    """The futures whose heads every forward runs, in their order."""
+  def heads_in_forward(self) -> list[int]:
+    """Futures whose heads every forward runs, in order: those between trunk and next token."""
     c = self.config
     if c.first_own_head:
       return []
-    return list(range(c.futures - 1, -1, -1)) if c.kind == 'anticausal' else list(range(self.read + 1))
+    if c.kind == 'anticausal':
+      return list(range(c.futures - 1, -1, -1))
+    return list(range(self.futures_in_forward + 1))
+
+  def head_cache(self, batch: int, slots: int) -> Cache | None:
+    """An empty cache for one head."""
+    return None if self.config.kind == 'linear' else Cache.empty(self.config, batch, slots)
+
+  def caches(self, batch: int, slots: int) -> tuple:
+    """Empty caches for all blocks that `forward` runs."""
+    layers = (Cache.empty(self.config, batch, slots),) * len(self.layers)
+    return layers + (self.head_cache(batch, slots),) * len(self.heads_in_forward)
+
+  def forward(self, tokens_Bi, positions_Bi, caches: tuple) -> tuple[Forward, tuple]:
+    """New tokens through the trunk and the heads before the next token: (Forward, caches)."""
+    c = self.config
+    x_BiD, new_caches, normed = self.embed(tokens_Bi), [], {}
+    for layer, cache in zip(self.layers, caches):
+      x_BiD, cache = layer(x_BiD, positions_Bi, cache)
+      new_caches.append(cache)
+    state_BiD = x_BiD
+    for m, cache in zip(self.heads_in_forward, caches[len(self.layers):]):
+      x_BiD, cache = self.head(m)(x_BiD, positions_Bi, cache)
+      new_caches.append(cache)
+      normed[m] = self.norm(x_BiD)
+    next_BiD = normed[0] if normed else self.norm(state_BiD)
+    if c.kind == 'sequential' and c.hidden_input == 'post_norm':
+      state_BiD = next_BiD
+    later = tuple(normed[m] for m in range(1, self.futures_in_forward + 1))
+    return Forward(state_BiD, next_BiD, later), tuple(new_caches)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _lay_out(model: Model, size: int) -> Decoder:
+def _decoder(model: Model, vocabulary: int) -> Decoder:
   c, readout = model.config, model.readout()
-  cast = lambda path, x: x.astype(c.dtype) if len(letters(path)) > 1 else x
-  row = lambda stack, i: jax.tree_util.tree_map_with_path(lambda path, x: cast(path, x[i]), stack)
-  return Decoder(tuple(row(model.trunk, i) for i in range(c.trunk_layers)), tuple(row(readout.heads, i) for i in range(c.own_heads)),
-                 readout.final_norm_D, model.embed_VD[...].astype(c.dtype), readout.table()[:size].T, c)
+
+  def cast(path, x):
+    return x.astype(c.dtype) if len(letters(path)) > 1 else x
+
+  def unstacked(stack, n: int) -> tuple:
+    layer = lambda i: jax.tree_util.tree_map_with_path(lambda path, x: cast(path, x[i]), stack)
+    return tuple(map(layer, range(n)))
+
+  return Decoder(
+      layers=unstacked(model.trunk, c.trunk_layers),
+      heads=unstacked(readout.heads, c.own_heads),
+      final_norm_D=readout.final_norm_D,
+      embed_VD=model.embed_VD[...].astype(c.dtype),
+      unembed_DV=readout.table()[:vocabulary].T,
+      config=c)

@@ -1,15 +1,17 @@
-"""Drafters: what guesses the next tokens, so that one pass of the model verifies them all.
+"""Drafters: they guess the next tokens, which one pass of the model then verifies together.
 
-    Heads     parallel and linear futures: each reads the trunk's state at the last position
-    Chain     causal and anticausal futures: read on the way of the model's own forward
-    Modules   sequential futures: each is told the drafts before its own
-    Other     another, smaller model (Leviathan et al. 2022, arXiv:2211.17192)
-    Lookup    what followed when the same few tokens last stood in the text (prompt lookup); costs next to nothing
-    Nothing   no drafts: plain autoregression
+    ParallelHeads      parallel and linear futures: each reads the trunk's state at the last position
+    HeadChain          causal and anticausal futures: computed within the model's own forward
+    SequentialModules  sequential futures: each module also reads the drafts before its own
+    DraftModel         another, smaller model (Leviathan et al. 2022, arXiv:2211.17192)
+    PromptLookup       copies what followed the last few tokens earlier; costs almost nothing
+    NoDrafts           plain autoregression
 
-What a drafter keeps, its memory, is a pytree that the loop carries. `begin` is shown the forward of the prompts, `learn` that of every
-later pass, up to the last token accepted; `draft` then makes k drafts of the tokens after those known. Nothing is ever rolled
-back: what a rejected draft left in a cache lies past the last known token, where no query looks until it has been written anew.
+A drafter's memory is a pytree that the loop carries. `begin` makes it from the forward of the
+prompts, `learn` updates it with the forward of each later pass, up to the last accepted token, and
+`draft` makes k drafts of the tokens after those known. Nothing is rolled back. The cache entries of
+a rejected draft are at positions after the last known token; a query looks only at positions up to
+its own, and each of those is written again before any query reaches it.
 """
 import dataclasses
 import typing
@@ -23,67 +25,90 @@ from mtp_jax.model.attention import write
 
 
 class Drafter(typing.Protocol):
-  """The face of them all. depth: drafts at most. reads: futures past the next that the model's forward must read for it."""
+  """What the loop calls.
+
+  Attributes:
+    depth: the largest number of drafts in a pass.
+    futures_in_forward: futures past the next token that the model's own forward must compute for
+      this drafter.
+  """
   depth: int
-  reads: int
+  futures_in_forward: int
 
   def begin(self, decoder: Decoder, forward: Forward, tokens_Bp, positions_Bp, last_B1, slots: int):
-    """The memory after the prompts, which end at the index last_B1, and before the model's own token after each, for so many slots."""
+    """The memory after the forward of the prompts.
+
+    Args:
+      decoder: the model that verifies.
+      forward: of the prompts.
+      tokens_Bp, positions_Bp: the prompts, left-aligned.
+      last_B1: index of each prompt's last token.
+      slots: S, positions that a cache must hold.
+    """
 
   def draft(self, decoder: Decoder, memory, tokens_BS, length_B1, k: int, sampler: Sampler):
-    """(int32[B, k], their laws as `Sampler.draft` returns them, memory): drafts for the positions length_B1 + 0..k-1."""
+    """(drafts, int32[B, k], for positions length_B1 + 0..k-1; their distributions; memory).
+
+    Distributions as `Sampler.draft` or `Sampler.one_hot` returns them.
+    """
 
   def learn(self, decoder: Decoder, memory, forward: Forward, positions_Bi, last_B1):
-    """The memory after a pass, whose tokens are true up to the index last_B1."""
+    """The memory after a pass; its tokens up to index last_B1 were accepted."""
 
 
 def futures(decoder: Decoder, depth: int) -> Drafter:
-  """The model's own futures 1..depth."""
-  kind = {'sequential': Modules, 'causal': Chain, 'anticausal': Chain}.get(decoder.config.kind, Heads)
-  return kind(depth) if depth else Nothing()
+  """A drafter from the model's own futures 1..depth."""
+  if not depth:
+    return NoDrafts()
+  drafters = {'sequential': SequentialModules, 'causal': HeadChain, 'anticausal': HeadChain}
+  return drafters.get(decoder.config.kind, ParallelHeads)(depth)
 
 
 def _static(**default):
   return dataclasses.field(metadata={'static': True}, **default)
 
 
-def _at(x_Bi, index_Bi):
-  """x_Bi, or x_BiD, at some of its positions; those outside are the nearest."""
-  index_Bi = jnp.clip(index_Bi, 0, x_Bi.shape[1] - 1)
-  return jnp.take_along_axis(x_Bi, index_Bi if x_Bi.ndim == 2 else index_Bi[..., None], 1)
+def _at(x_BS, index_Bi):
+  """Entries of x_BS, or x_BSD, at these indices; an index out of range takes the nearest entry."""
+  index_Bi = jnp.clip(index_Bi, 0, x_BS.shape[1] - 1)
+  return jnp.take_along_axis(x_BS, index_Bi if x_BS.ndim == 2 else index_Bi[..., None], 1)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Heads:
-  """Memory: (the trunk's state at the last true position, the heads' caches)."""
+class ParallelHeads:
+  """Memory: (the trunk's state at the last known position, the heads' caches)."""
   depth: int = _static()
-  reads = 0
+  futures_in_forward = 0
 
   def begin(self, decoder, forward, tokens_Bp, positions_Bp, last_B1, slots):
-    empty = decoder.cache(len(tokens_Bp), slots)
+    empty = decoder.head_cache(len(tokens_Bp), slots)
     return self.learn(decoder, (None, (empty,) * self.depth), forward, positions_Bp, last_B1)
 
   def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
     state_B1D, caches = memory
-    h_BkD = jnp.concatenate([decoder.norm(decoder.head(m).read(state_B1D, length_B1 - 2, cache)) for m, cache in enumerate(caches[:k], 1)], 1)
+    heads = ((decoder.head(m), cache) for m, cache in enumerate(caches[:k], 1))
+    normed = [decoder.norm(head.read(state_B1D, length_B1 - 2, cache)) for head, cache in heads]
+    h_BkD = jnp.concatenate(normed, 1)
     return *sampler.draft(decoder.logits(h_BkD), length_B1 + jnp.arange(k)), memory
 
   def learn(self, decoder, memory, forward, positions_Bi, last_B1):
-    """Every head writes, whether or not it will draft."""
-    write = lambda m, cache: decoder.head(m).write(forward.state_BiD, positions_Bi, cache)
-    caches = tuple(write(m, cache) for m, cache in enumerate(memory[1], 1))
-    return _at(forward.state_BiD, last_B1), caches
+    """All heads write keys and values, also those that do not draft in the next pass."""
+    _, caches = memory
+    heads = map(decoder.head, range(1, self.depth + 1))
+    state_BiD = forward.state_BiD
+    caches = tuple(head.write(state_BiD, positions_Bi, cache) for head, cache in zip(heads, caches))
+    return _at(state_BiD, last_B1), caches
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Chain:
-  """Memory: what the unembedding reads for the drafts, at the last true position."""
+class HeadChain:
+  """Memory: normed states of the drafts at the last known position, float[B, k, D]."""
   depth: int = _static()
 
   @property
-  def reads(self) -> int:
+  def futures_in_forward(self) -> int:
     return self.depth
 
   def begin(self, decoder, forward, tokens_Bp, positions_Bp, last_B1, slots):
@@ -93,79 +118,91 @@ class Chain:
     return *sampler.draft(decoder.logits(memory[:, :k]), length_B1 + jnp.arange(k)), memory
 
   def learn(self, decoder, memory, forward, positions_Bi, last_B1):
-    return jnp.concatenate([_at(h_BiD, last_B1) for h_BiD in forward.ahead], 1)
+    return jnp.concatenate([_at(h_BiD, last_B1) for h_BiD in forward.later], 1)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Modules:
-  """Memory: (h^0 of every position, which the first module reads; the modules' caches).
+class SequentialModules:
+  """Memory: (the state of every position, which the first module reads; the modules' caches).
 
-  Module m's state at position t is final once token t+m is known, so what earlier passes left is final at all but the last `depth`
-  positions and the new ones; these are run again, a window of depth + 1. All modules run, however many of their drafts are wanted.
-  A shared module drafts beyond the depth it was trained for.
+  Module m's state at position t depends on token t+m, so a pass leaves final states at all but the
+  last `depth` positions. Those and the new ones are computed again in the next pass: a window of w
+  = depth + 1 positions. All modules run, however few drafts are asked for. A shared module can
+  draft beyond the depth it was trained for.
   """
   depth: int = _static()
-  reads = 0
+  futures_in_forward = 0
 
   def begin(self, decoder, forward, tokens_Bp, positions_Bp, last_B1, slots):
     B, p, _ = forward.state_BiD.shape
-    caches = (decoder.cache(B, p),) * self.depth
-    caches, _ = self._run(decoder, caches, forward.state_BiD, tokens_Bp, positions_Bp, lambda m, h_B1D, tokens_Bp: tokens_Bp)
-    return jnp.pad(forward.state_BiD, ((0, 0), (0, slots - p), (0, 0))), tuple(cache.grown(slots) for cache in caches)
+    h_BpD, caches = forward.state_BiD, []
+    for m in range(1, self.depth + 1):
+      empty = decoder.head_cache(B, p)
+      h_BpD, _, cache = _run_module(decoder, m, tokens_Bp, h_BpD, positions_Bp, empty)
+      caches.append(cache.grown(slots))
+    return jnp.pad(forward.state_BiD, ((0, 0), (0, slots - p), (0, 0))), tuple(caches)
 
   def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
-    (state_BSD, caches), laws = memory, []
+    state_BSD, caches = memory
     window_Bw = length_B1 - 2 + jnp.arange(-self.depth, 1)
-
-    def extend(m, h_B1D, tokens_BS):
-      token_B1, law_B1V = sampler.draft(decoder.logits(h_B1D), length_B1 + m - 1)
-      laws.append(law_B1V)
-      return write(tokens_BS, token_B1, length_B1 + m - 1)
-
-    caches, tokens_BS = self._run(decoder, caches, _at(state_BSD, window_Bw), tokens_BS, window_Bw, extend)
-    return _at(tokens_BS, length_B1 + jnp.arange(k)), None if laws[0] is None else jnp.concatenate(laws[:k], 1), (state_BSD, caches)
+    h_BwD = _at(state_BSD, window_Bw)
+    new_caches, distributions = [], []
+    for m, cache in enumerate(caches, 1):
+      h_BwD, normed_BwD, cache = _run_module(decoder, m, tokens_BS, h_BwD, window_Bw, cache)
+      position_B1 = length_B1 + m - 1
+      token_B1, q_B1V = sampler.draft(decoder.logits(normed_BwD[:, -1:]), position_B1)
+      tokens_BS = write(tokens_BS, token_B1, position_B1)
+      new_caches.append(cache)
+      distributions.append(q_B1V)
+    drafts_Bk = _at(tokens_BS, length_B1 + jnp.arange(k))
+    return drafts_Bk, _concatenated(distributions[:k]), (state_BSD, tuple(new_caches))
 
   def learn(self, decoder, memory, forward, positions_Bi, last_B1):
-    return write(memory[0], forward.state_BiD, positions_Bi), memory[1]
+    state_BSD, caches = memory
+    return write(state_BSD, forward.state_BiD, positions_Bi), caches
 
-  def _run(self, decoder, caches, h_BwD, tokens_BS, positions_Bw, extend):
-    """The modules in turn: (caches, tokens_BS); extend(m, h_B1D, tokens_BS) may append what module m says last."""
-    written = []
-    for m, cache in enumerate(caches, 1):
-      raw_BwD, normed_BwD, cache = decoder.head(m)(decoder.embed(_at(tokens_BS, positions_Bw + m)), h_BwD, positions_Bw, cache)
-      written.append(cache)
-      tokens_BS = extend(m, normed_BwD[:, -1:], tokens_BS)
-      h_BwD = normed_BwD if decoder.config.hidden_input == 'post_norm' else raw_BwD
-    return tuple(written), tokens_BS
+
+def _run_module(decoder: Decoder, m: int, tokens_BS, h_BwD, positions_Bw, cache):
+  """Module m at these positions: (what the next module reads, its normed state, its cache)."""
+  embedding_BwD = decoder.embed(_at(tokens_BS, positions_Bw + m))
+  raw_BwD, normed_BwD, cache = decoder.head(m)(embedding_BwD, h_BwD, positions_Bw, cache)
+  return normed_BwD if decoder.config.hidden_input == 'post_norm' else raw_BwD, normed_BwD, cache
+
+
+def _concatenated(distributions: list):
+  """Distributions of single drafts as one array, float[B, k, V], or None where none are needed."""
+  return None if distributions[0] is None else jnp.concatenate(distributions, 1)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Other:
-  """Another model of the same tokenizer, which drafts token by token. Memory: its caches.
+class DraftModel:
+  """Another model with the same tokenizer, which drafts token by token. Memory: its caches.
 
-  When all its drafts were accepted it has seen neither the last of them nor the model's own token after it, else all but that
-  token: so its first forward runs the last two.
+  After a pass in which all drafts were accepted, its caches lack the last draft and the token after
+  it; after any other pass they lack only that token. So its first forward reads the last two
+  tokens.
   """
   model: Decoder
   depth: int = _static()
-  reads = 0
+  futures_in_forward = 0
 
   def begin(self, decoder, forward, tokens_Bp, positions_Bp, last_B1, slots):
-    caches = self.model.forward(tokens_Bp, positions_Bp, self.model.caches(*tokens_Bp.shape))[1]
+    _, caches = self.model.forward(tokens_Bp, positions_Bp, self.model.caches(*tokens_Bp.shape))
     return tuple(cache and cache.grown(slots) for cache in caches)
 
   def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
-    positions_Bi, drafts, laws = length_B1 + jnp.arange(-2, 0), [], []
-    new_Bi = _at(tokens_BS, positions_Bi)
+    positions_Bi = length_B1 + jnp.arange(-2, 0)
+    inputs_Bi = _at(tokens_BS, positions_Bi)
+    drafts, distributions = [], []
     for _ in range(k):
-      forward, memory = self.model.forward(new_Bi, positions_Bi, memory)
+      forward, memory = self.model.forward(inputs_Bi, positions_Bi, memory)
       positions_Bi = positions_Bi[:, -1:] + 1
-      new_Bi, law_B1V = sampler.draft(self.model.logits(forward.next_BiD[:, -1:]), positions_Bi)
-      drafts.append(new_Bi)
-      laws.append(law_B1V)
-    return jnp.concatenate(drafts, 1), None if laws[0] is None else jnp.concatenate(laws, 1), memory
+      inputs_Bi, q_B1V = sampler.draft(self.model.logits(forward.next_BiD[:, -1:]), positions_Bi)
+      drafts.append(inputs_Bi)
+      distributions.append(q_B1V)
+    return jnp.concatenate(drafts, 1), _concatenated(distributions), memory
 
   def learn(self, decoder, memory, forward, positions_Bi, last_B1):
     return memory
@@ -173,24 +210,35 @@ class Other:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Lookup:
-  """Where the last `longest` tokens, or fewer, stood before, most of them counting most, then the latest place: what followed there,
-  over and over. No memory."""
+class PromptLookup:
+  """Copies what followed the longest, then the latest, earlier match of the last tokens. No memory.
+
+  longest: tokens compared at most. If the copy reaches the end of the text, it starts again after
+    the match.
+  """
   depth: int = _static()
   longest: int = _static(default=4)
-  reads = 0
+  futures_in_forward = 0
 
   def begin(self, decoder, forward, tokens_Bp, positions_Bp, last_B1, slots):
     return ()
 
   def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
-    place_S, last_B1 = jnp.arange(tokens_BS.shape[1]), length_B1 - 1
-    equal = [(_at(tokens_BS, jnp.broadcast_to(place_S - i, tokens_BS.shape)) == _at(tokens_BS, last_B1 - i)) & (place_S >= i) & (last_B1 >= i)
-             for i in range(self.longest)]
-    alike_BS = jnp.where(place_S < last_B1, jnp.sum(jnp.cumprod(jnp.stack(equal).astype(jnp.int32), 0), 0), -1)
-    place_B1 = jnp.argmax(alike_BS * tokens_BS.shape[1] + place_S, 1, keepdims=True)
-    drafts_Bk = _at(tokens_BS, place_B1 + 1 + jnp.arange(k) % (last_B1 - place_B1))
-    return drafts_Bk, sampler.certain(drafts_Bk), memory
+    S, last_B1 = tokens_BS.shape[1], length_B1 - 1
+    positions_S = jnp.arange(S)
+
+    def equal_BS(back: int):
+      """Whether the tokens so far before each position and before the last token are equal."""
+      before_BS = _at(tokens_BS, jnp.broadcast_to(positions_S - back, tokens_BS.shape))
+      inside_BS = (positions_S >= back) & (last_B1 >= back)
+      return (before_BS == _at(tokens_BS, last_B1 - back)) & inside_BS
+
+    equal = jnp.stack([equal_BS(back) for back in range(self.longest)]).astype(jnp.int32)
+    match_length_BS = jnp.sum(jnp.cumprod(equal, 0), 0)
+    match_length_BS = jnp.where(positions_S < last_B1, match_length_BS, -1)
+    match_B1 = jnp.argmax(match_length_BS * S + positions_S, 1, keepdims=True)
+    drafts_Bk = _at(tokens_BS, match_B1 + 1 + jnp.arange(k) % (last_B1 - match_B1))
+    return drafts_Bk, sampler.one_hot(drafts_Bk), memory
 
   def learn(self, decoder, memory, forward, positions_Bi, last_B1):
     return memory
@@ -198,17 +246,17 @@ class Lookup:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Nothing:
-  """No drafts. No memory."""
+class NoDrafts:
+  """Plain autoregression. No memory."""
   depth: int = _static(default=0)
-  reads = 0
+  futures_in_forward = 0
 
   def begin(self, decoder, forward, tokens_Bp, positions_Bp, last_B1, slots):
     return ()
 
   def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
     drafts_Bk = jnp.zeros((len(tokens_BS), 0), jnp.int32)
-    return drafts_Bk, sampler.certain(drafts_Bk), memory
+    return drafts_Bk, sampler.one_hot(drafts_Bk), memory
 
   def learn(self, decoder, memory, forward, positions_Bi, last_B1):
     return memory

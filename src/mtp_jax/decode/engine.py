@@ -1,5 +1,7 @@
-"""The host's side of decoding: shapes in buckets, so that a program is compiled once for many prompts; costs; text as it grows."""
-import codecs
+"""The host's side of decoding: shapes, timing, streaming.
+
+Shapes are padded, so that prompts of similar length share one compiled program.
+"""
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -8,108 +10,111 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtp_jax.decode import loop
 from mtp_jax.decode.decoder import Decoder
+from mtp_jax.decode.detokenizer import Detokenizer
 from mtp_jax.decode.drafters import Drafter
-from mtp_jax.decode.loop import Progress, advance, prefill
+from mtp_jax.decode.loop import DecodeState
 from mtp_jax.decode.verify import Sampler
-from mtp_jax.tokenizer import Tokenizer
 
-BUCKET = 32  # prompts and caches are as long as a multiple of this
-EVER = np.int32(2**31 - 1)  # passes
+SHAPE_MULTIPLE = 32  # prompts and caches are padded to a multiple of this
+PASSES_BETWEEN_READS = 8  # while text is streamed or searched for stop strings
+UNLIMITED = np.int32(2**31 - 1)
+
+Stream = Callable[[int, list[int], str], None]  # of (row, new ids, new text)
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-  """A model, its drafter, and how rows choose. lengths and pass_seconds as in `loop.advance`."""
+  """A model, its drafter and sampler. lengths, pass_costs: as in `loop.decode_passes`."""
   decoder: Decoder
   drafter: Drafter
   sampler: Sampler
   eos: int
   pad: int
   lengths: tuple[int, ...]
-  pass_seconds: np.ndarray | None = None
+  pass_costs: np.ndarray | None = None
 
-  def begin(self, rows: Sequence[np.ndarray], limit_B) -> Progress:
-    """The pass over the prompts. limit_B: tokens of each row in all."""
-    B, p, S = self.shape(rows, limit_B)
-    prompts_Bp, length_B = np.full((B, p), self.pad, np.int32), np.array([len(row) for row in rows], np.int32)
-    for row, ids in zip(prompts_Bp, rows):
-      row[:len(ids)] = ids
-    return prefill(self.decoder, self.drafter, self.sampler, prompts_Bp, length_B, np.asarray(limit_B, np.int32), np.int32(self.eos), slots=S)
-
-  def shape(self, rows: Sequence[np.ndarray], limit_B) -> tuple[int, int, int]:
-    """(B, p, S): rows, the bucket of their prompts and that of their caches."""
-    up = lambda n: -(-int(n) // BUCKET) * BUCKET
-    p = up(max(map(len, rows)))
-    return len(rows), p, max(p, up(max(limit_B) + self.drafter.depth))
-
-  def advance(self, progress: Progress, passes: int = EVER) -> Progress:
-    """progress is given away."""
-    return advance(self.decoder, self.drafter, self.sampler, progress, np.int32(self.eos), np.int32(passes), self.pass_seconds, lengths=self.lengths)
-
-  def costs(self, rows: Sequence[np.ndarray], limit_B, passes: int = 4) -> np.ndarray:
-    """Seconds of a pass for each of `lengths`, on these shapes: the least of three times, after one that compiles."""
-    found = []
-    for i in range(len(self.lengths)):
-      only = np.where(np.arange(len(self.lengths)) == i, 1e-9, 1).astype(np.float32) if len(self.lengths) > 1 else None
-      forced = dataclasses.replace(self, eos=-1, pass_seconds=only)
-      seconds = []
-      for _ in range(4):
-        endless = jax.block_until_ready(dataclasses.replace(forced.begin(rows, limit_B), limit_B=jnp.full(len(rows), EVER), done_B=jnp.zeros(len(rows), bool)))
-        start = time.perf_counter()
-        jax.block_until_ready(forced.advance(endless, passes))
-        seconds.append((time.perf_counter() - start) / passes)
-      found.append(min(seconds[1:]))
-    return np.array(found, np.float32)
-
-  def run(self, rows: Sequence[np.ndarray], limit_B, texts: 'Sequence[Text]' = (), tell: Callable[[int, list[int], str], None] | None = None):
-    """Decodes to the end: (the Progress, its arrays on the host and without caches; tokens of each row that count).
+  def run(self, rows: Sequence[np.ndarray], limit_B, texts: Sequence[Detokenizer] = (),
+          stream: Stream | None = None) -> tuple[DecodeState, np.ndarray]:
+    """Decodes until every row has ended: (the state on the host, tokens of each row that count).
 
     Args:
-      texts: one a row, where somebody reads along: a row then ends at its stop string; the few passes it makes before the host sees
-        that are counted, though their tokens are not.
-      tell: called with (row, new ids, new text).
+      rows: prompts, as ids.
+      limit_B: tokens of each row at most, prompt included.
+      texts: one a row, if there are stop strings or a stream; a row then ends at its stop string.
+        The passes it takes part in before the host sees the stop string are counted, their tokens
+        are not.
+      stream: called as a row grows.
     """
-    progress, length_B, done = self.begin(rows, limit_B), np.array([len(row) for row in rows]), not texts
-    while not done:
-      tokens_BS, known_B, done_B = jax.device_get((progress.tokens_BS, progress.length_B, progress.done_B))
+    state = self.prefill(rows, limit_B)
+    if texts:
+      state, length_B = self._run_with_text(state, rows, texts, stream)
+    else:
+      state = self.decode_passes(state)
+    state = jax.device_get(dataclasses.replace(state, memory=None, caches=None))
+    return state, length_B if texts else state.length_B
+
+  def prefill(self, rows: Sequence[np.ndarray], limit_B) -> DecodeState:
+    """The state after the pass over the prompts."""
+    B, p, S = self.shape(rows, limit_B)
+    prompts_Bp = np.full((B, p), self.pad, np.int32)
+    for row_p, ids in zip(prompts_Bp, rows):
+      row_p[:len(ids)] = ids
+    length_B = np.array([len(ids) for ids in rows], np.int32)
+    return loop.prefill(self.decoder, self.drafter, self.sampler, prompts_Bp, length_B,
+                        np.asarray(limit_B, np.int32), np.int32(self.eos), slots=S)
+
+  def shape(self, rows: Sequence[np.ndarray], limit_B) -> tuple[int, int, int]:
+    """(B, p, S): rows, padded length of their prompts and of their caches."""
+    p = _padded(max(map(len, rows)))
+    return len(rows), p, max(p, _padded(max(limit_B) + self.drafter.depth))
+
+  def decode_passes(self, state: DecodeState, passes: int = UNLIMITED) -> DecodeState:
+    """The state after so many passes, or fewer if all rows end before. state is donated."""
+    return loop.decode_passes(self.decoder, self.drafter, self.sampler, state, np.int32(self.eos),
+                              np.int32(passes), self.pass_costs, lengths=self.lengths)
+
+  def measure_pass_seconds(self, rows, limit_B, passes: int = 4) -> np.ndarray:
+    """Seconds of a pass with each of `lengths`, on the shapes of rows and limit_B: float32.
+
+    The least of three measurements of so many passes, after one that compiles.
+    """
+    choices = range(len(self.lengths))
+    return np.array([self._pass_seconds(i, rows, limit_B, passes) for i in choices], np.float32)
+
+  def _pass_seconds(self, i: int, rows, limit_B, passes: int) -> float:
+    """Seconds of a pass when every pass takes the i-th of `lengths` and no row ends."""
+    costs = np.ones(len(self.lengths), np.float32)
+    costs[i] = 1e-9  # so that it is always chosen
+    engine = dataclasses.replace(self, eos=-1, pass_costs=costs if len(costs) > 1 else None)
+    seconds = []
+    for _ in range(4):
+      unlimited_B, not_done_B = jnp.full(len(rows), UNLIMITED), jnp.zeros(len(rows), bool)
+      state = engine.prefill(rows, limit_B)
+      state = dataclasses.replace(state, limit_B=unlimited_B, done_B=not_done_B)
+      jax.block_until_ready(state)
+      start = time.perf_counter()
+      jax.block_until_ready(engine.decode_passes(state, passes))
+      seconds.append((time.perf_counter() - start) / passes)
+    return min(seconds[1:])
+
+  def _run_with_text(self, state: DecodeState, rows, texts, stream):
+    """(the state, tokens of each row that count); the host reads the tokens every few passes."""
+    read_B = np.array([len(ids) for ids in rows])
+    while True:
+      tokens_BS, length_B, done_B = jax.device_get((state.tokens_BS, state.length_B, state.done_B))
       for b, text in enumerate(texts):
-        ids, said = text.grow(tokens_BS[b, length_B[b]:known_B[b]].tolist(), bool(done_B[b]))
-        length_B[b] += len(ids)
-        if tell and (ids or said):
-          tell(b, ids, said)
-      stopped_B = done_B | [text.stopped for text in texts]
-      done = bool(stopped_B.all())
-      if not done:
-        progress = self.advance(dataclasses.replace(progress, done_B=jnp.asarray(stopped_B)), 8)
-    if not texts:
-      progress = self.advance(progress)
-    end = jax.device_get(dataclasses.replace(progress, memory=None, caches=None))
-    return end, length_B if texts else end.length_B
+        ids, new_text = text.add(tokens_BS[b, read_B[b]:length_B[b]].tolist(), last=bool(done_B[b]))
+        read_B[b] += len(ids)
+        if stream and (ids or new_text):
+          stream(b, ids, new_text)
+      done_B = done_B | [text.stopped for text in texts]
+      if done_B.all():
+        return state, read_B
+      state = dataclasses.replace(state, done_B=jnp.asarray(done_B))
+      state = self.decode_passes(state, PASSES_BETWEEN_READS)
 
 
-class Text:
-  """The text of a row as it grows; what may be the beginning of a stop string, or of a character, is held back until it is not."""
-
-  def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
-    self.stopped, self._tokenizer, self._stop = False, tokenizer, [text.encode('utf-8', errors='surrogatepass') for text in stop]
-    self._bytes, self._told, self._characters = b'', 0, codecs.getincrementaldecoder('utf-8')(errors='replace')
-
-  def grow(self, ids: Sequence[int], last: bool) -> tuple[list[int], str]:
-    """(these ids, up to the one that completes a stop string; text that is now certain, without the stop string)."""
-    if self.stopped:
-      return [], ''
-    for i, token in enumerate(ids, 1):
-      before = len(self._bytes)
-      self._bytes += self._tokenizer.decode([token])
-      found = [self._bytes.find(stop, max(0, before - len(stop) + 1)) for stop in self._stop]
-      if max(found, default=-1) >= 0:
-        self.stopped, self._bytes, ids = True, self._bytes[:min(at for at in found if at >= 0)], ids[:i]
-        break
-    certain = len(self._bytes) - (0 if self.stopped or last else max(map(len, self._stop), default=1) - 1)
-    said, self._told = self._bytes[self._told:max(certain, self._told)], max(certain, self._told)
-    return list(ids), self._characters.decode(said, final=self.stopped or last)
-
-  @property
-  def whole(self) -> str:
-    return self._bytes.decode('utf-8', errors='replace')
+def _padded(length) -> int:
+  return -(-int(length) // SHAPE_MULTIPLE) * SHAPE_MULTIPLE

@@ -1,5 +1,6 @@
-"""What a request for text may say, checked. Nothing here imports JAX."""
+"""What `LanguageModel.generate` accepts: checks of its arguments. Nothing here imports JAX."""
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,14 +11,18 @@ CRITERIA = ('exact', 'lossy_top_k', 'lossy_distance', 'lossy_typical')
 
 @dataclasses.dataclass(frozen=True)
 class Criterion:
-  """When a draft x is accepted, p being the model's law at the row's temperature (at 1 where that is 0), not truncated.
+  """When a draft x is accepted. p: the model's distribution at the row's temperature (at 1 where
+  that is 0), not truncated.
 
-  exact            so that the text keeps its law (`decode.verify`)
-  lossy_top_k      x is among the `threshold` likeliest tokens                              (Stern et al., section 5.1)
-  lossy_distance   |x - argmax p| <= threshold, of ids that are magnitudes                  (section 5.2)
-  lossy_typical    p(x) > min(threshold, sqrt(threshold) exp(-entropy of p))                (Medusa, arXiv:2401.10774, section 2.3)
+  exact            so that the text follows the model's distribution (`decode.verify`)
+  lossy_top_k      x is among the `threshold` likeliest tokens
+  lossy_distance   |x - argmax p| <= threshold, for ids that are magnitudes
+  lossy_typical    p(x) > min(threshold, sqrt(threshold) exp(-entropy of p))
 
-  min_block: tokens of a pass at least, whatever the criterion says (section 5.3); above 1 it is lossy too.
+  Stern et al., arXiv:1811.03115, sections 5.1 and 5.2; Medusa, arXiv:2401.10774, section 2.3.
+
+  min_block: the least number of tokens a pass generates, whatever the criterion (section 5.3);
+    above 1 it is lossy too.
 
   Raises:
     BadInput: a field is out of range.
@@ -29,14 +34,16 @@ class Criterion:
   def __post_init__(self):
     if self.name not in CRITERIA:
       raise BadInput(f'criterion={self.name}: no such criterion; {nearest(self.name, CRITERIA)}')
-    wanted = {'lossy_top_k': (self.threshold >= 1, 'at least 1, so many of the likeliest tokens'),
-              'lossy_distance': (self.threshold >= 0, 'at least 0, a distance of ids'),
-              'lossy_typical': (0 < self.threshold < 1, 'between 0 and 1, such as 0.09')}
-    ok, range_ = wanted.get(self.name, (self.threshold == 0, '0, for the exact criterion has none'))
-    if not ok:
+    valid, range_ = {
+        'exact': (self.threshold == 0, '0, because the exact criterion has none'),
+        'lossy_top_k': (self.threshold >= 1, 'at least 1, a number of likeliest tokens'),
+        'lossy_distance': (self.threshold >= 0, 'at least 0, a distance of ids'),
+        'lossy_typical': (0 < self.threshold < 1, 'between 0 and 1, such as 0.09'),
+    }[self.name]
+    if not valid:
       raise BadInput(f'threshold={self.threshold:g}: for {self.name} it must be {range_}')
     if self.min_block < 1:
-      raise BadInput(f'min_block={self.min_block}: must be at least 1, the token that the model says itself')
+      raise BadInput(f"min_block={self.min_block}: must be at least 1, the model's own token")
 
   @property
   def lossless(self) -> bool:
@@ -46,33 +53,88 @@ class Criterion:
 EXACT = Criterion()
 
 
-def choices(rows: int, temperature=0.0, seed=0, top_k=0, top_p=1.0) -> tuple[np.ndarray, ...]:
+def sampling_parameters(rows: int, temperature=0.0, seed=0, top_k=0,
+                        top_p=1.0) -> tuple[np.ndarray, ...]:
   """(temperature_B, seed_B, top_k_B, top_p_B), checked; see `LanguageModel.generate`.
 
   Raises:
     BadInput: a number is out of range.
   """
   seed_B = per_row('seed', seed, rows, 0, 2**31 - 1, np.uint32)
-  return (per_row('temperature', temperature, rows, 0, float(np.finfo(np.float32).max), np.float32, '0 (greedy) or a positive number'),
-          seed_B + np.arange(rows, dtype=np.uint32) * np.uint32(np.ndim(seed) == 0),
-          per_row('top_k', top_k, rows, 0, 2**31 - 1, wanted='at least 1, or 0 for all'),
-          per_row('top_p', top_p, rows, float(np.finfo(np.float32).tiny), 1, np.float32, 'above 0 and at most 1'))
+  if np.ndim(seed) == 0:
+    seed_B = seed_B + np.arange(rows, dtype=np.uint32)
+  least, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+  temperature_B = per_row('temperature', temperature, rows, 0, most, np.float32,
+                          '0 (greedy) or a positive number')
+  top_k_B = per_row('top_k', top_k, rows, 0, 2**31 - 1, allowed='at least 1, or 0 for all')
+  top_p_B = per_row('top_p', top_p, rows, least, 1, np.float32, 'above 0 and at most 1')
+  return temperature_B, seed_B, top_k_B, top_p_B
 
 
-def per_row(name: str, value, rows: int, least, most, dtype=np.int32, wanted: str = '') -> np.ndarray:
-  """One number a row, from `least` to `most`, and whole where `dtype` is.
+def lengths_after_decoding(length_B: np.ndarray, max_tokens, max_length: int) -> np.ndarray:
+  """Tokens of each row at most, prompt included: int32[B].
+
+  Args:
+    length_B: tokens of each prompt, `bos` included.
+    max_tokens: new tokens of every row, or one number a row; None: what `max_length` leaves, at
+      most 256.
+    max_length: tokens of a row, prompt included.
 
   Raises:
-    BadInput: it is none, or not one a row.
+    BadInput: a prompt is too long, or max_tokens is out of range.
+  """
+  room_B = max_length - length_B
+  if room_B.min() < 1:
+    raise BadInput(f'prompt: {length_B.max()} tokens with the one that begins it, but '
+                   f'max_length={max_length} holds them and at least one more; '
+                   'shorten it or raise max_length')
+  if max_tokens is None:
+    return length_B + np.minimum(room_B, 256)
+  new_B = per_row('max_tokens', max_tokens, len(length_B), 1, 2**24)
+  if (new_B > room_B).any():
+    b = int(np.argmax(new_B - room_B))
+    raise BadInput(f'max_tokens={new_B[b]}: a prompt of {length_B[b]} tokens leaves room for '
+                   f'{room_B[b]} within max_length={max_length}; lower max_tokens or raise max_length')
+  return length_B + new_B
+
+
+def stop_strings(stop: str | Sequence[str]) -> list[str]:
+  """One or several, as a list.
+
+  Raises:
+    BadInput: one is empty, or not a string.
+  """
+  strings = [stop] if isinstance(stop, str) else list(stop)
+  if not all(isinstance(string, str) and string for string in strings):
+    raise BadInput(f'stop={strings!r}: must be strings, none of them empty')
+  return strings
+
+
+def per_row(name: str, value, rows: int, least, most, dtype=np.int32,
+            allowed: str = '') -> np.ndarray:
+  """One number a row: dtype[rows].
+
+  Args:
+    name: of the argument, for the message.
+    value: a number, or one number a row.
+    least, most: the range; a number must be whole where `dtype` is.
+    allowed: the range in words, for the message.
+
+  Raises:
+    BadInput: it is no number, out of range, or not one a row.
   """
   try:
-    values_B = np.broadcast_to(np.asarray(value, np.float64), rows) if np.ndim(value) == 0 else np.asarray(value, np.float64)
+    values_B = np.asarray(value, np.float64)
   except (TypeError, ValueError):
     raise BadInput(f'{name}={value!r}: must be a number') from None
+  if values_B.ndim == 0:
+    values_B = np.broadcast_to(values_B, rows)
   if values_B.shape != (rows,):
     raise BadInput(f'{name}={value!r}: must be a number, or {rows} of them, one a prompt')
   whole = np.issubdtype(dtype, np.integer)
   for x in values_B.tolist():
     if not least <= x <= most or whole and x != int(x):
-      raise BadInput(f'{name}={x:.12g}: must be {wanted or f"between {least} and {most}"}' + (', a whole number' if whole and x % 1 else ''))
+      allowed = allowed or f'between {least} and {most}'
+      kind = ', a whole number' if whole and x % 1 else ''
+      raise BadInput(f'{name}={x:.12g}: must be {allowed}{kind}')
   return values_B.astype(dtype)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.config import BadInput
-from mtp_jax.decode.drafters import Nothing
-from mtp_jax.decode.requests import choices
+from mtp_jax.decode.drafters import NoDrafts
+from mtp_jax.decode.requests import sampling_parameters
 from mtp_jax.formats import llama
 from mtp_jax.lm import LanguageModel
 from mtp_jax.report.picture import picture
@@ -104,12 +104,12 @@ def _alternate(runs: list, groups: list, repeats: int) -> tuple[list[float], lis
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _FreeDrafts(Nothing):
+class _FreeDrafts(NoDrafts):
   """Drafts that cost nothing, so that a pass only verifies."""
 
   def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
     drafts_Bk = jnp.zeros((len(tokens_BS), k), jnp.int32)
-    return drafts_Bk, sampler.certain(drafts_Bk), memory
+    return drafts_Bk, sampler.one_hot(drafts_Bk), memory
 
 
 def _drafting_share(lm: LanguageModel, group: list, k: int, options: dict) -> float:
@@ -117,11 +117,11 @@ def _drafting_share(lm: LanguageModel, group: list, k: int, options: dict) -> fl
   if k == 0:
     return 0.0
   rows = [lm.row(prompt) for prompt in group]
-  sampler = lm.sampler(*choices(len(rows), options['temperature']))
+  sampler = lm.sampler(*sampling_parameters(len(rows), options['temperature']))
 
   def seconds(drafter) -> float:
     engine, limits = lm.engine(drafter, sampler, (k,)), [options['max_length']] * len(rows)
-    return float(engine.costs(rows, limits, 16)[0])
+    return float(engine.measure_pass_seconds(rows, limits, 16)[0])
 
   return max(0.0, 1 - seconds(_FreeDrafts(k)) / seconds(lm.drafter(options['drafter'], k)))
 

@@ -1,0 +1,106 @@
+"""Drafters: what they draft against references, and that they change no token of the text."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoding import (
+    LENGTHS_B,
+    LIMITS_B,
+    NEVER,
+    PROMPTS_Bp,
+    S,
+    V,
+    choices_MBS,
+    drafts_of,
+    generate,
+    half_trained_models,
+    rows,
+    sampler,
+    start,
+)
+
+from mtp_jax.decode.decoder import Decoder
+from mtp_jax.decode.drafters import DraftModel, PromptLookup
+from mtp_jax.decode.loop import decode_passes
+
+
+@pytest.fixture(scope='module')
+def trained(tiny, random_model):
+  return half_trained_models(tiny, random_model)
+
+
+@pytest.mark.parametrize('name', ['shared module', 'draft model', 'lookup'])
+def test_drafters_beyond_the_trained_depth_change_no_token(trained, name):
+  """A shared module applied six times but trained for three, another model, prompt lookup."""
+  model = trained({'kind': 'sequential', 'share_modules': True})
+  another = Decoder.of(trained({'kind': 'parallel'}), V)
+  drafters = {'shared module': None, 'draft model': DraftModel(another, 6), 'lookup': PromptLookup(6)}
+  drafter = drafters[name]
+  plain = rows(generate(model, PROMPTS_Bp, draft=0))
+  state = generate(model, PROMPTS_Bp, draft=6, drafter=drafter)
+  assert rows(state) == plain
+  assert int(state.forwards_B.sum()) < (LIMITS_B - LENGTHS_B).sum()
+  accepted_depths = 3 if name == 'lookup' else 4
+  assert np.asarray(state.accepted_Bk)[:, :accepted_depths].any(0).all()
+  adaptive = {'lengths': (1, 3, 6), 'pass_costs': np.array([1, 1, 1], np.float32)}
+  assert rows(generate(model, PROMPTS_Bp, draft=6, drafter=drafter, **adaptive)) == plain
+  sampled = {'temperature': 0.8, 'same_seed': True}
+  with_drafts = generate(model, PROMPTS_Bp, draft=6, drafter=drafter, **sampled)
+  assert rows(with_drafts) == rows(generate(model, PROMPTS_Bp, draft=0, **sampled))
+
+
+def test_a_draft_model_drafts_what_it_would_generate_itself(trained):
+  """After every accepted length: its cached drafts against its own uncached forward."""
+  model, another = trained({'kind': 'parallel'}), trained({'kind': 'linear'})
+  parts, state = start(model, PROMPTS_Bp, draft=3, drafter=DraftModel(Decoder.of(another, V), 3))
+  drafts_Bk, accepted = drafts_of(parts, 3), set()
+  while not state.done_B.all():
+    drafts, active = np.asarray(drafts_Bk(state)), np.flatnonzero(~state.done_B)
+    tokens_BS, length_B = np.array(state.tokens_BS)[:, :S], np.asarray(state.length_B)
+    for k in range(3):
+      inside = active[length_B[active] + k < S]
+      next_position = length_B[inside] + k
+      choices = np.asarray(choices_MBS(another, tokens_BS))[0, inside, next_position - 1]
+      np.testing.assert_array_equal(drafts[inside, k], choices)
+      tokens_BS[inside, next_position] = choices
+    state = decode_passes(*parts, state, NEVER, np.int32(1), lengths=(3,))
+    accepted |= set((np.asarray(state.length_B) - length_B)[active].tolist())
+  assert {1, 4} <= accepted
+
+
+def test_lookup_is_the_longest_latest_repetition():
+  """By a double loop over positions and lengths."""
+  rng, k, B = np.random.default_rng(3), 5, 200
+  tokens_BS = rng.integers(0, 3, (B, 30)).astype(np.int32)
+  length_B = rng.integers(2, 25, B)
+  drafts_Bk, _, _ = PromptLookup(k, 4).draft(
+      None, (), jnp.asarray(tokens_BS), jnp.asarray(length_B)[:, None], k,
+      sampler(B, allowed_V=np.ones(3, bool)))
+  for row, n, drafts in zip(tokens_BS, length_B, np.asarray(drafts_Bk)):
+    _, match = max((match_length(row, end, n - 1), end) for end in range(n - 1))
+    text = row[:n].tolist()
+    for _ in range(k):
+      text.append(text[len(text) - (n - 1 - match)])
+    assert drafts.tolist() == text[n:]
+
+
+def match_length(row, end: int, last: int) -> int:
+  """How many tokens up to `end` are those up to `last`, at most four."""
+  return next((i for i in range(4) if end - i < 0 or row[end - i] != row[last - i]), 4)
+
+
+def test_lengths_follow_what_is_accepted(trained):
+  """A drafter that is always right is asked for all it has; one that never is, soon for the least."""
+  model, pass_costs = trained({'kind': 'parallel'}), np.array([1.0, 1.3, 1.6], np.float32)
+  right = DraftModel(Decoder.of(model, V), 3)
+  wrong = DraftModel(Decoder.of(jax.tree.map(lambda x: -x, model), V), 3)
+
+  def passes_by_length(drafter):
+    state = generate(model, PROMPTS_Bp, draft=3, drafter=drafter, lengths=(1, 2, 3),
+                     pass_costs=pass_costs)
+    return state.passes_by_length.tolist()
+
+  counts = passes_by_length(right)
+  assert counts[3] > 0.8 * sum(counts)
+  counts = passes_by_length(wrong)
+  assert counts[1] > 0.8 * sum(counts)
