@@ -59,7 +59,7 @@ def test_text_bytes_and_ids_are_the_same_prompt(lm, plain):
 
 def test_plain_autoregression_generates_one_token_a_forward(plain):
   assert plain.tokens == plain.forwards == sum(map(len, plain.ids))
-  assert plain.tokens_per_forward == 1.0
+  assert plain.tokens_per_forward == 1.0 and plain.mean_draft == 0
   assert plain.acceptance == [] and all(depth == 0 for row in plain.depths for depth in row)
   assert [len(row) for row in plain.ids] == [20, 20, 20] or any(row[-1] == 257 for row in plain.ids)
 
@@ -119,7 +119,7 @@ def test_drafts_are_accepted_when_the_futures_agree(agreeing):
   assert (generation.tokens, generation.forwards, generation.tokens_per_forward) == (13, 5, 13 / 5)
   assert generation.depths[0] == [0] + [1, 2, 0] * 4
   assert generation.acceptance == [1.0, 1.0] and generation.offered == [4, 4]
-  assert generation.passes == [1, 0, 4]
+  assert generation.passes == [1, 0, 4] and generation.mean_draft == 2
 
 
 def test_a_sample_depends_on_its_seed_alone(lm):
@@ -322,6 +322,17 @@ def test_evaluate_counts_every_target_once(lm):
   bits = results['nats'][0] * count / np.log(2)
   assert results['bits_per_byte'] == pytest.approx(bits / documents.bytes, rel=1e-12)
   assert len(results['nats']) == len(results['accuracy']) == len(results['count']) == 3
+
+
+def test_an_expected_speed_up_is_tokens_per_forward_over_the_cost_of_a_forward(lm):
+  results = lm.evaluate(2)
+  speed_up = lm.expected_speed_up(results)
+  seconds = speed_up['seconds_per_forward']
+  assert len(seconds) == 3 and min(seconds) > 0
+  for choice in ('greedy', 'sampled'):
+    costs, tokens = np.array(seconds) / seconds[0], results[f'tokens_per_forward_{choice}']
+    np.testing.assert_allclose(speed_up[f'speed_up_{choice}'], tokens / costs, rtol=1e-12)
+    assert speed_up[f'speed_up_{choice}'][0] == 1
 
 
 def test_evaluate_takes_as_many_rows_as_asked(lm):

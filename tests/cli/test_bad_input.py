@@ -126,7 +126,7 @@ BAD = {
     'top_p of 0': (f'{GENERATE} --top_p=0', 'top_p=0: must be above 0 and at most 1'),
     'top_p of 2': (f'{GENERATE} --top_p=2', 'top_p=2: must be above 0 and at most 1'),
     'fewer than none': (f'{GENERATE} --max_tokens=-1', '--max_tokens=-1: must be at least 0'),
-    'empty prompt': ('generate --workdir=run --prompt=', '--prompt: empty; say what to continue'),
+    'empty prompt': ('generate --workdir=run --prompt=', '--prompt: empty; pass the text to continue'),
     'criterion misspelt': (
         f'{GENERATE} --criterion=lossy_topk',
         "criterion=lossy_topk: no such criterion; did you mean 'lossy_top_k'?"),

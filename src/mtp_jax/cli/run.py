@@ -56,70 +56,104 @@ def _fit(flags, config: Config, profiled: range) -> int:
 
 
 def evaluate(flags) -> int:
-  """On held-out documents: nats, accuracy and count of each future, bits per byte of future 0; how many drafts future 0 accepts."""
+  """Held-out nats and accuracy of each future, bits per byte of future 0, acceptance of drafts."""
   need_at_least(flags, rows=0)
   lm = model_of(flags)
   if lm.corpus.identity['sources'] != lm.record['identity'].get('sources'):
-    print("note: the documents here differ from those of the training run, so some held-out ones may have been trained on", file=sys.stderr)
-  found = lm.evaluate(flags.rows or None)
-  by_future = [(m, f'{nats:.4f}', f'{accuracy:.4f}', count) for m, (nats, accuracy, count) in enumerate(zip(found['nats'], found['accuracy'], found['count']))]
-  lines = [*table(('future', 'nats', 'accuracy', 'count'), by_future), f'bits per byte of future 0: {found["bits_per_byte"]:.4f}']
-  if lm.config.model.futures > 1:
-    costs = lm.seconds_per_forward() if flags.speed else None
-    head, rows = ['draft'], [[draft] for draft in range(lm.config.model.futures)]
-    for way, said in (('greedy', 'greedy'), ('sampled', 'speculative sampling')):
-      per_forward = found[f'tokens_per_forward_{way}']
-      head += [f'{said}: acceptance', 'tokens/forward']
-      for row, a, n in zip(rows, [None, *found[f'acceptance_{way}']], per_forward):
-        row += ['' if a is None else f'{a:.3f}', f'{n:.3f}']
-      if costs:
-        found[f'speed_up_{way}'] = [n * costs[0] / cost for n, cost in zip(per_forward, costs)]
-        head.append('speed-up')
-        for row, gain in zip(rows, found[f'speed_up_{way}']):
-          row.append(f'{gain:.2f}')
-    lines += ['', 'what decoding the held-out documents would take, by draft length; acceptance: of the draft of this depth, all before it accepted',
-              *table(head, rows)]
-    if costs:
-      found['seconds_per_forward'] = costs
-      lines.append('speed-up: tokens per forward over the cost of a forward, measured here on one prompt: '
-                   + ' '.join(f'{cost / costs[0]:.2f}' for cost in costs))
-  print_result(flags, {'step': lm.step, **found}, lines)
+    print('note: the documents here differ from those of the training run, so some held-out ones '
+          'may have been trained on', file=sys.stderr)
+  results = lm.evaluate(flags.rows or None)
+  drafts = lm.config.model.futures > 1
+  if drafts and flags.speed:
+    results |= lm.expected_speed_up(results)
+  print_result(flags, {'step': lm.step, **results},
+               [*_futures_table(results), *(_drafts_table(results) if drafts else [])])
   return 0
 
 
+def _futures_table(results: dict) -> list[str]:
+  rows = [(m, f'{nats:.4f}', f'{accuracy:.4f}', count) for m, (nats, accuracy, count) in enumerate(
+      zip(results['nats'], results['accuracy'], results['count']))]
+  return [*table(('future', 'nats', 'accuracy', 'count'), rows),
+          f'bits per byte of future 0: {results["bits_per_byte"]:.4f}']
+
+
+def _drafts_table(results: dict) -> list[str]:
+  """Acceptance, tokens per forward and, if measured, speed-up by draft length."""
+  columns = [('draft', range(len(results['tokens_per_forward_greedy'])))]
+  for choice, name in (('greedy', 'greedy'), ('sampled', 'speculative sampling')):
+    acceptance = ['', *(f'{a:.3f}' for a in results[f'acceptance_{choice}'])]
+    tokens_per_forward = [f'{n:.3f}' for n in results[f'tokens_per_forward_{choice}']]
+    columns += [(f'{name}: acceptance', acceptance), ('tokens/forward', tokens_per_forward)]
+    if f'speed_up_{choice}' in results:
+      columns.append(('speed-up', [f'{gain:.2f}' for gain in results[f'speed_up_{choice}']]))
+  headings, cells = zip(*columns)
+  title = ('decoding the held-out documents, expected by draft length; acceptance: of the draft of '
+           'this depth, given that all before it were accepted')
+  lines = ['', title, *table(headings, zip(*cells))]
+  if 'seconds_per_forward' in results:
+    seconds = results['seconds_per_forward']
+    plain = seconds[0]
+    costs = ' '.join(f'{s / plain:.2f}' for s in seconds)
+    lines.append('speed-up: tokens per forward over the cost of a forward, measured here on one '
+                 f'prompt: {costs}')
+  return lines
+
+
 def generate(flags) -> int:
-  """Continues --prompt. Greedily, or with --same_seed, the text does not depend on the drafts, in float32; else its distribution does not."""
+  """Continues --prompt.
+
+  Greedily, or with --same_seed, the text does not depend on the drafts, in float32; otherwise its
+  distribution does not.
+  """
   if flags.prompt is None:
     raise BadInput("--prompt: missing; such as --prompt='def main():'")
   if not flags.prompt:
-    raise BadInput('--prompt: empty; say what to continue')
+    raise BadInput('--prompt: empty; pass the text to continue')
   need_at_least(flags, draft=-1, max_tokens=0, max_length=0)
   from mtp_jax.decode.requests import Criterion, sampling_parameters
   sampling_parameters(1, flags.temperature, flags.seed, flags.top_k, flags.top_p)
   criterion = Criterion(flags.criterion, flags.threshold, flags.min_block)
   lm = model_of(flags)
-  said = [flags.prompt]  # before the first new text, so that nothing is printed when a number turns out to be wrong
-  stream = (lambda row, ids, text: print((said.pop() if said else '') + text, end='', flush=True)) if flags.stream and not flags.json else None
-  found = lm.generate(
-      flags.prompt, flags.max_tokens or None, None if flags.draft < 0 else flags.draft, flags.temperature, flags.seed,
-      top_k=flags.top_k, top_p=flags.top_p, drafter=drafter_of(flags, lm), adaptive=flags.adaptive,
-      same_seed=flags.same_seed, criterion=criterion, stop=flags.stop or (), max_length=flags.max_length or None,
-      stream=stream)
-  mean_draft = sum(k * n for k, n in enumerate(found.passes)) / max(1, sum(found.passes) - 1)  # the pass over the prompt drafts nothing
-  values = {'text': found.text[0], 'tokens': found.tokens, 'forwards': found.forwards, 'tokens_per_forward': found.tokens_per_forward,
-            'seconds': found.seconds, 'acceptance': found.acceptance, 'mean_draft': mean_draft, 'lossless': found.lossless,
+  unprinted = [flags.prompt]  # printed with the first new text, so that an error comes before it
+
+  def stream(row, ids, text):
+    print((unprinted.pop() if unprinted else '') + text, end='', flush=True)
+
+  streams = flags.stream and not flags.json
+  generation = lm.generate(
+      flags.prompt, flags.max_tokens or None, None if flags.draft < 0 else flags.draft,
+      flags.temperature, flags.seed, top_k=flags.top_k, top_p=flags.top_p,
+      drafter=drafter_of(flags, lm), adaptive=flags.adaptive, same_seed=flags.same_seed,
+      criterion=criterion, stop=flags.stop or (), max_length=flags.max_length or None,
+      stream=stream if streams else None)
+  names = ('tokens', 'forwards', 'tokens_per_forward', 'seconds', 'acceptance', 'mean_draft',
+           'lossless')
+  values = {'text': generation.text[0], **{name: getattr(generation, name) for name in names},
             'criterion': dataclasses.asdict(criterion)}
-  lines = ['', f'{found.tokens} tokens in {found.forwards} forwards: {found.tokens_per_forward:.2f} tokens per forward, {found.seconds:.2f} s with compilation']
-  if found.acceptance:
-    lines.append('acceptance by depth: ' + ' '.join(f'{a:.2f}' for a in found.acceptance) + (f'; {mean_draft:.1f} drafts a pass' if flags.adaptive else ''))
-  trained = lm.config.model.futures - 1
-  if flags.drafter == 'futures' and len(found.acceptance) > trained:
-    lines.append(f'drafts beyond depth {trained} are those of a module applied more often than it was trained for')
-  if not found.lossless:
-    lines.append(f'lossy: {criterion.name}, threshold {criterion.threshold:g}, blocks of {criterion.min_block} at least; '
-                 "the text does not follow the model's distribution")
-  print_result(flags, values, lines if stream else [flags.prompt + found.text[0], *lines])
+  trained_depth = lm.config.model.futures - 1
+  lines = ['', *_generation_lines(flags, generation, criterion, trained_depth)]
+  print_result(flags, values, lines if streams else [flags.prompt + generation.text[0], *lines])
   return 0
+
+
+def _generation_lines(flags, generation, criterion, trained_depth: int) -> list[str]:
+  """Figures in words. trained_depth: the largest draft depth that the model was trained for."""
+  lines = [f'{generation.tokens} tokens in {generation.forwards} forwards: '
+           f'{generation.tokens_per_forward:.2f} tokens per forward, '
+           f'{generation.seconds:.2f} s with compilation']
+  if generation.acceptance:
+    by_depth = ' '.join(f'{a:.2f}' for a in generation.acceptance)
+    adaptive = f'; {generation.mean_draft:.1f} drafts a pass' if flags.adaptive else ''
+    lines.append(f'acceptance by depth: {by_depth}{adaptive}')
+  if flags.drafter == 'futures' and len(generation.acceptance) > trained_depth:
+    lines.append(f'drafts beyond depth {trained_depth} come from a module applied more often than '
+                 'it was trained for')
+  if not generation.lossless:
+    lines.append(f'lossy: {criterion.name}, threshold {criterion.threshold:g}, blocks of '
+                 f'{criterion.min_block} at least; '
+                 "the text does not follow the model's distribution")
+  return lines
 
 
 def goodput(flags) -> int:
