@@ -1,4 +1,4 @@
-"""The record of a checkpoint: the JSON that tells what its arrays mean, and what a run may resume from it.
+"""The record of a checkpoint: JSON that tells what its arrays mean, and who may resume from it.
 
     step          the step it was saved after
     config        as `Config.to_dict` gives it
@@ -15,9 +15,12 @@ import pathlib
 from mtp_jax.config import BadInput, Config
 
 FOLDER = 'checkpoints'
-METADATA, COMMITTED = '_CHECKPOINT_METADATA', 'commit_success.txt'  # files of Orbax in a complete checkpoint
-TYPES = {'step': int, 'config': dict, 'conventions': dict, 'tokenizer': str, 'identity': dict, 'data': dict}
-MODEL_FIELDS_FREE_TO_CHANGE = {'remat', 'head_batch', 'dtype'}  # the parameters mean the same with any value of these
+# Files of Orbax in a complete checkpoint.
+METADATA, COMMITTED = '_CHECKPOINT_METADATA', 'commit_success.txt'
+TYPES = {'step': int, 'config': dict, 'conventions': dict, 'tokenizer': str, 'identity': dict,
+         'data': dict}
+# The parameters mean the same with any value of these.
+MODEL_FIELDS_FREE_TO_CHANGE = {'remat', 'head_batch', 'dtype'}
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
@@ -55,7 +58,8 @@ def read_record(workdir: pathlib.Path, step: int | None = None) -> dict:
 def check_resumes(config: Config, record: dict, workdir) -> list[str]:
   """Fields that differ from the checkpoint's and may, one line each.
 
-  Only fields of the model are fixed; whether the data are the same is told by their identity, not by the config.
+  Only fields of the model are fixed; whether the data are the same is told by their identity, not
+  by the config.
 
   Raises:
     BadInput: for a field that a checkpoint fixes.

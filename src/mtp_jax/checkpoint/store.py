@@ -1,10 +1,11 @@
-"""Checkpoints: one folder a step, written aside and renamed, holding all that a run or a reader needs.
+"""Checkpoints: one folder per step with all that a run or a reader needs.
 
     workdir/checkpoints/STEP/parameters   a nested dict of float32 arrays: {'trunk': {'wq_DHK': ...}, ...}
     workdir/checkpoints/STEP/training     step, skipped, skipped_in_a_row, optimizer: {'adam': {'mu': ...}, ...}
     its JSON metadata                     the record: see record.py
 
-Orbax writes them in the background; a folder that a crash left incomplete is never read. Nothing else imports Orbax.
+Orbax writes them in the background; a folder that a crash left incomplete is never read. Nothing
+else imports Orbax.
 """
 import difflib
 import itertools
@@ -18,7 +19,7 @@ from mtp_jax.config import BadInput
 
 
 def as_dict(tree) -> dict:
-  """A pytree of modules, tuples and dicts as a nested dict of its arrays, by the names on the path to each."""
+  """A pytree as a nested dict of its arrays, by the names on the path to each."""
   nested = {}
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     *parents, last = _names(path)
@@ -76,10 +77,11 @@ class Writer:
     self.wait()
     self.checkpointer = self.checkpointer or self._open()
     arrays = {'parameters': as_dict(parameters), 'training': as_dict(training)}
-    self.pending = self.checkpointer.save_checkpointables_async(step, arrays, custom_metadata=record)
+    self.pending = self.checkpointer.save_checkpointables_async(
+        step, arrays, custom_metadata=record)
 
   def wait(self) -> None:
-    """Returns when the save in progress is complete. Raises OSError when it failed; another save may follow."""
+    """Waits for the save in progress. Raises OSError when it failed; another save may follow."""
     pending, self.pending = self.pending, None
     if pending is None:
       return
@@ -123,7 +125,8 @@ def restore(workdir: pathlib.Path, step: int, **abstract) -> dict:
       raise BadInput(f'{path}: has no folder {name}; it was written by another version of mtp_jax, so use that one')
     saved = orbax.metadata(path, checkpointable_name=name).metadata
     _check_arrays(path / name, _by_path(saved), _by_path(as_dict(tree)))
-  loaded = orbax.load_checkpointables(path, {name: as_dict(tree) for name, tree in abstract.items()})
+  loaded = orbax.load_checkpointables(path,
+                                      {name: as_dict(tree) for name, tree in abstract.items()})
   return {name: from_dict(tree, loaded[name]) for name, tree in abstract.items()}
 
 

@@ -21,5 +21,6 @@ from mtp_jax.config.schema import (
 from mtp_jax.config.weights import forward_curriculum, reverse_curriculum, weight_at
 
 __all__ = [
-    'SECTIONS', 'BadInput', 'Config', 'DataConfig', 'MeshConfig', 'ModelConfig', 'ObjectiveConfig', 'OptimizerConfig',
-    'TrainConfig', 'check_name', 'forward_curriculum', 'nearest', 'reverse_curriculum', 'weight_at']
+    'SECTIONS', 'BadInput', 'Config', 'DataConfig', 'MeshConfig', 'ModelConfig', 'ObjectiveConfig',
+    'OptimizerConfig', 'TrainConfig', 'check_name', 'forward_curriculum', 'nearest',
+    'reverse_curriculum', 'weight_at']

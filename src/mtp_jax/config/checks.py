@@ -1,4 +1,6 @@
-"""Which configs are valid: the values of single fields, then rules across fields, section by section."""
+"""Which configs are valid: the values of single fields, then rules across fields, section by
+section.
+"""
 import dataclasses
 import math
 
@@ -6,11 +8,12 @@ from mtp_jax.config.errors import BadInput, nearest
 from mtp_jax.config.weights import Segment, parse_weight
 
 AT_LEAST_1 = (
-    'model.vocab', 'model.width', 'model.layers', 'model.heads', 'model.kv_heads', 'model.head_width',
-    'model.feed_forward', 'model.futures', 'model.head_batch', 'objective.chunk', 'data.length', 'train.steps',
-    'train.batch', 'train.accumulate', 'train.log_every', 'train.evaluate_rows', 'train.checkpoint_every',
-    'train.checkpoints_kept', 'train.skipped_allowed', 'train.heartbeat_seconds', 'mesh.data', 'mesh.fsdp',
-    'mesh.context', 'mesh.tensor', 'mesh.expert')
+    'model.vocab', 'model.width', 'model.layers', 'model.heads', 'model.kv_heads',
+    'model.head_width', 'model.feed_forward', 'model.futures', 'model.head_batch',
+    'objective.chunk', 'data.length', 'train.steps', 'train.batch', 'train.accumulate',
+    'train.log_every', 'train.evaluate_rows', 'train.checkpoint_every', 'train.checkpoints_kept',
+    'train.skipped_allowed', 'train.heartbeat_seconds',
+    'mesh.data', 'mesh.fsdp', 'mesh.context', 'mesh.tensor', 'mesh.expert')
 CHOICES = {
     'model.kind': ('parallel', 'linear', 'causal', 'anticausal', 'sequential'),
     'model.placement': ('matched', 'appended'),
@@ -57,7 +60,8 @@ def _check_values(c) -> None:
   for section, values in vars(c).items():
     for field in dataclasses.fields(values):
       value = getattr(values, field.name)
-      _require(c, f'{section}.{field.name}', not isinstance(value, float) or math.isfinite(value), 'must be finite')
+      _require(c, f'{section}.{field.name}', not isinstance(value, float) or math.isfinite(value),
+               'must be finite')
   for field in AT_LEAST_1:
     _require(c, field, _value(c, field) >= 1, 'must be at least 1')
   for field, choices in CHOICES.items():
@@ -68,7 +72,8 @@ def _check_values(c) -> None:
 def _check_model(c) -> None:
   m = c.model
   for part in m.remat.split(',') if m.remat not in REMAT else ():
-    _require(c, 'model.remat', part in REMAT_PARTS, f'{part!r}: {nearest(part, REMAT + REMAT_PARTS)}')
+    _require(c, 'model.remat', part in REMAT_PARTS,
+             f'{part!r}: {nearest(part, REMAT + REMAT_PARTS)}')
   _require(c, 'model.head_width', m.head_width % 2 == 0, 'must be even for the rotary embedding')
   _require(c, 'model.rope_base', m.rope_base > 1, 'must be above 1')
   _require(c, 'model.norm_epsilon', m.norm_epsilon > 0, 'must be positive')
@@ -95,7 +100,8 @@ def _check_objective(c) -> None:
       fix = f"{error}; write a number, or such as '0.3 step 0.676 0.1' or '0 linear 0:0.5 1'"
       raise BadInput(f'config.objective.weights={o.weights!r}: {fix}') from None
     segments += changes
-    ok = all(math.isfinite(value) and value >= 0 for value in (first, *(change.goal for change in changes)))
+    ok = all(math.isfinite(value) and value >= 0
+             for value in (first, *(change.goal for change in changes)))
     _require(c, 'objective.weights', ok, 'must be finite and not negative')
   ok = all(any(o.weights_M(M, fraction)) for fraction in _turning_points(segments))
   _require(c, 'objective.weights', ok, 'must not all be 0 at once')
@@ -103,7 +109,9 @@ def _check_objective(c) -> None:
 
 
 def _turning_points(segments: list[Segment]) -> list[float]:
-  """Fractions of training between which no weight can become 0: where segments start and end, and their middles."""
+  """Fractions of training between which no weight can become 0: where segments start and end, and
+  their middles.
+  """
   points = {0.0}
   for segment in segments:
     points |= {segment.start, (segment.start + segment.end) / 2, segment.end}
@@ -126,7 +134,8 @@ def _check_train(c) -> None:
   t = c.train
   _require(c, 'train.seed', t.seed >= 0, 'must not be negative')
   _require(c, 'train.hang_seconds', t.hang_seconds >= 0, 'must not be negative; 0 waits forever')
-  _require(c, 'train.evaluate_every', t.evaluate_every >= 0, 'must not be negative; 0 validates only at the end')
+  _require(c, 'train.evaluate_every', t.evaluate_every >= 0,
+           'must not be negative; 0 validates only at the end')
 
 
 def _check_optimizer(c) -> None:
@@ -134,7 +143,8 @@ def _check_optimizer(c) -> None:
   _require(c, 'optimizer.learning_rate', p.learning_rate > 0, 'must be positive')
   _require(c, 'optimizer.warmup_steps', 0 <= p.warmup_steps < steps,
            f'must be at least 0 and below config.train.steps={steps}')
-  _require(c, 'optimizer.decay_share', p.schedule == 'cosine' or p.warmup_steps + p.decay_share * steps <= steps,
+  _require(c, 'optimizer.decay_share',
+           p.schedule == 'cosine' or p.warmup_steps + p.decay_share * steps <= steps,
            'warm-up and decay do not fit into the steps')
   for name in ('b1', 'b2'):
     _require(c, f'optimizer.{name}', 0 <= getattr(p, name) < 1, 'must be at least 0 and below 1')
@@ -154,7 +164,8 @@ def _check_mesh(c) -> None:
   _require(c, 'train.batch', t.batch % rows_per_step == 0,
            f'a microbatch must be a multiple of data x fsdp = {rows} rows, '
            f'such as {-(-t.batch // rows_per_step) * rows_per_step} in all')
-  _require(c, 'train.evaluate_rows', t.evaluate_rows % rows == 0, f'must be a multiple of data x fsdp = {rows}')
+  _require(c, 'train.evaluate_rows', t.evaluate_rows % rows == 0,
+           f'must be a multiple of data x fsdp = {rows}')
   _require_multiple(c, 'data.length', 'mesh.context')
   _require_multiple(c, 'model.width', 'mesh.fsdp')
   for field in ('heads', 'kv_heads', 'feed_forward', 'vocab'):

@@ -4,7 +4,9 @@ from collections.abc import Iterable
 
 
 class BadInput(ValueError):
-  """What a user can fix: one line with the field or file, its value and the fix. The command line exits with code 2."""
+  """What a user can fix: one line with the field or file, its value and the fix. The command line
+  exits with code 2.
+  """
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -1,9 +1,10 @@
-"""The schema of an experiment: six frozen sections; every field has a default and one line that says what it means.
+"""The schema of an experiment: six frozen sections of fields, each with a default and a meaning.
 
-`configs/*.py` define get_config(), which returns `Config(...).to_config_dict()`: an ml_collections.ConfigDict, so that
---config.model.layers=12 works. It becomes a `Config` again before anything else happens, and a `Config` checks itself:
-a wrong name, type or combination raises `BadInput` with one line that says what is wrong, where, and how to fix it.
-Nothing here imports JAX.
+`configs/*.py` define get_config(), which returns `Config(...).to_config_dict()`: an
+ml_collections.ConfigDict, so that --config.model.layers=12 works. It becomes a `Config` again
+before anything else happens, and a `Config` checks itself: a wrong name, type or combination
+raises `BadInput` with one line that says what is wrong, where, and how to fix it. Nothing here
+imports JAX.
 """
 import dataclasses
 import types
@@ -30,32 +31,42 @@ class ModelConfig:
   """
   vocab: int = _field(264, 'V: rows of the embedding; at least as many as the tokenizer has ids')
   width: int = _field(128, 'D: width of the residual stream')
-  layers: int = _field(8, 'transformer blocks between the embedding and one prediction; see placement')
+  layers: int = _field(
+      8, 'transformer blocks between the embedding and one prediction; see placement')
   heads: int = _field(4, 'H: query heads')
   kv_heads: int = _field(2, 'G: key and value heads; H/G query heads share each')
   head_width: int = _field(32, 'K: width of one attention head; even')
   feed_forward: int = _field(352, 'F: hidden width of SwiGLU')
   futures: int = _field(4, 'M: predictions at each position; 1 is the plain language model')
-  kind: str = _field('parallel', 'parallel or linear: independent heads; causal or anticausal: chains of heads '
-                                 '(all Gloeckle et al.); sequential: modules (DeepSeek-V3)')
-  placement: str = _field('matched', 'matched: extra futures take their blocks from the trunk, for equal parameters; '
-                                     'appended: the trunk keeps its blocks')
-  share_modules: bool = _field(False, 'sequential: one module, applied M-1 times, instead of M-1 modules')
-  hidden_input: str = _field('post_norm', 'sequential: a module reads the previous state after its norm (post_norm) '
-                                          'or before it (pre_norm)')
-  head_batch: int = _field(1, 'parallel, linear: futures computed at once, forward and backward; must divide M')
-  qk_norm: bool = _field(False, 'apply RMSNorm to every query and key head before the rotary embedding')
+  kind: str = _field(
+      'parallel', 'parallel or linear: independent heads; causal or anticausal: chains of heads '
+                  '(all Gloeckle et al.); sequential: modules (DeepSeek-V3)')
+  placement: str = _field(
+      'matched', 'matched: extra futures take their blocks from the trunk, for equal parameters; '
+                 'appended: the trunk keeps its blocks')
+  share_modules: bool = _field(
+      False, 'sequential: one module, applied M-1 times, instead of M-1 modules')
+  hidden_input: str = _field(
+      'post_norm', 'sequential: a module reads the previous state after its norm (post_norm) or '
+                   'before it (pre_norm)')
+  head_batch: int = _field(
+      1, 'parallel, linear: futures computed at once, forward and backward; must divide M')
+  qk_norm: bool = _field(
+      False, 'apply RMSNorm to every query and key head before the rotary embedding')
   rope_base: float = _field(10_000.0, 'base of the wavelengths of the rotary embedding')
   norm_epsilon: float = _field(1e-6, 'added to the mean square in RMSNorm')
   tie_embeddings: bool = _field(False, 'use the embedding as the unembedding')
   logit_cap: float = _field(0.0, 'logits are cap * tanh(logits / cap); 0: no cap')
-  dtype: str = _field('float32', 'type to compute in: float32 or bfloat16; parameters are always float32')
-  remat: str = _field('full', 'what the backward pass of a block recomputes: none, full, dots (all but matmuls), '
-                              'or all but the parts named, with commas: attention, qkv, mlp')
+  dtype: str = _field(
+      'float32', 'type to compute in: float32 or bfloat16; parameters are always float32')
+  remat: str = _field(
+      'full', 'what the backward pass of a block recomputes: none, full, dots (all but matmuls), '
+              'or all but the parts named, with commas: attention, qkv, mlp')
 
   @property
   def own_heads(self) -> int:
-    """Number of heads or modules with weights of their own: the length of the axis M of the model's futures.
+    """Number of heads or modules with weights of their own: the length of the axis M of the
+    model's futures.
 
     0 in a plain language model; 1 for sequential futures that share a module.
     """
@@ -65,12 +76,14 @@ class ModelConfig:
 
   @property
   def first_own_head(self) -> int:
-    """The first future with a head or module of its own: 1 where future 0 reads the trunk directly, else 0."""
+    """The first future with a head or module of its own: 1 where future 0 reads the trunk
+    directly, else 0.
+    """
     return int(self.kind == 'sequential' or self.futures == 1)
 
   @property
   def independent(self) -> bool:
-    """Whether every future reads the trunk only; else a future reads the one before it (after it, if anticausal)."""
+    """Whether every future reads the trunk; else it reads its neighbour in a chain."""
     return self.kind in ('parallel', 'linear')
 
   def heads_to_run(self, active: tuple[bool, ...]) -> list[int]:
@@ -94,15 +107,19 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-  """The loss: the weight of every future at each moment of training, and how many logits exist at once.
+  """The loss: the weight of every future over training, and how many logits exist at once.
 
-  A weight is a number, or a path in words through the fraction of training that is done: '0.3 step 0.676 0.1'
-  (DeepSeek-V3), '0 linear 0:0.5 1', '1 cosine 0.2:1 0.1', '0 step 0.25 1 step 0.5 0'.
+  A weight is a number, or a path in words through the fraction of training that is done:
+
+      '0.3 step 0.676 0.1' (DeepSeek-V3)     '0 linear 0:0.5 1'
+      '1 cosine 0.2:1 0.1'                   '0 step 0.25 1 step 0.5 0'
   """
-  weights: tuple[float | str, ...] = _field((1.0,), "weight of each future in the loss, a number or such as "
-                                                    "'0.3 step 0.676 0.1'; the last one repeats")
+  weights: tuple[float | str, ...] = _field(
+      (1.0,), "weight of each future in the loss, a number or such as '0.3 step 0.676 0.1'; the "
+              "last one repeats")
   chunk: int = _field(1024, 'positions per device whose logits exist at once')
-  z_loss: float = _field(0.0, 'weight of the squared log-partition function in the loss (PaLM: 1e-4)')
+  z_loss: float = _field(
+      0.0, 'weight of the squared log-partition function in the loss (PaLM: 1e-4)')
 
   def weights_M(self, futures: int, fraction: float = 0.0) -> tuple[float, ...]:
     """The weight of each future when this fraction of training is done."""
@@ -110,7 +127,7 @@ class ObjectiveConfig:
     return tuple(weight_at(weight, fraction) for weight in weights)
 
   def active(self, futures: int, fraction: float = 0.0) -> tuple[bool, ...]:
-    """Which futures have a weight above 0, and are computed, when this fraction of training is done."""
+    """Which futures have a weight above 0 when this fraction of training is done."""
     return tuple(weight > 0 for weight in self.weights_M(futures, fraction))
 
 
@@ -118,19 +135,28 @@ class ObjectiveConfig:
 class DataConfig:
   """The documents, the tokenizer, and how rows are cut from them."""
   sources: tuple[str, ...] = _field((), 'folders that `prepare` wrote')
-  weights: tuple[float, ...] = _field((), 'rows from each source, as ratios; (): in proportion to their tokens')
-  paths: tuple[str, ...] = _field((), "without sources: text files, one document each, or directories of them; "
-                                      "(): the Python standard library's source")
+  weights: tuple[float, ...] = _field(
+      (), 'rows from each source, as ratios; (): in proportion to their tokens')
+  paths: tuple[str, ...] = _field(
+      (), "without sources: text files, one document each, or directories of them; (): the "
+          "Python standard library's source")
   tokenizer: str = _field('bytes', 'bytes, or the path of a SentencePiece model file')
-  length: int = _field(256, 'L: input tokens of a row; M more follow, so that every future has a target')
+  length: int = _field(
+      256, 'L: input tokens of a row; M more follow, so that every future has a target')
   packing: str = _field('stream', 'stream: rows follow one another, without padding; '
                                   'best_fit: no document of up to L tokens is cut')
-  boundary: str = _field('within', 'within: attention and futures end with the document; across: they do not')
-  validation_share: float = _field(0.05, 'of paths: fraction of the documents held out, chosen by a hash of their path')
+  boundary: str = _field(
+      'within', 'within: attention and futures end with the document; across: they do not')
+  validation_share: float = _field(
+      0.05, 'of paths: fraction of the documents held out, chosen by a hash of their path')
   seed: int = _field(0, 'of the order of rows, which differs in each epoch')
-  on_damage: str = _field('stop', 'damaged data: stop the run, or quarantine: their rows become padding and are counted')
-  accept_changed: bool = _field(False, 'resume even though the data differ from those of the checkpoint')
-  cache: str = _field('~/.cache/mtp_jax', 'folder for prepared paths, packings and copies of remote shards')
+  on_damage: str = _field(
+      'stop', 'damaged data: stop the run, or quarantine: their rows become padding and are '
+              'counted')
+  accept_changed: bool = _field(
+      False, 'resume even though the data differ from those of the checkpoint')
+  cache: str = _field(
+      '~/.cache/mtp_jax', 'folder for prepared paths, packings and copies of remote shards')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +172,8 @@ class OptimizerConfig:
   epsilon: float = _field(1e-8, "Adam's epsilon")
   weight_decay: float = _field(0.1, 'decoupled weight decay, of matrices only')
   clip: float = _field(1.0, 'largest global norm of the gradient')
-  moments: str = _field('device', "memory of the moments between steps: device, or host (the machine's)")
+  moments: str = _field(
+      'device', "memory of the moments between steps: device, or host (the machine's)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,10 +189,11 @@ class TrainConfig:
   checkpoint_every: int = _field(200, 'steps between checkpoints; one is also saved at the end')
   checkpoints_kept: int = _field(3, 'newest checkpoints to keep')
   skipped_allowed: int = _field(10, 'steps in a row that are not finite, after which the run ends')
-  hang_seconds: float = _field(1800.0, 'a step that takes longer ends the process with exit code 1 and the stacks of '
-                                       'all threads; 0: never')
-  heartbeat_seconds: int = _field(10, 'a process of the job without a sign of life for so long counts as dead, '
-                                      'and all end')
+  hang_seconds: float = _field(
+      1800.0, 'a step that takes longer ends the process with exit code 1 and the stacks of all '
+              'threads; 0: never')
+  heartbeat_seconds: int = _field(
+      10, 'a process of the job without a sign of life for so long counts as dead, and all end')
   tensorboard: bool = _field(True, 'also write TensorBoard event files')
 
 
@@ -210,7 +238,9 @@ class Config:
 
   @classmethod
   def from_dict(cls, values: Mapping) -> 'Config':
-    """From a dict, a `ConfigDict`, or JSON, whose lists become tuples. Fields that are missing keep their defaults."""
+    """From a dict, a `ConfigDict`, or JSON, whose lists become tuples. Fields that are missing
+    keep their defaults.
+    """
     for name in values:
       if name not in SECTIONS:
         raise _no_such_section(name)
@@ -251,7 +281,7 @@ def _section(section: str, values: Mapping):
 
 
 def _typed(kind, value, where: str):
-  """The value as this type: an int becomes a float, a list a tuple; anything else raises BadInput."""
+  """The value as this type: an int becomes a float, a list a tuple. Raises BadInput."""
   if isinstance(kind, types.UnionType):  # float | str
     return value if isinstance(value, str) else _typed(float, value, where)
   if typing.get_origin(kind) is tuple:

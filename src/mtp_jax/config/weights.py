@@ -1,4 +1,5 @@
-"""The weight of a future in the loss: a number, or a path through training written in words; see `ObjectiveConfig`.
+"""The weight of a future in the loss: a number, or a path through training written in words; see
+`ObjectiveConfig`.
 
     '0.3 step 0.676 0.1'        0.3, and 0.1 from 67.6 % of training on
     '0 linear 0:0.5 1'          from 0 to 1 during the first half; `cosine` likewise, along half a cosine
@@ -32,14 +33,18 @@ def weight_at(weight: float | str, fraction: float) -> float:
 
 
 def parse_weight(weight: float | str) -> tuple[float, list[Segment]]:
-  """The value at the beginning, and the changes in order. Raises ValueError that tells what is wrong."""
+  """The value at the beginning, and the changes in order. Raises ValueError that tells what is
+  wrong.
+  """
   if not isinstance(weight, str):
     return float(weight), []
   first, *words = weight.split() or ['nothing']
   segments = [_segment(*(words[i:i + 3] + ['', ''])[:3]) for i in range(0, len(words), 3)]
-  fractions = [0.0, *(fraction for segment in segments for fraction in (segment.start, segment.end)), 1.0]
+  limits = [limit for segment in segments for limit in (segment.start, segment.end)]
+  fractions = [0.0, *limits, 1.0]
   rise = all(a <= b for a, b in zip(fractions, fractions[1:]))
-  if not rise or any(segment.shape != 'step' and segment.start == segment.end for segment in segments):
+  if not rise or any(segment.shape != 'step' and segment.start == segment.end
+                     for segment in segments):
     raise ValueError('fractions of training must rise from 0 to 1')
   return _number(first), segments
 
@@ -73,5 +78,7 @@ def forward_curriculum(futures: int) -> tuple[float | str, ...]:
 
 
 def reverse_curriculum(futures: int) -> tuple[float | str, ...]:
-  """Weights that begin with all futures and drop the farthest first, in stages of equal length (same paper)."""
+  """Weights that begin with all futures and drop the farthest first, in stages of equal length
+  (same paper).
+  """
   return (1.0, *(f'1 step {(futures - m) / futures} 0' for m in range(1, futures)))

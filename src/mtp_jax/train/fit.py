@@ -1,8 +1,9 @@
 """Pretraining: open, then step, record, validate and save until the last step or a signal.
 
-The loop keeps the device busy: it starts a step, and records the one before while the new one runs.
-Batches are a function of (seed, step), and a checkpoint holds all that a step changes. So a run that was stopped, or
-killed and started again, ends with the same parameters and the same log, bit by bit, as one that was not.
+The loop keeps the device busy: it starts a step, and records the one before while the new one
+runs. Batches are a function of (seed, step), and a checkpoint holds all that a step changes. So a
+run that was stopped, or killed and started again, ends with the same parameters and the same log,
+bit by bit, as one that was not.
 """
 import contextlib
 import dataclasses
@@ -53,9 +54,9 @@ class Outcome:
 def fit(config: Config, workdir, profile_steps: range = range(0), note=print_stderr) -> Outcome:
   """Trains to config.train.steps, from the newest checkpoint in workdir or from the beginning.
 
-  SIGTERM or Ctrl-C saves a checkpoint and returns. The metrics of every record are in workdir/metrics.jsonl. Among
-  several processes the first one writes there and calls `note`; every other one keeps its own log, events and evidence
-  of bad steps in workdir/process-INDEX.
+  SIGTERM or Ctrl-C saves a checkpoint and returns. The metrics of every record are in
+  workdir/metrics.jsonl. Among several processes the first one writes there and calls `note`;
+  every other one keeps its own log, events and evidence of bad steps in workdir/process-INDEX.
 
   Args:
     profile_steps: steps to trace with jax.profiler.
@@ -64,7 +65,8 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=print_std
   Raises:
     BadInput: for what the user can fix, before anything is written.
     Damaged: the data cannot be read; a run of one process saves a checkpoint first.
-    NotFinite: config.train.skipped_allowed steps in a row were not finite; their batches are in workdir/nonfinite.
+    NotFinite: config.train.skipped_allowed steps in a row were not finite; their batches are in
+      workdir/nonfinite.
   """
   started, t = time.time(), config.train
   workdir = pathlib.Path(workdir).expanduser().absolute()
@@ -81,7 +83,8 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=print_std
         contextlib.closing(_Run(config, workdir, folder, opened, mesh, display, started)) as run):
     stop_signal = 0
     try:
-      if opened.record and run.validation_due():  # the run before may have ended between a checkpoint and its validation
+      # the run before may have ended between a checkpoint and its validation
+      if opened.record and run.validation_due():
         run.validate()
       while run.step < t.steps and not stop_signal:
         run.profile(profile_steps)
@@ -110,8 +113,8 @@ def _make_folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
 class _Run:
   """A run in progress: its state, its position in the data, its records and checkpoints."""
 
-  def __init__(self, config: Config, workdir: pathlib.Path, folder: pathlib.Path, opened: Opened, mesh, display: Display,
-               started: float):
+  def __init__(self, config: Config, workdir: pathlib.Path, folder: pathlib.Path, opened: Opened,
+               mesh, display: Display, started: float):
     self.config, self.folder, self.mesh, self.display = config, folder, mesh, display
     self.step = self.saved_step = opened.step
     self.validation = {}
@@ -123,7 +126,8 @@ class _Run:
     note = display.line if is_first else lambda line: print_stderr(f'{folder.name}: {line}')
     self.share = process_share(mesh)
     self.held_out = opened.corpus.held_out(M, note)
-    self.batches = opened.corpus.batches(opened.corpus.rows(M, note), config.train.batch, *self.share,
+    rows = opened.corpus.rows(M, note)
+    self.batches = opened.corpus.batches(rows, config.train.batch, *self.share,
                                          place=lambda batch: put(batch, mesh))
     self.events = Events(folder)
     self.events.write('start', started, 0.0, self.step)
@@ -131,13 +135,14 @@ class _Run:
     self.state = self._first_state(workdir, opened)
     self.compiled = compiled_step(config)
 
-    self.byte_length_V = jax.device_put(byte_lengths(config, opened.tokenizer), jax.NamedSharding(mesh, jax.P()))
+    self.byte_length_V = jax.device_put(byte_lengths(config, opened.tokenizer),
+                                        jax.NamedSharding(mesh, jax.P()))
     self.decodable_V = decodable(config, opened.tokenizer)
     self.record = {'config': config.to_dict(), 'conventions': conventions(config.model),
                    'tokenizer': opened.tokenizer.digest, 'identity': opened.corpus.identity}
     self.writer = store.Writer(workdir, config.train.checkpoints_kept)
-    self.recorder = Recorder(config, folder, self.step, chips.peak_flops() * mesh.size, self.events, display,
-                             tensorboard=config.train.tensorboard and is_first)
+    self.recorder = Recorder(config, folder, self.step, chips.peak_flops() * mesh.size, self.events,
+                             display, tensorboard=config.train.tensorboard and is_first)
     (folder / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
 
   def _first_state(self, workdir: pathlib.Path, opened: Opened) -> State:
@@ -164,12 +169,14 @@ class _Run:
     with timed:
       self.state, metrics = self.compiled(self.state, batch, self.byte_length_V, fraction)
     self.step += 1
-    self.recorder.add(Step(self.step, metrics, batch, self.flops_per_step, self.batches.quarantined))
+    self.recorder.add(Step(self.step, metrics, batch, self.flops_per_step,
+                           self.batches.quarantined))
 
   def _enter_stage(self, active: tuple[bool, ...]) -> None:
     """From the next step on these futures are computed, by a program that is not compiled yet."""
     self.recorder.flush()
-    flops_per_token = costs.flops_per_token(self.config.model, self.config.data.length, active)['total']
+    flops_per_token = costs.flops_per_token(self.config.model, self.config.data.length,
+                                            active)['total']
     self.flops_per_step = flops_per_token * self.config.train.batch * self.config.data.length
     if self.active or not all(active):
       computed = ' '.join(str(m) for m, is_active in enumerate(active) if is_active)
@@ -198,7 +205,8 @@ class _Run:
     n = self.config.train.evaluate_rows
     with self.recorder.speed.paused('evaluation', self.step):
       batches = validation_batches(self.held_out, n, n, *self.share)
-      metrics = evaluate(self.config, self.state.model, batches, self.byte_length_V, self.decodable_V, self.mesh)
+      metrics = evaluate(self.config, self.state.model, batches, self.byte_length_V,
+                         self.decodable_V, self.mesh)
       quarantined_rows = processes.total(self.held_out.quarantined)
     self.validation = metrics | {'quarantined_rows': quarantined_rows}
     self.recorder.validation(self.step, self.validation)
@@ -214,7 +222,9 @@ class _Run:
       self.writer.save(self.step, self.state.model, self.state.without_model(), record)
 
   def close(self) -> None:
-    """Waits for the checkpoint that is being written, then closes all files. Raises OSError when it failed."""
+    """Waits for the checkpoint that is being written, then closes all files. Raises OSError when
+    it failed.
+    """
     self.profile(range(0))
     try:
       with self.events.span('save', self.step) if self.writer.pending else contextlib.nullcontext():

@@ -1,4 +1,6 @@
-"""Steps whose loss or gradient is not finite: their batch is kept as evidence, and too many in a row end the run."""
+"""Steps whose loss or gradient is not finite: their batch is kept as evidence, and too many in a
+row end the run.
+"""
 import json
 import pathlib
 
@@ -10,7 +12,8 @@ class NotFinite(RuntimeError):
 
 
 def write_evidence(folder: pathlib.Path, step: int, batch, metrics: dict) -> pathlib.Path:
-  """Writes the rows of the batch that this process holds, and the metrics of the step; the path of the rows.
+  """Writes the rows of the batch that this process holds, and the metrics of the step; the path
+  of the rows.
 
       folder/nonfinite/step-STEP.npz    'tokens', 'segments', 'positions'
       folder/nonfinite/step-STEP.json   the metrics

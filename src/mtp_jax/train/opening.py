@@ -1,4 +1,6 @@
-"""What a run needs before its first step, checked against the config and against the checkpoint it resumes."""
+"""What a run needs before its first step, checked against the config and against the checkpoint
+it resumes.
+"""
 import dataclasses
 import pathlib
 from collections.abc import Callable
@@ -27,7 +29,8 @@ class Opened:
 
 
 def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None]) -> Opened:
-  """Opens the tokenizer, the documents and the newest checkpoint in workdir. Prepares config.data.paths where needed.
+  """Opens the tokenizer, the documents and the newest checkpoint in workdir. Prepares
+  config.data.paths where needed.
 
   Args:
     note: gets a line for each change since the checkpoint.

@@ -1,11 +1,13 @@
-"""AdamW with a learning-rate schedule, as one Optax transform (decoupled decay: Loshchilov & Hutter, arXiv:1711.05101).
+"""AdamW with a learning-rate schedule, as one Optax transform (decoupled decay: Loshchilov &
+Hutter, arXiv:1711.05101).
 
     g <- g * min(1, clip / |g|)
     m, v <- moments(g)
     p <- p - rate(step) * (m / (sqrt(v) + epsilon) + decay * p)
 
-Its state is a dict by the name of each part: state['adam'].mu, state['adam'].nu, state['learning_rate'].count.
-Weight decay applies to parameters with at least two axes of their own (matrices, stacked or not), never to vectors.
+Its state is a dict by the name of each part: state['adam'].mu, state['adam'].nu,
+state['learning_rate'].count. Weight decay applies to parameters with at least two axes of their
+own (matrices, stacked or not), never to vectors.
 """
 import collections
 
@@ -37,7 +39,8 @@ def decayed(model):
 
 
 def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Learning rate at each step: linear warm-up from 0, then a cosine, or a plateau and a linear decay.
+  """Learning rate at each step: linear warm-up from 0, then a cosine, or a plateau and a linear
+  decay.
 
   The last value is config.optimizer.final_ratio times the peak.
   """
@@ -60,7 +63,9 @@ def learning_rate(c: OptimizerConfig, steps: int, state) -> jax.Array:
 
 
 def to_storage(c: OptimizerConfig, state):
-  """The state in the memory that keeps it between steps: the device's, or with config.optimizer.moments='host' the host's."""
+  """The state in the memory that keeps it between steps: the device's, or with
+  config.optimizer.moments='host' the host's.
+  """
   return state if c.moments == 'device' else _move(state, jax.memory.Space.Host)
 
 
@@ -88,7 +93,8 @@ def _choose(ok, new, old):
 def _update_one_by_one(parts, grads, state, model, ok):
   """The same update with moments in host memory, one parameter at a time.
 
-  A barrier lets the moments of a parameter onto the device only after those of the parameter before have left it.
+  A barrier lets the moments of a parameter onto the device only after those of the parameter
+  before have left it.
   """
   structure = jax.tree.structure(model)
 

@@ -1,4 +1,5 @@
-"""One training job of several processes: how they find each other, stop at the same step, and end when one of them has.
+"""One training job of several processes: how they find each other, stop at the same step, and end
+when one of them has.
 
 The environment tells where a job runs; the first that applies is used:
 
@@ -6,8 +7,9 @@ The environment tells where a job runs; the first that applies is used:
     Slurm       a step with several tasks, one per node or per GPU: srun python -m mtp_jax train ...
     TPU         the hosts of one or several slices, on Cloud TPU VMs or GKE; JAX asks the platform
 
-JAX aborts a process when another one of its job is gone. So each process does its work in a child process; the parent
-turns an abort into a message and exit code 1, and forwards signals. SIGTERM to any process stops all at the same step.
+JAX aborts a process when another one of its job is gone. So each process does its work in a child
+process; the parent turns an abort into a message and exit code 1, and forwards signals. SIGTERM
+to any process stops all at the same step.
 """
 import contextlib
 import glob
@@ -52,7 +54,8 @@ def environment(variables: Mapping[str, str], tpu: bool) -> str | None:
     if not (host and port.isdigit()):
       raise BadInput(f'JAX_COORDINATOR_ADDRESS={address}: must be host:port of process 0')
     return 'variables' if int(count) > 1 else None
-  in_slurm_step = 'SLURM_STEP_NODELIST' in variables  # not set in the batch script itself, which is no task
+  # not set in the batch script itself, which is no task
+  in_slurm_step = 'SLURM_STEP_NODELIST' in variables
   if in_slurm_step and int(variables.get('SLURM_NTASKS', 1)) > 1:
     return 'slurm'
   return 'tpu' if tpu and 'tpu' in variables.get('JAX_PLATFORMS', 'tpu') else None
@@ -68,8 +71,10 @@ def run(work: Callable[[], int], heartbeat_seconds: int) -> int:
   """Does the work, as one process of a job if there are several; returns its exit code.
 
   Args:
-    work: returns an exit code. With several processes it runs in a child process, after `jax.distributed` has started.
-    heartbeat_seconds: a process that shows no sign of life for so long counts as dead, and all others end.
+    work: returns an exit code. With several processes it runs in a child process, after
+      `jax.distributed` has started.
+    heartbeat_seconds: a process that shows no sign of life for so long counts as dead, and all
+      others end.
   """
   where = environment(os.environ, has_tpu())
   if not where:
@@ -125,10 +130,12 @@ def _work(work: Callable[[], int], where: str, heartbeat_seconds: int) -> int:
   address = {}
   if where == 'variables':
     address = {'coordinator_address': os.environ['JAX_COORDINATOR_ADDRESS'],
-               'num_processes': int(os.environ['JAX_NUM_PROCESSES']), 'process_id': int(os.environ['JAX_PROCESS_ID'])}
+               'num_processes': int(os.environ['JAX_NUM_PROCESSES']),
+               'process_id': int(os.environ['JAX_PROCESS_ID'])}
   code = 1
   try:
-    jax.distributed.initialize(**address, initialization_timeout=WAIT_SECONDS, shutdown_timeout_seconds=WAIT_SECONDS,
+    jax.distributed.initialize(**address, initialization_timeout=WAIT_SECONDS,
+                               shutdown_timeout_seconds=WAIT_SECONDS,
                                heartbeat_timeout_seconds=heartbeat_seconds)
     code = work()
     if code in SAVED:
@@ -144,13 +151,17 @@ def _work(work: Callable[[], int], where: str, heartbeat_seconds: int) -> int:
 
 
 def interrupts() -> Interrupts:
-  """Records SIGTERM and Ctrl-C of this process; among several processes JAX itself handles SIGTERM."""
+  """Records SIGTERM and Ctrl-C of this process; among several processes JAX itself handles
+  SIGTERM.
+  """
   import jax
-  return Interrupts((signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,))
+  return Interrupts((signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1
+                    else (signal.SIGINT,))
 
 
 def stop_signal(interrupts: Interrupts, step: int) -> int:
-  """The signal that stops the run at this step, 0 if none: the same step on all processes, whichever got the signal.
+  """The signal that stops the run at this step, 0 if none: the same step on all processes,
+  whichever got the signal.
 
   Every process must call it after every step.
   """

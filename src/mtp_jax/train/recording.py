@@ -1,6 +1,8 @@
-"""What a run writes about its steps: metrics log, event log, display, and evidence of steps that are not finite.
+"""What a run writes about its steps: metrics log, event log, display, and evidence of steps that
+are not finite.
 
-A step is recorded one step later: reading its metrics waits for the device, which then has the next step to work on.
+A step is recorded one step later: reading its metrics waits for the device, which then has the
+next step to work on.
 """
 import dataclasses
 import pathlib
@@ -36,8 +38,8 @@ class Recorder:
     peak_flops: FLOP/s of all devices together, nan if unknown.
   """
 
-  def __init__(self, config: Config, folder: pathlib.Path, step: int, peak_flops: float, events: Events, display: Display,
-               tensorboard: bool):
+  def __init__(self, config: Config, folder: pathlib.Path, step: int, peak_flops: float,
+               events: Events, display: Display, tensorboard: bool):
     self.config, self.folder, self.display = config, folder, display
     self.speed = Speed(step, config.train.batch * config.data.length, peak_flops, events)
     self.log = Log(folder, step, tensorboard)

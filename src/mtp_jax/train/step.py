@@ -2,11 +2,12 @@
 
     state, metrics = step(state, batch)          batch: int32[B, L + M] 'tokens', 'segments', 'positions'
 
-The gradients of the microbatches of a step are added up. Each is weighted by counts over the whole batch, so
-accumulation changes only the memory that a step needs.
-A step whose loss or gradient is not finite leaves parameters, moments and their counters as they were.
-A future whose weight is exactly 0 is not computed; each set of futures that are computed is a program of its own.
-The gradient of a future that is not computed is 0, as it would be otherwise; weight decay and momentum go on.
+The gradients of the microbatches of a step are added up. Each is weighted by counts over the
+whole batch, so accumulation changes only the memory that a step needs. A step whose loss or
+gradient is not finite leaves parameters, moments and their counters as they were. A future whose
+weight is exactly 0 is not computed; each set of futures that are computed is a program of its
+own. The gradient of a future that is not computed is 0, as it would be otherwise; weight decay
+and momentum go on.
 """
 import dataclasses
 import functools
@@ -32,7 +33,8 @@ from mtp_jax.train import optimizer
 class State:
   """All that a step changes.
 
-  step counts batches; skipped and skipped_in_a_row count the steps whose loss or gradient was not finite.
+  step counts batches; skipped and skipped_in_a_row count the steps whose loss or gradient was not
+  finite.
   """
   step: jax.Array
   skipped: jax.Array
@@ -49,20 +51,30 @@ def init(config: Config, key) -> State:
   """A fresh state; under a mesh every leaf lives where its name says."""
   model = Model(config.model, key)
   if not jax.sharding.get_abstract_mesh().empty:
-    model = jax.tree_util.tree_map_with_path(lambda path, x: jax.sharding.reshard(x, parameter_spec(path, x)), model)
+    place = lambda path, x: jax.sharding.reshard(x, parameter_spec(path, x))
+    model = jax.tree_util.tree_map_with_path(place, model)
   zero = jnp.zeros((), jnp.int32)
-  return State(zero, zero, zero, model, optimizer.to_storage(config.optimizer, optimizer.make(config.optimizer, config.train.steps).init(model)))
+  moments = optimizer.make(config.optimizer, config.train.steps).init(model)
+  return State(zero, zero, zero, model, optimizer.to_storage(config.optimizer, moments))
 
 
 def abstract(config: Config, mesh) -> State:
-  """The shapes, types and shardings of a state, on the devices; computes nothing. Call it under `jax.set_mesh(mesh)`."""
+  """The shapes, types and shardings of a state, on the devices; computes nothing. Call it under
+  `jax.set_mesh(mesh)`.
+  """
   shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-  on_mesh = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec if x.shape else jax.P()))
+
+  def on_mesh(x):
+    spec = x.sharding.spec if x.shape else jax.P()
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, spec))
+
   return jax.tree.map(on_mesh, shapes)
 
 
-def gradients(config: Config, model: Model, read: Read, weight_M, active: tuple[bool, ...], loss=objective.loss):
-  """Those of the loss over a batch, in config.train.accumulate microbatches: (float32 loss, Sums, a Model of gradients).
+def gradients(config: Config, model: Model, read: Read, weight_M, active: tuple[bool, ...],
+              loss=objective.loss):
+  """Those of the loss over a batch, in config.train.accumulate microbatches: (float32 loss, Sums,
+  a Model of gradients).
 
   Args:
     read: the whole batch, rows over (data, fsdp).
@@ -86,7 +98,9 @@ def gradients(config: Config, model: Model, read: Read, weight_M, active: tuple[
 
 
 def counted_flops_per_token(config: Config) -> float:
-  """FLOPs that `gradients` multiplies, recomputation included: traced on one device, loops counted times their length."""
+  """FLOPs that `gradients` multiplies, recomputation included: traced on one device, loops
+  counted times their length.
+  """
   M, L = config.model.futures, config.data.length
   model = jax.eval_shape(lambda: Model(config.model, jax.random.key(0)))
   ids_BT = jax.ShapeDtypeStruct((config.train.batch, L + M), jnp.int32)
@@ -109,18 +123,21 @@ def step(config: Config, state: State, batch, byte_length_V, weight_M, active: t
     weight_M, active, loss: as in `gradients`.
 
   Returns:
-    The next state, and metrics: scalars and [M] arrays, each a sum divided once by its count; nan where nothing counted.
+    The next state, and metrics: scalars and [M] arrays, each a sum divided once by its count; nan
+      where nothing counted.
   """
   read = Read.of(batch, config.model.futures)
   loss, sums, grads = gradients(config, state.model, read, weight_M, active, loss)
   with jax.named_scope('update'):
     norm = optax.tree.norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, moments = optimizer.update(config.optimizer, config.train.steps, grads, state.optimizer, state.model, ok)
+    updates, moments = optimizer.update(config.optimizer, config.train.steps, grads,
+                                        state.optimizer, state.model, ok)
     updated = optax.apply_updates(state.model, updates)
     model = jax.tree.map(lambda new, old: jnp.where(ok, new, old), updated, state.model)
     bad = (~ok).astype(jnp.int32)
-    following = State(state.step + 1, state.skipped + bad, (state.skipped_in_a_row + 1) * bad, model, moments)
+    following = State(state.step + 1, state.skipped + bad, (state.skipped_in_a_row + 1) * bad,
+                      model, moments)
   bits_per_byte = sums.nats_M[0] / math.log(2) / read.target_bytes(byte_length_V)
   return following, {
       'loss': loss,
@@ -133,7 +150,8 @@ def step(config: Config, state: State, batch, byte_length_V, weight_M, active: t
       'bits_per_byte': jnp.where(active[0], bits_per_byte, jnp.nan),
       'gradient_norm': norm,
       'update_norm': jnp.where(ok, optax.tree.norm(updates), 0.0),
-      'learning_rate': optimizer.learning_rate(config.optimizer, config.train.steps, state.optimizer),
+      'learning_rate': optimizer.learning_rate(config.optimizer, config.train.steps,
+                                               state.optimizer),
       'padding': jnp.mean(read.segments_BL == 0, dtype=jnp.float32),
       'skipped': following.skipped,
       'skipped_in_a_row': following.skipped_in_a_row,
@@ -141,19 +159,24 @@ def step(config: Config, state: State, batch, byte_length_V, weight_M, active: t
 
 
 def compiled_step(config: Config):
-  """advance(state, batch, byte_length_V, fraction) -> (state, metrics): `step` with the weights at that fraction of training.
+  """advance(state, batch, byte_length_V, fraction) -> (state, metrics): `step` with the weights
+  at that fraction of training.
 
   Jitted once for each set of futures whose weight is not 0; the state is donated.
   """
-  jitted, M = jax.jit(functools.partial(step, config), donate_argnums=0, static_argnames='active'), config.model.futures
+  M = config.model.futures
+  jitted = jax.jit(functools.partial(step, config), donate_argnums=0, static_argnames='active')
 
   def advance(state: State, batch, byte_length_V, fraction: float):
-    return jitted(state, batch, byte_length_V, np.float32(config.objective.weights_M(M, fraction)), active=config.objective.active(M, fraction))
+    return jitted(state, batch, byte_length_V, np.float32(config.objective.weights_M(M, fraction)),
+                  active=config.objective.active(M, fraction))
   return advance
 
 
 def restore(config: Config, workdir, step: int, mesh) -> State:
-  """The state of a checkpoint, on this mesh. Raises BadInput when its arrays are not those of the config."""
+  """The state of a checkpoint, on this mesh. Raises BadInput when its arrays are not those of the
+  config.
+  """
   shapes = abstract(config, mesh)
   loaded = store.restore(workdir, step, parameters=shapes.model, training=shapes.without_model())
   state = loaded['training']

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def watched(seconds: float) -> Iterator[None]:
-  """Ends the process with exit code 1 when the block takes longer; prints the stacks of all threads first.
+  """Ends the process with exit code 1 when the block takes longer; prints the stacks of all
+  threads first.
 
   Works even when Python itself hangs. With 0 seconds nothing is watched.
   """
@@ -25,7 +26,8 @@ def watched(seconds: float) -> Iterator[None]:
 class Interrupts:
   """Records signals; a second Ctrl-C interrupts.
 
-  received: the last signal, 0 if none. forwarded: whether the other processes of the job know of it.
+  received: the last signal, 0 if none. forwarded: whether the other processes of the job know of
+    it.
   """
 
   def __init__(self, numbers: tuple[int, ...]):
@@ -33,7 +35,8 @@ class Interrupts:
 
   def __enter__(self) -> 'Interrupts':
     self.received, self.forwarded, self.old_handlers = 0, False, {}
-    with contextlib.suppress(ValueError):  # handlers can be set in the main thread only; some notebooks run in another
+    # handlers can be set in the main thread only; some notebooks run in another
+    with contextlib.suppress(ValueError):
       self.old_handlers = {number: signal.signal(number, self._receive) for number in self.numbers}
     return self
 
