@@ -5,10 +5,11 @@ WORKDIR ?= runs/tiny
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help train test lint
+.PHONY: help train test test-all lint
 help:
 	@echo 'make train   install, pretrain the tiny multi-token model on the standard library, show what it writes and how fast'
-	@echo 'make test    install, run every test'
+	@echo 'make test    install, run every test but the slow ones: Slurm, plans of large models, long kill loops'
+	@echo 'make test-all   install, run every test'
 	@echo 'make lint    install, check the style'
 	@echo 'variables: PYTHON=$(PYTHON) (3.11 or newer)  VENV=$(VENV)  WORKDIR=$(WORKDIR)'
 
@@ -18,6 +19,9 @@ train: $(VENV)/installed
 	@echo 'next: $(RUN) -m mtp_jax generate --workdir=$(WORKDIR) --prompt="def main():"'
 
 test: $(VENV)/installed-dev
+	$(RUN) -m pytest -m 'not slow'
+
+test-all: $(VENV)/installed-dev
 	$(RUN) -m pytest
 
 lint: $(VENV)/installed-dev

@@ -63,8 +63,8 @@ def step(family: str) -> tuple[list[float], str]:
   model = ModelConfig(vocab=24, width=16, layers=5, heads=4, kv_heads=2, head_width=8, feed_forward=20, futures=3, **FAMILIES[family])
   config = Config(model, ObjectiveConfig(weights=(1.0, 0.5, 0.25), chunk=10, z_loss=1e-3), DataConfig(length=24),
                   OptimizerConfig(warmup_steps=0, epsilon=1e-2), TrainConfig(batch=4))
-  state = jax.jit(lambda key: training.init(config, key))(jax.random.key(0))
-  state, metrics = training.compiled_step(config)(state, rows(model), np.ones(model.vocab, np.int32), 0.0)
+  state = training.compiled_init(config, jax.random.key(0))
+  state, metrics = training.compiled_step(config, state, rows(model), np.ones(model.vocab, np.int32), 0.0)
   digests = sorted(hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for x in jax.tree.leaves(state.model))
   weighted = math.fsum(np.sum(np.float64(x).ravel() * np.cos(np.arange(x.size))) for x in jax.tree.leaves(state.model))
   numbers = [*(float(metrics[name]) for name in ('loss', 'gradient_norm', 'update_norm')), *metrics['nats'].tolist(), float(weighted)]

@@ -20,7 +20,6 @@ def test_inspect_prints_what_a_checkpoint_holds(run, run_json, place):
   assert code == 0 and values['parameters_sha256'] in out[-1]
 
 
-@pytest.mark.slow
 def test_train_and_its_benchmark_print_one_object(run_json, place):
   train = 'train --config=tiny.py --workdir=new'
   values = run_json(f'{train} --config.train.steps=3 --config.train.tensorboard=true')
@@ -39,7 +38,6 @@ def test_train_and_its_benchmark_print_one_object(run_json, place):
   assert values['flops_ratio'] == 1 and values['memory_ratio'] < 1
 
 
-@pytest.mark.slow
 def test_drafts_are_timed_beside_plain_decoding(run_json, place):
   values = run_json('benchmark decode --workdir=run --prompts=2 --prompt_tokens=8 --max_tokens=8 '
                     '--repeats=1 --batch=1,2 --plot=decode.png')

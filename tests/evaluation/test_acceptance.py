@@ -133,7 +133,6 @@ def test_greedy_forwards_are_those_that_the_decoder_makes(lm):
       assert (forwards, accepted.tolist()) == (said.forwards, said.accepted)
 
 
-@pytest.mark.slow
 def test_sampled_forwards_agree_with_speculative_sampling_within_its_confidence_interval(tiny, random_model):
   """Leviathan's algorithm 1 by hand on full distributions, 600 documents; then the expectation over the very documents that it wrote."""
   model = random_model(tiny(futures=3, vocab=8))

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.filterwarnings(r'ignore:the load_module\(\) method is d
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', ['tiny', 'tiny_ntp', 'tiny_sequential'])
 def test_the_tiny_configs_are_certified(name, capsys):
   assert main(['certify', f'--config={CONFIGS / name}.py', '--json']) == 0

@@ -157,27 +157,23 @@ def as_plain(tree):
   return {'embed_VD': tree.embed_VD[...], 'blocks': tree.trunk, 'norm_D': tree.final_norm_D[...], 'unembed_VD': tree.unembed_VD[...]}
 
 
-def assert_bitwise(found, wanted):
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
-    np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
-
-
-def test_one_future_is_the_plain_language_model_bitwise(tiny, random_model, packed, family):
+def test_one_future_is_the_plain_language_model(tiny, random_model, packed, family, assert_close):
+  """Two programs, which XLA fuses as it likes on each processor: equal but for the order of float32 sums."""
   model = random_model(tiny(futures=1, **family))
   batch = packed(model.config, 3, LENGTH)
   value, sums, grads = jax.jit(functools.partial(gradients, chunk=3 * LENGTH))(model, batch)
   wanted, wanted_grads = jax.jit(jax.value_and_grad(plain))(as_plain(model), batch)
-  assert float(value) == float(sums.nats_M[0]) == float(wanted)
-  assert_bitwise(as_plain(grads), wanted_grads)
+  assert_close((value, sums.nats_M[0]), (wanted, wanted))
+  assert_close(as_plain(grads), wanted_grads)
 
 
-def test_with_one_future_all_kinds_are_one_bitwise(tiny, random_model, packed):
+def test_with_one_future_all_kinds_are_one(tiny, random_model, packed, assert_close):
   batch = packed(tiny(futures=1), 3, LENGTH)
   run = jax.jit(gradients)
   value, sums, grads = run(random_model(tiny(futures=1)), batch)
   for kind in ('linear', 'causal', 'anticausal', 'sequential'):
     other_value, other_sums, other_grads = run(random_model(tiny(futures=1, kind=kind)), batch)
-    assert_bitwise((value, sums, as_plain(grads)), (other_value, other_sums, as_plain(other_grads)))
+    assert_close((value, sums, as_plain(grads)), (other_value, other_sums, as_plain(other_grads)))
 
 
 def test_packed_documents_equal_documents_in_rows_of_their_own(tiny, random_model, variant, assert_close):

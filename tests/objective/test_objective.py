@@ -183,7 +183,8 @@ def test_a_future_of_weight_zero_is_skipped_and_changes_nothing(tiny, random_mod
   (all_flops, ((value, sums), grads)), (flops, ((some_value, some_sums), some_grads)) = run(None), run(active)
   assert_close((some_value, some_grads), (value, grads))
   for found, everything in zip(jax.tree.leaves(some_sums), jax.tree.leaves(sums)):
-    np.testing.assert_array_equal(found, np.where(active, everything, 0))
+    np.testing.assert_array_equal(np.asarray(found)[~np.array(active)], 0)
+    np.testing.assert_allclose(found, np.where(active, everything, 0), rtol=1e-6)  # two programs: sums in another order
   assert np.all(sums.count_M)
 
   head = 2 * sum(math.prod(x.shape[1:]) for path, x in jax.tree_util.tree_leaves_with_path(model.futures) if 'norm' not in jax.tree_util.keystr(path))

@@ -274,7 +274,6 @@ def close(found: dict[int, str], wanted: dict[int, float]) -> bool:
                                                for step, loss in found.items())
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one_does_and_both_log_it(folder, alone, tmp_path, capfd):
   found = losses(folder / 'whole')
   assert list(found) == list(range(1, JOB['train.steps'] + 1))
@@ -313,7 +312,6 @@ sys.exit(processes.run(work, 10))
 '''
 
 
-@pytest.mark.slow
 def test_what_two_processes_saved_and_load_is_bit_for_bit_what_one_loads_on_any_mesh(folder):
   lm = mtp_jax.load(folder / 'whole')
   assert lm.mesh.size == 8
@@ -335,7 +333,6 @@ def test_what_two_processes_saved_and_load_is_bit_for_bit_what_one_loads_on_any_
     assert found == {'sha256': wanted, 'devices': 8, 'here': 4, 'total': 11, 'refused': refused}
 
 
-@pytest.mark.slow
 def test_a_sequence_over_two_processes_is_that_of_one_and_ctrl_c_to_one_stops_both_at_one_step(
     job, alone, tmp_path, capfd):
   """Both hold part of every row, so that both read all of them."""
@@ -352,7 +349,6 @@ def test_a_sequence_over_two_processes_is_that_of_one_and_ctrl_c_to_one_stops_bo
   assert len(found) >= 3 and close(found, alone(tmp_path / 'alone', **over_both))
 
 
-@pytest.mark.slow
 def test_sigterm_to_one_stops_both_at_one_step_and_the_resumed_job_equals_an_uninterrupted_one(
     folder, job, tmp_path):
   workdir, wanted = tmp_path / 'run', losses(folder / 'whole')
@@ -370,7 +366,6 @@ def test_sigterm_to_one_stops_both_at_one_step_and_the_resumed_job_equals_an_uni
   assert wanted == losses(workdir) == losses(workdir / 'process-1')
 
 
-@pytest.mark.slow
 def test_processes_with_different_commands_are_all_refused(folder, job, tmp_path):
   for workdirs, fields, said in (((tmp_path / 'run',), ({}, {'train.seed': 1}), 'config'),
                                  ((folder / 'whole', tmp_path / 'empty'), ({}, {}), 'checkpoint')):
@@ -383,7 +378,6 @@ def test_processes_with_different_commands_are_all_refused(folder, job, tmp_path
   assert not (tmp_path / 'run').exists() and not (tmp_path / 'empty').exists()
 
 
-@pytest.mark.slow
 def test_a_process_that_is_refused_ends_the_other_too(job, tmp_path):
   (tmp_path / 'file').write_text('')
   start = time.monotonic()

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import pathlib
 import random
 import re
@@ -57,21 +56,11 @@ FAMILY = {
 
 
 @pytest.fixture(scope='module', autouse=True)
-def compilations(tmp_path_factory):
-  """Runs of a config, here and in processes started here, compile once; the machine's peak is not measured."""
-  from jax.experimental.compilation_cache import compilation_cache
+def peak():
+  """The machine's peak is not measured."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(chips, 'peak_flops', lambda: 1e9)
-    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.mktemp('compilations')))
-    patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    use = lambda folder, seconds: (jax.config.update('jax_compilation_cache_dir', folder),
-                                   jax.config.update('jax_persistent_cache_min_compile_time_secs',
-                                                     seconds),
-                                   compilation_cache.reset_cache())
-    use(os.environ['JAX_COMPILATION_CACHE_DIR'], 0)
     yield
-    use(*before)
 
 
 @pytest.fixture(scope='module')
@@ -186,7 +175,6 @@ def test_a_run_that_ended_can_be_run_again(uninterrupted, tmp_path):
   assert log_of(workdir) == before
 
 
-@pytest.mark.slow
 def test_a_process_stopped_by_sigterm_ctrl_c_and_sigkill_ends_as_if_uninterrupted(folder, tmp_path):
   """Three processes in turn, each ended at a random moment after saving a checkpoint; then a run to the end."""
   config = experiment(folder,
@@ -222,18 +210,14 @@ def poisoned(steps):
   """A compiled step whose parameters are infinite at some steps, as after an overflow."""
   original = training.compiled_step
 
-  def compiled_step(config):
-    advance = original(config)
-
-    def step(state, batch, byte_length_V, fraction):
-      if int(state.step) + 1 not in steps:
-        return advance(state, batch, byte_length_V, fraction)
-      state = jax.tree.map(jnp.copy, state)
-      bad = jax.tree.map(jnp.copy, state)
-      bad = dataclasses.replace(bad, model=jax.tree.map(lambda x: x * math.inf, bad.model))
-      following, found = advance(bad, batch, byte_length_V, fraction)
-      return dataclasses.replace(following, model=state.model), found
-    return step
+  def compiled_step(config, state, *others):
+    if int(state.step) + 1 not in steps:
+      return original(config, state, *others)
+    state = jax.tree.map(jnp.copy, state)
+    bad = jax.tree.map(jnp.copy, state)
+    bad = dataclasses.replace(bad, model=jax.tree.map(lambda x: x * math.inf, bad.model))
+    following, metrics = original(config, bad, *others)
+    return dataclasses.replace(following, model=state.model), metrics
   return compiled_step
 
 
@@ -257,7 +241,7 @@ def test_a_non_finite_step_leaves_parameters_moments_and_counters_alone(folder):
   nan = jax.tree.map(jnp.copy, state)
   nan = dataclasses.replace(nan, model=jax.tree_util.tree_map_with_path(with_nan, nan.model))
   with jax.set_mesh(mesh):
-    advance = training.compiled_step(config)
+    advance = functools.partial(training.compiled_step, config)
     byte_length_V = jnp.ones(config.model.vocab, jnp.int32)
     before = jax.tree.map(np.array, nan)
     after, found = advance(nan, put(batch, mesh), byte_length_V, 0.0)
@@ -496,8 +480,8 @@ def test_accumulation_changes_nothing_but_memory(folder):
   with jax.set_mesh(mesh):
     for k in (1, 2):
       c = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulate=k))
-      found[k] = jax.device_get(training.compiled_step(c)(
-          jax.tree.map(jnp.copy, state), put(batch, mesh), byte_length_V, 0.0))
+      found[k] = jax.device_get(training.compiled_step(
+          c, jax.tree.map(jnp.copy, state), put(batch, mesh), byte_length_V, 0.0))
   assert found[1][1]['count'].tolist() == found[2][1]['count'].tolist()
   assert found[1][1]['count'][0] < 8 * 16
   for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(found[2])):

@@ -7,7 +7,6 @@ bit by bit, as one that was not.
 """
 import contextlib
 import dataclasses
-import functools
 import json
 import pathlib
 import time
@@ -31,7 +30,7 @@ from mtp_jax.train import processes
 from mtp_jax.train.nonfinite import NotFinite
 from mtp_jax.train.opening import Opened, open_run
 from mtp_jax.train.recording import Recorder, Step
-from mtp_jax.train.step import State, compiled_step, init, restore
+from mtp_jax.train.step import State, compiled_init, compiled_step, restore
 from mtp_jax.train.watch import watched
 
 __all__ = ['NotFinite', 'Outcome', 'fit']
@@ -133,7 +132,6 @@ class _Run:
     self.events.write('start', started, 0.0, self.step)
     self.events.write('setup', started, time.time() - started, self.step)
     self.state = self._first_state(workdir, opened)
-    self.compiled = compiled_step(config)
 
     self.byte_length_V = jax.device_put(byte_lengths(config, opened.tokenizer),
                                         jax.NamedSharding(mesh, jax.P()))
@@ -149,7 +147,7 @@ class _Run:
     """A new state, or the checkpoint's, with the batches at its position in the data."""
     if opened.record is None:
       with self.events.span('compile', self.step):
-        return jax.jit(functools.partial(init, self.config))(jax.random.key(self.config.train.seed))
+        return compiled_init(self.config, jax.random.key(self.config.train.seed))
     with self.events.span('restore', self.step):
       self.batches.set_state(opened.record['data'])
       return restore(self.config, workdir, self.step, self.mesh)
@@ -167,7 +165,7 @@ class _Run:
     else:
       timed = watched(hang_seconds)
     with timed:
-      self.state, metrics = self.compiled(self.state, batch, self.byte_length_V, fraction)
+      self.state, metrics = compiled_step(self.config, self.state, batch, self.byte_length_V, fraction)
     self.step += 1
     self.recorder.add(Step(self.step, metrics, batch, self.flops_per_step,
                            self.batches.quarantined))

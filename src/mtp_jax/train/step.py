@@ -10,7 +10,6 @@ own. The gradient of a future that is not computed is 0, as it would be otherwis
 and momentum go on.
 """
 import dataclasses
-import functools
 import math
 
 import jax
@@ -158,19 +157,19 @@ def step(config: Config, state: State, batch, byte_length_V, weight_M, active: t
   }
 
 
-def compiled_step(config: Config):
-  """advance(state, batch, byte_length_V, fraction) -> (state, metrics): `step` with the weights
-  at that fraction of training.
+# Jitted here, once a process, so that a second run of the same config compiles and traces nothing.
+compiled_init = jax.jit(init, static_argnames='config')
+_compiled_step = jax.jit(step, static_argnames=('config', 'active', 'loss'), donate_argnames='state')
 
-  Jitted once for each set of futures whose weight is not 0; the state is donated.
+
+def compiled_step(config: Config, state: State, batch, byte_length_V, fraction: float) -> tuple[State, dict]:
+  """`step`, with the weights of the futures when this fraction of training is done.
+
+  Compiled once for each set of futures whose weight is not 0; the state is donated.
   """
-  M = config.model.futures
-  jitted = jax.jit(functools.partial(step, config), donate_argnums=0, static_argnames='active')
-
-  def advance(state: State, batch, byte_length_V, fraction: float):
-    return jitted(state, batch, byte_length_V, np.float32(config.objective.weights_M(M, fraction)),
-                  active=config.objective.active(M, fraction))
-  return advance
+  M, o = config.model.futures, config.objective
+  weight_M = np.float32(o.weights_M(M, fraction))
+  return _compiled_step(config, state, batch, byte_length_V, weight_M, active=o.active(M, fraction))
 
 
 def restore(config: Config, workdir, step: int, mesh) -> State:
