@@ -61,9 +61,9 @@ def test_the_exported_llama_has_the_logits_of_the_model(random_model, variant):
   """For every kind of model: the trunk and future 0, in float64 against float32."""
   lm = model(random_model, **variant)
   ids = np.random.default_rng(0).integers(0, lm.tokenizer.size, 12)
-  tokens_BS = jnp.asarray(ids[None], jnp.int32)
-  forward, _ = lm.decoder.forward(tokens_BS, jnp.arange(12)[None], lm.decoder.caches(1, 12))
-  expected = np.asarray(lm.decoder.logits(forward.next_BTD))[0]
+  tokens_Bi = jnp.asarray(ids[None], jnp.int32)
+  forward, _ = lm.decoder.forward(tokens_Bi, jnp.arange(12)[None], lm.decoder.caches(1, 12))
+  expected = np.asarray(lm.decoder.logits(forward.next_BiD))[0]
   np.testing.assert_allclose(logits(llama.export(lm), ids), expected, rtol=0,
                              atol=1e-4 * np.abs(expected).max())
 

@@ -44,7 +44,7 @@ def export(lm: LanguageModel) -> Llama:
     raise BadInput('--against=transformers: its Llama has no qk_norm and no logit_cap, and is '
                    'compared in float32')
   linear_head = c.kind == 'linear' and c.futures > 1
-  blocks = [*decoder.layers, *(decoder.head(m) for m in decoder.running if c.kind != 'linear')]
+  blocks = [*decoder.layers, *(decoder.head(m) for m in decoder.heads_in_forward if c.kind != 'linear')]
   weights = {'model.embed_tokens.weight': np.array(decoder.embed_VD[:tokenizer.size]),
              'model.norm.weight': np.array(decoder.final_norm_D),
              'lm_head.weight': np.array(decoder.unembed_DV.T)}
