@@ -1,14 +1,19 @@
-"""Eight fake devices, warnings as errors (pyproject.toml), and what several files need: rows, small models, a comparison."""
+"""Eight fake devices, warnings as errors (pyproject.toml), and what several files need: rows, small
+models, a comparison.
+"""
 import os
 import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Compiled programs are kept from one session to the next, shared by the workers and by the processes that tests start.
+# Compiled programs are kept from one session to the next, shared by the workers and by the
+# processes that tests start.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.pytest_cache' / 'programs'))
 os.environ |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'}
-# Compilation dominates these tests: without LLVM's optimization they take a third of the time, and sums keep the order they are written in.
-os.environ['XLA_FLAGS'] = ('--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
-                           + os.environ.get('XLA_FLAGS', '')).strip()
+# Compilation dominates these tests: without LLVM's optimization they take a third of the time, and
+# sums keep the order they are written in.
+os.environ['XLA_FLAGS'] = ' '.join([
+    '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0',
+    '--xla_llvm_disable_expensive_passes=true', os.environ.get('XLA_FLAGS', '')]).strip()
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import functools
@@ -27,12 +32,15 @@ from mtp_jax.data.folder import Folder
 from mtp_jax.data.shards import Shard, ShardWriter, Stream
 from mtp_jax.model.model import Model
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in the background, and by all that starts
+# a shell has it ignored by what runs in the background, and by all that starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope='module', autouse=True)
 def forget_programs():
-  """Every compiled program holds memory maps, of which a process may have only so many (65,530): LLVM crashes beyond."""
+  """Every compiled program holds memory maps, of which a process may have only so many (65,530):
+  LLVM crashes beyond.
+  """
   yield
   jax.clear_caches()
   gc.collect()
@@ -65,13 +73,16 @@ def variant(request) -> dict:
 def tiny():
   """A small ModelConfig; no two of its sizes are equal."""
   def make(**changes) -> ModelConfig:
-    return ModelConfig(**{'vocab': 24, 'width': 16, 'layers': 5, 'heads': 4, 'kv_heads': 2, 'head_width': 8, 'feed_forward': 20, 'futures': 3} | changes)
+    return ModelConfig(**{'vocab': 24, 'width': 16, 'layers': 5, 'heads': 4, 'kv_heads': 2, 'head_width': 8,
+                          'feed_forward': 20, 'futures': 3} | changes)
   return make
 
 
 @pytest.fixture(scope='session')
 def random_model():
-  """A model whose every parameter is random, norm scales included, filled without compiling anything."""
+  """A model whose every parameter is random, norm scales included, filled without compiling
+  anything.
+  """
   def make(c: ModelConfig, seed: int = 0) -> Model:
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(functools.partial(Model, c), jax.random.key(0))
@@ -103,7 +114,9 @@ def packed():
 
 @pytest.fixture(scope='session')
 def stream_of():
-  """A stream, in shards, of documents of given lengths. The first token of each is `bos`, 60,000; any other tells its place in the stream."""
+  """A stream, in shards, of documents of given lengths. The first token of each is `bos`, 60,000;
+  any other tells its place in the stream.
+  """
   def make(folder, *shards) -> Stream:
     entries, place = [], 0
     for number, lengths in enumerate(shards):
@@ -121,12 +134,15 @@ def stream_of():
 
 @pytest.fixture(scope='session')
 def assert_close():
-  """Equal leaf by leaf, up to `relative` of each leaf's largest entry: float32 sums in another order differ by a few 1e-7."""
+  """Equal leaf by leaf, up to `relative` of each leaf's largest entry: float32 sums in another
+  order differ by a few 1e-7.
+  """
   def check(found, wanted, relative: float = 1e-5):
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted)):
       a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-      np.testing.assert_allclose(a, b, rtol=0, atol=relative * np.abs(b).max(initial=0, where=np.isfinite(b)), err_msg=jax.tree_util.keystr(path))
+      np.testing.assert_allclose(a, b, rtol=0, atol=relative * np.abs(b).max(initial=0, where=np.isfinite(b)),
+                                 err_msg=jax.tree_util.keystr(path))
   return check
 
 

@@ -1,6 +1,8 @@
-"""One train step of every kind of model from a fixed seed, to the last bit on the machine that wrote it down.
+"""One train step of every kind of model from a fixed seed, to the last bit on the machine that
+wrote it down.
 
-A change that only moves code keeps every number here. `python tests/test_golden.py` prints the table anew.
+A change that only moves code keeps every number here. `python tests/test_golden.py` prints the
+table anew.
 """
 import hashlib
 import math
@@ -14,7 +16,8 @@ from conftest import FAMILIES
 from mtp_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from mtp_jax.train import step as training
 
-# loss, gradient norm, update norm, nats of each future, parameters weighted by cos(0), cos(1), ...; SHA-256 of the parameters.
+# loss, gradient norm, update norm, nats of each future, parameters weighted by cos(0), cos(1), ...;
+# SHA-256 of the parameters.
 MACHINE = '610995ee jax 0.10.2'
 GOLDEN = {
     'parallel': ([6.473332405090332, 3.222806930541992, 0.010228018276393414, 3.755735397338867,
@@ -43,7 +46,8 @@ GOLDEN = {
 
 def machine() -> str:
   """What decides the last bits: the processor, and what compiles for it."""
-  about = pathlib.Path('/proc/cpuinfo').read_text().partition('\n\n')[0] if pathlib.Path('/proc/cpuinfo').exists() else ''
+  cpuinfo = pathlib.Path('/proc/cpuinfo')
+  about = cpuinfo.read_text().partition('\n\n')[0] if cpuinfo.exists() else ''
   kept = sorted(line for line in about.splitlines() if line.startswith(('model', 'stepping', 'cache size', 'flags')))
   return f'{hashlib.sha256(chr(10).join(kept).encode()).hexdigest()[:8]} jax {jax.__version__}'
 
@@ -60,14 +64,16 @@ def rows(c: ModelConfig) -> dict:
 
 def step(family: str) -> tuple[list[float], str]:
   """(the numbers of GOLDEN, SHA-256 of the parameters), whatever the parameters are called."""
-  model = ModelConfig(vocab=24, width=16, layers=5, heads=4, kv_heads=2, head_width=8, feed_forward=20, futures=3, **FAMILIES[family])
+  model = ModelConfig(vocab=24, width=16, layers=5, heads=4, kv_heads=2, head_width=8, feed_forward=20, futures=3,
+                      **FAMILIES[family])
   config = Config(model, ObjectiveConfig(weights=(1.0, 0.5, 0.25), chunk=10, z_loss=1e-3), DataConfig(length=24),
                   OptimizerConfig(warmup_steps=0, epsilon=1e-2), TrainConfig(batch=4))
   state = training.compiled_init(config, jax.random.key(0))
   state, metrics = training.compiled_step(config, state, rows(model), np.ones(model.vocab, np.int32), 0.0)
   digests = sorted(hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for x in jax.tree.leaves(state.model))
   weighted = math.fsum(np.sum(np.float64(x).ravel() * np.cos(np.arange(x.size))) for x in jax.tree.leaves(state.model))
-  numbers = [*(float(metrics[name]) for name in ('loss', 'gradient_norm', 'update_norm')), *metrics['nats'].tolist(), float(weighted)]
+  numbers = [*(float(metrics[name]) for name in ('loss', 'gradient_norm', 'update_norm')), *metrics['nats'].tolist(),
+             float(weighted)]
   return numbers, hashlib.sha256(''.join(digests).encode()).hexdigest()
 
 

@@ -1,4 +1,6 @@
-"""What stands in launch/: each file is held against the rules of its environment; Slurm, where it is installed, runs a job for real."""
+"""What stands in launch/: each file is held against the rules of its environment; Slurm, where it
+is installed, runs a job for real.
+"""
 import json
 import math
 import os
@@ -85,17 +87,21 @@ def test_the_jobset_is_one(jobset, schema):
 
 BROKEN = {
     'another version': lambda x: x.update(apiVersion='jobset.x-k8s.io/v1'),
-    'policy of the job among those of the set': lambda x: x['spec'].update(podFailurePolicy=job(x).pop('podFailurePolicy')),
+    'policy of the job among those of the set':
+        lambda x: x['spec'].update(podFailurePolicy=job(x).pop('podFailurePolicy')),
     'policy misspelt': lambda x: x['spec'].update(failurePolices=x['spec'].pop('failurePolicy')),
     'no such action': lambda x: x['spec']['failurePolicy']['rules'][0].update(action='Restart'),
     'no such reason': lambda x: x['spec']['failurePolicy']['rules'][0].update(onJobFailureReasons=['ExitCode']),
     'no regular expression': lambda x: x['spec']['failurePolicy']['rules'][0].update(onJobFailureMessagePatterns=['(']),
     'pods that Kubernetes restarts itself': lambda x: pod(x).update(restartPolicy='OnFailure'),
     'exit code as text': lambda x: job(x)['podFailurePolicy']['rules'][0]['onExitCodes'].update(values=['143']),
-    'codes and conditions in one rule': lambda x: job(x)['podFailurePolicy']['rules'][0].update(onPodConditions=[{'type': 'DisruptionTarget', 'status': 'True'}]),
+    'codes and conditions in one rule':
+        lambda x: job(x)['podFailurePolicy']['rules'][0].update(
+            onPodConditions=[{'type': 'DisruptionTarget', 'status': 'True'}]),
     'condition without status': lambda x: job(x)['podFailurePolicy']['rules'][2]['onPodConditions'][0].pop('status'),
     'boolean label': lambda x: pod(x)['nodeSelector'].update({'cloud.google.com/gke-spot': True}),
-    'topology as a number of chips': lambda x: pod(x)['nodeSelector'].update({'cloud.google.com/gke-tpu-topology': '8'}),
+    'topology as a number of chips':
+        lambda x: pod(x)['nodeSelector'].update({'cloud.google.com/gke-tpu-topology': '8'}),
     'no chips': lambda x: pod(x)['containers'][0]['resources'].pop('limits'),
 }
 
@@ -113,7 +119,8 @@ def test_hosts_times_chips_are_the_topology_and_the_mesh_is_all_slices(jobset):
   assert resources['requests'] == resources['limits']
   assert job(jobset)['parallelism'] == job(jobset)['completions'] == chips / resources['limits']['google.com/tpu']
   slices = jobset['spec']['replicatedJobs'][0]['replicas']
-  mesh = {axis: int(size) for axis, size in re.findall(r'--config\.mesh\.(\w+)=(\d+)', '\n'.join(pod(jobset)['containers'][0]['args']))}
+  mesh = {axis: int(size) for axis,
+          size in re.findall(r'--config\.mesh\.(\w+)=(\d+)', '\n'.join(pod(jobset)['containers'][0]['args']))}
   assert math.prod(mesh.values()) == slices * chips and mesh['data'] % slices == 0
 
 
@@ -128,35 +135,44 @@ def test_the_arguments_of_the_jobset_are_a_config(jobset, monkeypatch, capsys):
 
 
 def test_no_two_jobs_share_a_slice_and_no_two_runs_a_workdir(jobset):
-  assert jobset['metadata']['annotations'] == {'alpha.jobset.sigs.k8s.io/exclusive-topology': 'cloud.google.com/gke-nodepool'}
+  assert jobset['metadata']['annotations'] == {
+      'alpha.jobset.sigs.k8s.io/exclusive-topology': 'cloud.google.com/gke-nodepool'}
   assert jobset['spec']['failurePolicy']['restartStrategy'] == 'BlockingRecreate' and job(jobset)['backoffLimit'] == 0
 
 
 def test_there_is_time_to_save(jobset):
   """As much as on Slurm, and more than the others need to notice that a host is gone."""
   on_slurm = int(re.search(r'--signal=TERM@(\d+)', (LAUNCH / 'slurm.sbatch').read_text())[1])
-  assert pod(jobset)['terminationGracePeriodSeconds'] >= on_slurm > 60 + 2 * TrainConfig().heartbeat_seconds  # Slurm may be a minute early, not late
+  # Slurm may be a minute early, not late
+  assert pod(jobset)['terminationGracePeriodSeconds'] >= on_slurm > 60 + 2 * TrainConfig().heartbeat_seconds
 
 
 def answer(jobset: dict, code: int | None, container: str = 'train') -> str:
-  """What happens when a container exits with this code, or, None, a pod is evicted: Kubernetes' two lists of rules, the first match of each."""
+  """What happens when a container exits with this code, or, None, a pod is evicted: Kubernetes' two
+  lists of rules, the first match of each.
+  """
   reason, message = 'BackoffLimitExceeded', 'Job has reached the specified backoff limit'
   for index, rule in enumerate(job(jobset)['podFailurePolicy']['rules']):
     assert rule['action'] == 'FailJob'
     codes = rule.get('onExitCodes', {})
     if code is not None and code in codes.get('values', ()) and codes.get('containerName', container) == container:
-      reason, message = 'PodFailurePolicy', f'Container {container} for pod default/mtp-jax-slice-0-2-143x2 failed with exit code {code} matching FailJob rule at index {index}'
+      reason, message = 'PodFailurePolicy', (f'Container {container} for pod default/mtp-jax-slice-0-2-143x2 failed '
+                                             f'with exit code {code} matching FailJob rule at index {index}')
       break
     if code is None and {'type': 'DisruptionTarget', 'status': 'True'} in rule.get('onPodConditions', ()):
-      reason, message = 'PodFailurePolicy', f'Pod default/mtp-jax-slice-0-1-x has condition DisruptionTarget matching FailJob rule at index {index}'
+      reason, message = 'PodFailurePolicy', ('Pod default/mtp-jax-slice-0-1-x has condition DisruptionTarget matching '
+                                             f'FailJob rule at index {index}')
       break
   for rule in jobset['spec']['failurePolicy']['rules']:
-    if reason in rule['onJobFailureReasons'] and any(re.search(pattern, message) for pattern in rule['onJobFailureMessagePatterns']):
+    if reason in rule['onJobFailureReasons'] and any(re.search(pattern, message)
+                                                     for pattern in rule['onJobFailureMessagePatterns']):
       return rule['action']
   return 'RestartJobSet'
 
 
-@pytest.mark.parametrize('code, wanted', [(143, 'RestartJobSetAndIgnoreMaxRestarts'), (None, 'RestartJobSetAndIgnoreMaxRestarts'), (2, 'FailJobSet'),
+@pytest.mark.parametrize('code, wanted',
+                         [(143, 'RestartJobSetAndIgnoreMaxRestarts'), (None, 'RestartJobSetAndIgnoreMaxRestarts'),
+                          (2, 'FailJobSet'),
                                           (1, 'RestartJobSet'), (137, 'RestartJobSet'), (12, 'RestartJobSet')])
 def test_only_restarts_after_a_failure_are_counted_and_bad_input_is_not_tried_again(jobset, code, wanted):
   assert answer(jobset, code) == wanted
@@ -189,7 +205,8 @@ def test_the_image_holds_all_that_the_package_is_built_from_and_the_configs(dock
       after |= set(rest.split()[:-1])
   assert all((ROOT / source).exists() for source in before | after), before | after
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())
-  named = {'pyproject.toml', project['project']['readme'], *project['project']['license-files'], *project['tool']['setuptools']['packages']['find']['where']}
+  named = {'pyproject.toml', project['project']['readme'], *project['project']['license-files'],
+           *project['tool']['setuptools']['packages']['find']['where']}
   assert before == named and after == {'configs'}
   offered = re.search(r'tpu \| cuda\)', next(rest for what, rest in dockerfile if what == 'RUN'))
   assert offered and {'tpu', 'cuda', 'data'} <= set(project['project']['optional-dependencies'])
@@ -200,15 +217,19 @@ def test_the_image_is_small_runs_the_command_line_and_not_as_root(dockerfile):
   assert dockerfile[0] == ('FROM', 'python:3.12-slim')
   assert dockerfile[-1] == ('ENTRYPOINT', '["python", "-m", "mtp_jax"]') and 'CMD' not in kinds
   user = [rest for what, rest in dockerfile if what == 'USER'][-1]
-  assert user not in ('root', '0') and any(what == 'RUN' and rest.startswith('useradd') and user in rest.split() for what, rest in dockerfile)
+  assert user not in ('root', '0') and any(what == 'RUN' and rest.startswith('useradd') and user in rest.split()
+                                           for what, rest in dockerfile)
   assert kinds.index('USER') > max(place for place, what in enumerate(kinds) if what in ('RUN', 'COPY'))
 
 
-@pytest.mark.parametrize('accelerator, wanted', [('tpu', '.[data,tpu]'), ('cuda', '.[data,cuda]'), ('none', '.[data]'), ('gpu', None)])
+@pytest.mark.parametrize('accelerator, wanted',
+                         [('tpu', '.[data,tpu]'), ('cuda', '.[data,cuda]'), ('none', '.[data]'), ('gpu', None)])
 def test_the_accelerator_chooses_what_is_installed(dockerfile, tmp_path, accelerator, wanted):
   program(tmp_path / 'pip', 'echo "${@: -1}"')
   script = next(rest for what, rest in dockerfile if what == 'RUN')
-  found = subprocess.run(['sh', '-c', script], env={'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'ACCELERATOR': accelerator}, capture_output=True, text=True, timeout=30)
+  found = subprocess.run(['sh', '-c', script],
+                         env={'PATH': f'{tmp_path}:{os.environ["PATH"]}',
+                              'ACCELERATOR': accelerator}, capture_output=True, text=True, timeout=30)
   assert (found.returncode, found.stdout.strip()) == ((0, wanted) if wanted else (2, ''))
   assert wanted or found.stderr == 'ACCELERATOR=gpu: must be tpu, cuda or none\n'
 
@@ -233,15 +254,20 @@ esac"""
 
 @pytest.fixture
 def tpu(tmp_path):
-  """Runs launch/tpu_vm.sh to its end; host/ is the home directory of the only host, where the training is the script `train`."""
+  """Runs launch/tpu_vm.sh to its end; host/ is the home directory of the only host, where the
+  training is the script `train`.
+  """
   program(tmp_path / 'bin' / 'gcloud', GCLOUD)
   (tmp_path / 'calls').touch()
 
-  def go(train: str, state: str = '', flags: tuple[str, ...] = ('--config=x.py', "--config.data.paths=('a b',)"), **environment) -> subprocess.Popen:
+  def go(train: str, state: str = '', flags: tuple[str, ...] = ('--config=x.py', "--config.data.paths=('a b',)"),
+         **environment) -> subprocess.Popen:
     program(tmp_path / 'host' / 'venv' / 'bin' / 'python', train)
     (tmp_path / 'state').write_text(state)
-    given = {'NAME': 'small', 'ZONE': 'z', 'TYPE': 'v5p-16', 'SHARE': '10.0.0.2:/runs', 'POLL_SECONDS': '0.2'} | environment
-    return subprocess.Popen([LAUNCH / 'tpu_vm.sh', *flags], env={'PATH': f'{tmp_path / "bin"}:{os.environ["PATH"]}', 'FAKE': str(tmp_path)} | given,
+    given = {'NAME': 'small', 'ZONE': 'z', 'TYPE': 'v5p-16', 'SHARE': '10.0.0.2:/runs',
+             'POLL_SECONDS': '0.2'} | environment
+    return subprocess.Popen([LAUNCH / 'tpu_vm.sh', *flags],
+                            env={'PATH': f'{tmp_path / "bin"}:{os.environ["PATH"]}', 'FAKE': str(tmp_path)} | given,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
   go.folder = tmp_path
   go.calls = lambda what: [line for line in (tmp_path / 'calls').read_text().splitlines() if what in line]
@@ -264,7 +290,8 @@ def test_a_slice_is_asked_for_and_trained_on_with_the_words_given(tpu):
   assert script.returncode == 0, err
   assert out.strip() == "<-m><mtp_jax><train><--config=x.py><--config.data.paths=('a b',)>"
   create, = tpu.calls('queued-resources create')
-  assert {'--node-id=small', '--zone=z', '--accelerator-type=v5p-16', '--runtime-version=v2-alpha-tpuv5'} < set(create.split()) and '--spot' not in create
+  assert {'--node-id=small', '--zone=z', '--accelerator-type=v5p-16',
+          '--runtime-version=v2-alpha-tpuv5'} < set(create.split()) and '--spot' not in create
   assert all('--worker=all' in line for line in tpu.calls('tpu-vm'))
 
 
@@ -273,7 +300,8 @@ def test_a_preempted_slice_is_made_anew_and_goes_on(tpu):
   script = tpu(train, state='SUSPENDED\n', SPOT='1')
   _, err = script.communicate(timeout=60)
   assert script.returncode == 0, err
-  assert len(tpu.calls('queued-resources delete small --zone=z --quiet --force')) == len(tpu.calls('queued-resources create')) == 2
+  deleted = tpu.calls('queued-resources delete small --zone=z --quiet --force')
+  assert len(deleted) == len(tpu.calls('queued-resources create')) == 2
   assert all(line.endswith('--spot') for line in tpu.calls('queued-resources create'))
   assert (tpu.folder / 'host' / 'mtp_jax' / 'runs').read_text() == 'run\n' * 2
 
@@ -283,11 +311,13 @@ def test_failures_are_tried_again_a_few_times_and_bad_input_is_not(tpu, code, ru
   script = tpu(f'echo run >>runs; exit {code}', state='ACTIVE\n')
   _, err = script.communicate(timeout=60)
   assert script.returncode == code, err
-  assert (tpu.folder / 'host' / 'mtp_jax' / 'runs').read_text() == 'run\n' * runs and not tpu.calls('queued-resources create')
+  assert (tpu.folder / 'host' / 'mtp_jax' / 'runs').read_text() == 'run\n' * runs
+  assert not tpu.calls('queued-resources create')
 
 
 def test_ctrl_c_saves_on_all_hosts_and_stops(tpu):
-  script = tpu('trap "echo saved; exit 143" TERM; echo started; for i in {1..300}; do sleep 0.1; done', state='ACTIVE\n')
+  script = tpu('trap "echo saved; exit 143" TERM; echo started; for i in {1..300}; do sleep 0.1; done',
+               state='ACTIVE\n')
   log = tpu.folder / 'host' / 'log'
   wait_for(lambda: log.exists() and 'started' in log.read_text(), 30, 'the training')
   os.killpg(script.pid, signal.SIGINT)
@@ -296,7 +326,8 @@ def test_ctrl_c_saves_on_all_hosts_and_stops(tpu):
 
 
 def test_a_training_that_runs_already_is_found_again(tpu):
-  script = tpu('echo run >>runs; echo started; for i in {1..300}; do test -e ../end && exit; sleep 0.1; done', state='ACTIVE\n')
+  script = tpu('echo run >>runs; echo started; for i in {1..300}; do test -e ../end && exit; sleep 0.1; done',
+               state='ACTIVE\n')
   log = tpu.folder / 'host' / 'log'
   wait_for(lambda: log.exists() and 'started' in log.read_text(), 30, 'the training')
   with script:  # closes its pipes
@@ -317,8 +348,10 @@ def sbatch(folder: pathlib.Path, code: int, **environment) -> tuple[int, list[st
   program(folder / 'bin' / 'scontrol', 'echo "$*" >>scontrol')
   program(folder / 'bin' / 'sleep', '')
   (folder / 'scontrol').write_text('')
-  given = {'PATH': f'{folder / "bin"}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '7', 'SLURM_JOB_NAME': 'mtp_jax', 'SLURM_NTASKS_PER_NODE': '1'} | environment
-  found = subprocess.run(['bash', LAUNCH / 'slurm.sbatch', '--config=x.py', 'a b'], cwd=folder, env=given, capture_output=True, text=True, timeout=30)
+  given = {'PATH': f'{folder / "bin"}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '7', 'SLURM_JOB_NAME': 'mtp_jax',
+           'SLURM_NTASKS_PER_NODE': '1'} | environment
+  found = subprocess.run(['bash', LAUNCH / 'slurm.sbatch', '--config=x.py', 'a b'], cwd=folder, env=given,
+                         capture_output=True, text=True, timeout=30)
   assert not found.stderr
   return found.returncode, (folder / 'scontrol').read_text().splitlines()
 
@@ -326,7 +359,9 @@ def sbatch(folder: pathlib.Path, code: int, **environment) -> tuple[int, list[st
 AGAIN = ['requeue 7']
 
 
-@pytest.mark.parametrize('codes, wanted', [([0], [[]]), ([2], [[]]), ([143] * 5, [AGAIN] * 5), ([1] * 5, [AGAIN, AGAIN, AGAIN, [], AGAIN]),
+@pytest.mark.parametrize('codes, wanted',
+                         [([0], [[]]), ([2], [[]]), ([143] * 5, [AGAIN] * 5),
+                          ([1] * 5, [AGAIN, AGAIN, AGAIN, [], AGAIN]),
                                            ([1, 137, 143, 1, 1, 1, 1], [AGAIN] * 6 + [[]])])
 def test_a_job_is_queued_again_unless_it_is_done_has_bad_input_or_fails_too_often(tmp_path, codes, wanted):
   assert [sbatch(tmp_path, code) for code in codes] == list(zip(codes, wanted))
@@ -340,13 +375,17 @@ def test_a_single_task_on_a_node_has_all_its_gpus(tmp_path):
 
 
 TINY = ['--config=configs/tiny.py', *(f'--config.{field}' for field in (
-    'model.width=16', 'model.heads=2', 'model.kv_heads=1', 'model.head_width=8', 'model.feed_forward=32', 'model.layers=2', 'model.futures=1', 'data.length=32',
-    'train.batch=8', 'train.steps=60', 'train.log_every=1', 'train.checkpoint_every=1000', 'train.evaluate_every=0', 'train.evaluate_rows=8',
+    'model.width=16', 'model.heads=2', 'model.kv_heads=1', 'model.head_width=8', 'model.feed_forward=32',
+    'model.layers=2', 'model.futures=1', 'data.length=32',
+    'train.batch=8', 'train.steps=60', 'train.log_every=1', 'train.checkpoint_every=1000',
+    'train.evaluate_every=0', 'train.evaluate_rows=8',
     'train.tensorboard=False', 'optimizer.warmup_steps=0', 'mesh.fsdp=8'))]
 
 
 class Slurm:
-  """A cluster of one node, in a folder: munged, slurmctld and slurmd with ports, keys and files of their own."""
+  """A cluster of one node, in a folder: munged, slurmctld and slurmd with ports, keys and files of
+  their own.
+  """
 
   def __init__(self, folder: pathlib.Path):
     self.folder, self.daemons = folder, []
@@ -359,7 +398,8 @@ class Slurm:
     (folder / 'key').chmod(0o600)
     (folder / 'state').mkdir()
     # JAX's port goes by the job's id: others, on clusters like this one, are not to have the same.
-    # A job that is queued again waits for cred_expire, 120 seconds unless set: the node refuses it while its old credential lasts.
+    # A job that is queued again waits for cred_expire, 120 seconds unless set: the node refuses it
+    # while its old credential lasts.
     (folder / 'slurm.conf').write_text(f"""
         ClusterName=test
         SlurmctldHost={host}(127.0.0.1)
@@ -388,7 +428,8 @@ class Slurm:
 
   def __enter__(self):
     f = self.folder
-    self._daemon('munged', '--force', '--foreground', f'--socket={f}/munge.socket', f'--key-file={f}/key', f'--pid-file={f}/munged.pid',
+    self._daemon('munged', '--force', '--foreground', f'--socket={f}/munge.socket', f'--key-file={f}/key',
+                 f'--pid-file={f}/munged.pid',
                  f'--log-file={f}/munged.log', f'--seed-file={f}/seed')
     wait_for(lambda: (f / 'munge.socket').exists(), 20, 'munged')
     self._daemon('slurmctld', '-D', '-f', f / 'slurm.conf')
@@ -398,29 +439,34 @@ class Slurm:
 
   def _daemon(self, *arguments):
     with (self.folder / f'{arguments[0]}.out').open('w') as out:
-      self.daemons.append(subprocess.Popen(arguments, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=self.environment(), start_new_session=True))
+      self.daemons.append(subprocess.Popen(arguments, stdout=out, stderr=out, stdin=subprocess.DEVNULL,
+                                           env=self.environment(), start_new_session=True))
 
   def environment(self, **more) -> dict:
     """Without the variables that the machine itself might have from Slurm or JAX."""
-    plain = {name: value for name, value in os.environ.items() if not name.startswith(('SLURM', 'SBATCH', 'JAX_', 'XLA_'))}
+    plain = {name: value for name, value in os.environ.items()
+             if not name.startswith(('SLURM', 'SBATCH', 'JAX_', 'XLA_'))}
     return plain | {'SLURM_CONF': str(self.folder / 'slurm.conf'), 'PATH': f'{os.environ["PATH"]}:/usr/sbin'} | more
 
   def __call__(self, *arguments, **environment) -> str:
     """What a command of Slurm says, '' if it fails."""
-    found = subprocess.run(arguments, env=self.environment(**environment), cwd=self.folder, capture_output=True, text=True, timeout=30)
+    found = subprocess.run(arguments, env=self.environment(**environment), cwd=self.folder, capture_output=True,
+                           text=True, timeout=30)
     self.said = found.stderr
     return found.stdout.strip() if found.returncode == 0 else ''
 
   def submit(self, name: str, *flags, **environment) -> str:
     """Two tasks on the only node; the job's id."""
-    number = self('sbatch', '--parsable', f'--chdir={ROOT}', f'--output={self.folder}/{name}.log', f'--job-name={self.folder}/{name}', '--nodes=1',
+    number = self('sbatch', '--parsable', f'--chdir={ROOT}', f'--output={self.folder}/{name}.log',
+                  f'--job-name={self.folder}/{name}', '--nodes=1',
                   '--ntasks-per-node=2', LAUNCH / 'slurm.sbatch', *flags, **environment)
     assert number.isdigit(), self.said
     return number
 
   def show(self, number: str) -> dict[str, str]:
     """Of a job: JobState, Restarts, ExitCode, ..."""
-    return dict(word.split('=', 1) for word in self('scontrol', '--oneliner', 'show', 'job', number).split() if '=' in word)
+    return dict(word.split('=', 1) for word in self('scontrol', '--oneliner', 'show', 'job', number).split()
+                if '=' in word)
 
   def finish(self, number: str, seconds: float) -> dict[str, str]:
     """What a job ended as."""
@@ -446,7 +492,8 @@ class Slurm:
 
 @pytest.fixture(scope='module')
 def slurm(tmp_path_factory):
-  missing = [name for name in ('munged', 'slurmctld', 'slurmd', 'sbatch') if not shutil.which(name, path=f'{os.environ["PATH"]}:/usr/sbin')]
+  path = f'{os.environ["PATH"]}:/usr/sbin'
+  missing = [name for name in ('munged', 'slurmctld', 'slurmd', 'sbatch') if not shutil.which(name, path=path)]
   if missing:
     pytest.skip(f'needs {" and ".join(missing)}: apt-get install slurm-wlm munge')
   if os.getuid():
@@ -464,12 +511,14 @@ def stands_in(folder: pathlib.Path, text: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_slurm_does_not_repeat_what_has_bad_input_or_was_cancelled(slurm, tmp_path):
-  bad = slurm.submit('bad', PATH=stands_in(tmp_path / 'bad', '((SLURM_PROCID)) && exit 2; sleep 5; exit 1'))  # the others notice, and fail
+  # the others notice, and fail
+  bad = slurm.submit('bad', PATH=stands_in(tmp_path / 'bad', '((SLURM_PROCID)) && exit 2; sleep 5; exit 1'))
   found = slurm.finish(bad, 60)
   assert (found['JobState'], found['ExitCode'], found['Restarts']) == ('FAILED', '2:0', '0')
 
   started = tmp_path / 'started'
-  cancelled = slurm.submit('cancelled', PATH=stands_in(tmp_path / 'long', f'trap "exit 143" TERM; touch {started}; for i in {{1..600}}; do sleep 0.1; done'))
+  long = f'trap "exit 143" TERM; touch {started}; for i in {{1..600}}; do sleep 0.1; done'
+  cancelled = slurm.submit('cancelled', PATH=stands_in(tmp_path / 'long', long))
   wait_for(started.exists, 60, 'the training')
   slurm('scancel', cancelled)
   found = slurm.finish(cancelled, 60)
@@ -481,13 +530,18 @@ def test_slurm_does_not_repeat_what_has_bad_input_or_was_cancelled(slurm, tmp_pa
 @pytest.mark.timeout(590)
 def test_a_job_told_to_stop_saves_is_queued_again_and_ends_with_the_losses_of_one_left_alone(slurm, tmp_path):
   def submit(name):
-    return slurm.submit(name, *TINY, f'--config.data.cache={tmp_path / "cache"}', f'--workdir={tmp_path / name}', PATH=f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}',
-                        PYTHONPATH=str(ROOT / 'src'), JAX_PLATFORMS='cpu', JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'programs'), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
-                        XLA_FLAGS='--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true')
+    return slurm.submit(
+        name, *TINY, f'--config.data.cache={tmp_path / "cache"}', f'--workdir={tmp_path / name}',
+        PATH=f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}',
+        PYTHONPATH=str(ROOT / 'src'), JAX_PLATFORMS='cpu', JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'programs'),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
+        XLA_FLAGS='--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 '
+                  '--xla_llvm_disable_expensive_passes=true')
 
   def losses(name) -> dict[int, float]:
     log = tmp_path / name / 'metrics.jsonl'
-    records = [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith('\n')] if log.exists() else []
+    records = [json.loads(line) for line in log.read_text().splitlines(keepends=True)
+               if line.endswith('\n')] if log.exists() else []
     return {record['step']: record['loss'] for record in records if record['kind'] == 'train'}
 
   said = lambda name: (slurm.folder / f'{name}.log').read_text()

@@ -1,4 +1,6 @@
-"""The house: rooms import only rooms below them, each third-party door is in one room, files and lines are short."""
+"""The house: rooms import only rooms below them, each third-party door is in one room, files and
+lines are short.
+"""
 import ast
 import pathlib
 import re
@@ -17,7 +19,8 @@ from mtp_jax.train import step as training
 SOURCE = pathlib.Path(mtp_jax.__file__).parent
 ROOT = SOURCE.parents[1]
 FILES = sorted(SOURCE.rglob('*.py'))
-TEXTS = [path for folder in ('src', 'tests', 'configs', 'notebooks', 'launch') for path in sorted((ROOT / folder).rglob('*.py'))]
+TEXTS = [path for folder in ('src', 'tests', 'configs', 'notebooks', 'launch')
+         for path in sorted((ROOT / folder).rglob('*.py'))]
 
 # From the top floor down: a room may import only rooms below its own floor.
 FLOORS = ['__init__ __main__', 'cli', 'measure', 'formats', 'lm', 'train', 'evaluation', 'decode', 'objective', 'model',
@@ -49,8 +52,9 @@ def test_every_file_is_in_a_room_of_the_table():
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_imports_point_down(path):
-  above = {module for module in imports(path) if module.startswith('mtp_jax.')
-           and (target := module.split('.')[1]) in FLOOR and target != room(path) and FLOOR[target] <= FLOOR[room(path)]}
+  own = FLOOR[room(path)]
+  rooms = {module.split('.')[1] for module in imports(path) if module.startswith('mtp_jax.')} & set(FLOOR)
+  above = {target for target in rooms - {room(path)} if FLOOR[target] <= own}
   assert not above or room(path) in ('__init__', '__main__')
 
 
@@ -62,7 +66,8 @@ def test_a_package_enters_by_one_door(package, home):
 @pytest.mark.parametrize('home', ['config', 'checkpoint/record.py', 'data', 'decode/requests.py', 'report'])
 def test_what_refuses_bad_input_does_so_without_jax(home):
   paths = [SOURCE / home] if home.endswith('.py') else (SOURCE / home).rglob('*.py')
-  assert not [path for path in paths if any(module.split('.')[0] in ('jax', 'flax', 'optax') for module in imports(path))]
+  assert not [path for path in paths
+              if any(module.split('.')[0] in ('jax', 'flax', 'optax') for module in imports(path))]
 
 
 def test_no_file_is_longer_than_400_lines():
@@ -97,7 +102,9 @@ def test_every_letter_is_explained_once():
 
 
 def names(path: pathlib.Path) -> set[str]:
-  """Names and attributes that end in axes: a noun, '_', and letters of which one at least is upper case, or digits."""
+  """Names and attributes that end in axes: a noun, '_', and letters of which one at least is upper
+  case, or digits.
+  """
   tree = ast.parse(path.read_text())
   found = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
   found |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -112,8 +119,8 @@ def test_a_tensors_letters_are_those_of_the_alphabet(path):
 
 
 def sizes_in(run) -> tuple[dict[str, set[int]], list[str]]:
-  """Of all arrays that are locals of our functions when they return: the sizes of each letter over the run, and the
-  functions within which a letter has two."""
+  """Of all arrays that are locals of our functions when they return: the sizes of each letter over
+  the run, and the functions within which a letter has two."""
   sizes, twice = {}, []
 
   def look(frame, event, _):
@@ -142,7 +149,9 @@ def sizes_in(run) -> tuple[dict[str, set[int]], list[str]]:
 
 
 def test_a_letter_has_one_size_in_a_step_and_an_evaluation_of_unequal_sizes(tiny, random_model, packed, variant):
-  """Where all sizes differ (B 6, L 10, M 3, T 13, ...), one letter with two meanings would have two sizes."""
+  """Where all sizes differ (B 6, L 10, M 3, T 13, ...), one letter with two meanings would have two
+  sizes.
+  """
   config = Config(tiny(**variant), ObjectiveConfig(chunk=7), DataConfig(length=10), train=TrainConfig(batch=6))
   model, batch, ones = random_model(config.model), packed(config.model, 6, 10), jnp.ones(24, jnp.int32)
 
@@ -165,7 +174,8 @@ def test_a_letter_has_one_size_in_every_function_of_a_decoder(tmp_path, variant)
   config = experiment(tmp_path, model={'vocab': 259, 'layers': 5, 'futures': 4, **variant})
   write(tmp_path / 'run', config, random_state(config))
   lm = mtp_jax.load(tmp_path / 'run')
-  sizes, twice = sizes_in(lambda: lm.generate(['ab', 'b', 'abc'], max_tokens=6, draft=3, max_length=40, temperature=0.7, top_k=9))
+  sizes, twice = sizes_in(lambda: lm.generate(['ab', 'b', 'abc'], max_tokens=6, draft=3, max_length=40,
+                                              temperature=0.7, top_k=9))
   assert not twice
   known = {'B': 3, 'D': 16, 'H': 2, 'G': 2, 'K': 8, 'V': 259, 'F': 24}
   assert {letter: sizes[letter] for letter in known if letter in sizes} == {

@@ -16,10 +16,13 @@ def workdir(tmp_path_factory):
   from mtp_jax.train.fit import fit
   folder = tmp_path_factory.mktemp('run')
   for i in range(6):
-    shutil.copy(ROOT / 'src' / 'mtp_jax' / ('config.py', 'data/rows.py', 'train.py', 'model.py', 'lm.py', 'metrics.py')[i], folder / f'{i}.py')
+    shutil.copy(ROOT / 'src' / 'mtp_jax' / ('config.py', 'data/rows.py', 'train.py', 'model.py', 'lm.py',
+                                            'metrics.py')[i], folder / f'{i}.py')
   config = Config(
-      model=ModelConfig(width=32, layers=5, heads=4, head_width=8, feed_forward=64, futures=4), objective=ObjectiveConfig(chunk=64),
-      data=DataConfig(paths=tuple(str(path) for path in sorted(folder.glob('*.py'))), length=64, validation_share=0.3, cache=str(folder / 'cache')),
+      model=ModelConfig(width=32, layers=5, heads=4, head_width=8, feed_forward=64,
+                        futures=4), objective=ObjectiveConfig(chunk=64),
+      data=DataConfig(paths=tuple(str(path) for path in sorted(folder.glob('*.py'))), length=64, validation_share=0.3,
+                      cache=str(folder / 'cache')),
       optimizer=OptimizerConfig(warmup_steps=1), train=TrainConfig(steps=5, batch=4, evaluate_rows=8))
   fit(config, folder / 'run')
   return folder / 'run'
@@ -34,4 +37,5 @@ def test_notebook_runs_from_top_to_bottom(path, workdir, monkeypatch):
   outputs = [output for cell in notebook.cells if cell.cell_type == 'code' for output in cell.outputs]
   assert sum('image/png' in output.get('data', {}) for output in outputs) == 2
   assert any('background' in output.get('data', {}).get('text/html', '') for output in outputs)
-  assert all(not cell.outputs for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == 'code'), 'commit notebooks without output'
+  assert all(not cell.outputs for cell in nbformat.read(path, as_version=4).cells
+             if cell.cell_type == 'code'), 'commit notebooks without output'

@@ -18,15 +18,17 @@ from mtp_jax.train import step as training
 
 SUBSCRIPTS = sorted({found for path in pathlib.Path(mtp_jax.__file__).parent.rglob('*.py') if path.name != 'sharding.py'
                      for found in re.findall(r"einsum\('([A-Za-z,]+->[A-Za-z]*)'", path.read_text())})
-SIZES = {'B': 4, 'L': 6, 'S': 10, 'D': 8, 'C': 16, 'H': 4, 'G': 2, 'K': 6, 'F': 12, 'V': 14, 'P': 4, 't': 10, 'd': 8, 'M': 3, 'R': 8, 'Q': 6}
+SIZES = {'B': 4, 'L': 6, 'S': 10, 'D': 8, 'C': 16, 'H': 4, 'G': 2, 'K': 6, 'F': 12, 'V': 14, 'P': 4, 't': 10, 'd': 8,
+         'M': 3, 'R': 8, 'Q': 6}
 PARAMETERS = {
     'embed_VD': P('tensor', 'fsdp'), 'unembed_VD': P('tensor', 'fsdp'), 'final_norm_D': P(None),
-    'attention_norm_D': P(None, None), 'feed_forward_norm_D': P(None, None), 'q_norm_K': P(None, None), 'k_norm_K': P(None, None),
-    'wq_DHK': P(None, 'fsdp', 'tensor', None), 'wk_DGK': P(None, 'fsdp', 'tensor', None), 'wv_DGK': P(None, 'fsdp', 'tensor', None),
-    'wo_HKD': P(None, 'tensor', None, 'fsdp'),
+    'attention_norm_D': P(None, None), 'feed_forward_norm_D': P(None, None),
+    'q_norm_K': P(None, None), 'k_norm_K': P(None, None),
+    'wq_DHK': P(None, 'fsdp', 'tensor', None), 'wk_DGK': P(None, 'fsdp', 'tensor', None),
+    'wv_DGK': P(None, 'fsdp', 'tensor', None), 'wo_HKD': P(None, 'tensor', None, 'fsdp'),
     'gate_DF': P(None, 'fsdp', 'tensor'), 'up_DF': P(None, 'fsdp', 'tensor'), 'down_FD': P(None, 'tensor', 'fsdp'),
-    'embedding_norm_D': P(None, None), 'hidden_norm_D': P(None, None), 'out_norm_D': P(None, None), 'join_CD': P(None, 'fsdp', None),
-    'map_Dd': P(None, 'fsdp', None),
+    'embedding_norm_D': P(None, None), 'hidden_norm_D': P(None, None), 'out_norm_D': P(None, None),
+    'join_CD': P(None, 'fsdp', None), 'map_Dd': P(None, 'fsdp', None),
 }
 
 
@@ -49,7 +51,9 @@ def test_letters_choose_mesh_axes_and_the_first_to_ask_gets_one():
   assert spec('') == P()
 
 
-@pytest.mark.parametrize('changes', [{}, {'qk_norm': True}, {'tie_embeddings': True}, {'placement': 'appended'}, {'futures': 1}], ids=str)
+@pytest.mark.parametrize('changes',
+                         [{}, {'qk_norm': True}, {'tie_embeddings': True}, {'placement': 'appended'},
+                          {'futures': 1}], ids=str)
 def test_a_parameters_suffix_is_its_shape_and_stacked_axes_lead(tiny, variant, changes):
   c = tiny(**variant | changes)
   size = {'D': 16, 'C': 32, 'H': 4, 'G': 2, 'K': 8, 'F': 20, 'V': 24, 'd': 16}
@@ -59,7 +63,8 @@ def test_a_parameters_suffix_is_its_shape_and_stacked_axes_lead(tiny, variant, c
   stacks = {'trunk': (N,), 'futures': (M,)}
   leaves = names(jax.eval_shape(functools.partial(Model, c), jax.random.key(0)))
   for first, last, leaf in leaves:
-    assert leaf.shape == stacks.get(first, ()) + tuple(size[letter] for letter in last.rpartition('_')[2]), (first, last)
+    assert leaf.shape == stacks.get(first, ()) + tuple(size[letter] for letter in last.rpartition('_')[2]), (first,
+                                                                                                             last)
     assert leaf.dtype == jnp.float32
   block = 9 + 2 * c.qk_norm
   futures = 0 if M == 0 else 1 if c.kind == 'linear' else block + 4 * (c.kind == 'sequential')
@@ -68,7 +73,8 @@ def test_a_parameters_suffix_is_its_shape_and_stacked_axes_lead(tiny, variant, c
 
 def assert_placed(tree, mesh):
   for first, last, leaf in names(tree):
-    assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, PARAMETERS[last]), len(leaf.shape)), (first, last, leaf.sharding)
+    assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, PARAMETERS[last]), len(leaf.shape)), (first, last,
+                                                                                                        leaf.sharding)
 
 
 def test_parameters_and_moments_are_typed_to_live_where_their_names_say(tiny, variant):
@@ -92,12 +98,15 @@ def test_a_fresh_state_lives_where_it_is_typed_to(tiny):
 
 
 def test_a_mesh_wants_no_more_devices_than_there_are():
-  with pytest.raises(BadInput, match=r'config\.mesh: data 1 x fsdp 4 x context 1 x tensor 4 x expert 1 = 16 devices, but there are 8'):
+  with pytest.raises(BadInput,
+                      match=r'config\.mesh: data 1 x fsdp 4 x context 1 x tensor 4 x expert 1 = 16 devices, '
+                            'but there are 8'):
     make_mesh(MeshConfig(fsdp=4, tensor=4))
   assert make_mesh(MeshConfig(fsdp=2)).size == 2
 
 
-MESHES = [MeshConfig(fsdp=4, tensor=2), MeshConfig(data=2, fsdp=2, context=2), MeshConfig(tensor=2), MeshConfig(data=2, fsdp=2, tensor=2)]
+MESHES = [MeshConfig(fsdp=4, tensor=2), MeshConfig(data=2, fsdp=2, context=2), MeshConfig(tensor=2),
+          MeshConfig(data=2, fsdp=2, tensor=2)]
 
 
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
@@ -110,7 +119,8 @@ def test_parts_are_the_tokens_of_each_device_in_a_row_of_their_own_and_nothing_m
     x_PTD = there(placed)
     again = back(x_PTD)
     assert token_shards() == x_PTD.shape[0] == sizes.data * sizes.fsdp * sizes.context
-    assert not re.search('all-|collective|reduce-scatter', there.lower(placed).compile().as_text() + back.lower(x_PTD).compile().as_text())
+    assert not re.search('all-|collective|reduce-scatter',
+                         there.lower(placed).compile().as_text() + back.lower(x_PTD).compile().as_text())
   np.testing.assert_array_equal(again, x_BLD)
   for x, sent in ((x_PTD, placed), (again, x_PTD)):
     for mine, theirs in zip(x.addressable_shards, sent.addressable_shards, strict=True):
@@ -126,14 +136,16 @@ def test_without_a_mesh_there_is_one_part():
 
 
 @pytest.mark.parametrize('context, length, wanted', [
-    (1, 6, [0, 1, 2, 3, 4, 5]), (2, 8, [0, 1, 6, 7, 2, 3, 4, 5]), (2, 6, [0, 1, 2, 3, 4, 5]), (4, 16, [0, 1, 14, 15, 2, 3, 12, 13, 4, 5, 10, 11, 6, 7, 8, 9])])
+    (1, 6, [0, 1, 2, 3, 4, 5]), (2, 8, [0, 1, 6, 7, 2, 3, 4, 5]), (2, 6, [0, 1, 2, 3, 4, 5]),
+    (4, 16, [0, 1, 14, 15, 2, 3, 12, 13, 4, 5, 10, 11, 6, 7, 8, 9])])
 def test_each_device_of_the_context_axis_has_a_stretch_from_the_front_and_its_mirror_image(context, length, wanted):
   """Where two stretches a device do not come out even, positions lie as they come."""
   x_BL = np.arange(2 * length).reshape(2, length)
   with jax.set_mesh(make_mesh(MeshConfig(context=context))):
     assert mesh_order(length).tolist() == wanted
     laid = jax.jit(to_mesh_order)(x_BL)
-    assert np.asarray(laid).tolist() == x_BL[:, wanted].tolist() and laid.sharding.spec == P(('data', 'fsdp'), 'context')
+    assert np.asarray(laid).tolist() == x_BL[:, wanted].tolist() and laid.sharding.spec == P(('data', 'fsdp'),
+                                                                                             'context')
     np.testing.assert_array_equal(jax.jit(to_text_order)(laid), x_BL)
     if length % (2 * context) == 0:  # a causal mask hides as much from each device as from the others
       assert len({int(np.sum(np.asarray(shard.data)[0] + 1)) for shard in laid.addressable_shards}) == 1
@@ -142,7 +154,9 @@ def test_each_device_of_the_context_axis_has_a_stretch_from_the_front_and_its_mi
 @pytest.mark.parametrize('sizes', [MESHES[0], MESHES[1]], ids=str)
 def test_looked_up_rows_and_their_gradient_are_those_of_one_device(sizes, assert_close):
   rng, mesh = np.random.default_rng(0), make_mesh(sizes)
-  table_VD, ids_BL, g_BLD = rng.standard_normal((14, 8)).astype(np.float32), np.minimum(rng.integers(0, 28, (8, 6)), 13), rng.standard_normal((8, 6, 8))
+  table_VD, ids_BL, g_BLD = rng.standard_normal((14, 8)).astype(np.float32), np.minimum(rng.integers(0, 28, (8, 6)),
+                                                                                        13), rng.standard_normal((8,
+                                                                                                                  6, 8))
   wanted = np.zeros((14, 8))
   np.add.at(wanted, ids_BL, g_BLD)
 
@@ -177,7 +191,8 @@ def gradients(function, operands):
 def random_operands():
   rng, found = np.random.default_rng(0), {}
   for subscripts in SUBSCRIPTS:
-    found[subscripts] = tuple(rng.standard_normal([SIZES[x] for x in part]).astype(np.float32) for part in subscripts.replace('->', ',').split(','))
+    found[subscripts] = tuple(rng.standard_normal([SIZES[x] for x in part]).astype(np.float32)
+                              for part in subscripts.replace('->', ',').split(','))
   return found
 
 
@@ -192,7 +207,8 @@ def test_the_gradients_of_einsum_are_those_of_jnp_einsum(assert_close):
   assert_close(jax.jit(functools.partial(gradients, einsum))(operands), wanted)
 
   mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))
-  placed = {s: tuple(on_mesh(mesh, part, x) for part, x in zip(s.replace('->', ',').split(','), operands[s])) for s in SUBSCRIPTS}
+  placed = {s: tuple(on_mesh(mesh, part, x) for part, x in zip(s.replace('->', ',').split(','), operands[s]))
+            for s in SUBSCRIPTS}
   with jax.set_mesh(mesh):
     found = jax.jit(functools.partial(gradients, einsum))(placed)
   assert_close(found, wanted)
@@ -202,24 +218,29 @@ def test_the_gradients_of_einsum_are_those_of_jnp_einsum(assert_close):
 
 
 def test_einsum_of_bfloat16_with_a_float32_result_has_bfloat16_gradients(assert_close):
-  a, b = (jnp.asarray(np.random.default_rng(i).standard_normal(shape), jnp.bfloat16) for i, shape in enumerate([(2, 6, 8), (14, 8)]))
+  a, b = (jnp.asarray(np.random.default_rng(i).standard_normal(shape), jnp.bfloat16) for i,
+          shape in enumerate([(2, 6, 8), (14, 8)]))
   g = jnp.asarray(np.random.default_rng(2).standard_normal((2, 6, 14)), jnp.float32)
   result, back = jax.vjp(lambda a, b: einsum('BLD,VD->BLV', a, b, jnp.float32), a, b)
   da, db = back(g)
   exact = np.float64
   assert (result.dtype, da.dtype, db.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
   assert_close(result, np.einsum('BLD,VD->BLV', exact(a), exact(b)))
-  assert_close((da, db), (np.einsum('BLV,VD->BLD', g, exact(b)), np.einsum('BLD,BLV->VD', exact(a), g)), 1e-2)  # bfloat16 holds 8 bits
+  # bfloat16 holds 8 bits
+  assert_close((da, db), (np.einsum('BLV,VD->BLD', g, exact(b)), np.einsum('BLD,BLV->VD', exact(a), g)), 1e-2)
 
 
 def test_a_parameters_gradient_is_a_float32_sum_over_tokens_and_devices(assert_close):
-  """Operands of bfloat16: each product is rounded, no sum is. In bfloat16 the sums of four devices would be off by up to 2^-9."""
+  """Operands of bfloat16: each product is rounded, no sum is. In bfloat16 the sums of four devices
+  would be off by up to 2^-9.
+  """
   rng = np.random.default_rng(0)
-  a, w, g = rng.standard_normal((8, 64, 16)).astype(np.float32), rng.standard_normal((16, 12)).astype(np.float32), rng.standard_normal((8, 64, 12)).astype(np.float32)
+  a, w, g = (rng.standard_normal(shape).astype(np.float32) for shape in ((8, 64, 16), (16, 12), (8, 64, 12)))
   narrow = lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
   mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
   with jax.set_mesh(mesh):
-    result, back = jax.vjp(lambda a, w: einsum('BLD,DF->BLF', a, w), on_mesh(mesh, 'BLD', jnp.asarray(a, jnp.bfloat16)), on_mesh(mesh, 'DF', w))
+    result, back = jax.vjp(lambda a, w: einsum('BLD,DF->BLF', a, w),
+                           on_mesh(mesh, 'BLD', jnp.asarray(a, jnp.bfloat16)), on_mesh(mesh, 'DF', w))
     da, dw = jax.jit(back)(on_mesh(mesh, 'BLF', jnp.asarray(g, jnp.bfloat16)))
   assert (result.dtype, da.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
   assert_close(dw, np.einsum('BLD,BLF->DF', narrow(a), narrow(g)), 2e-6)

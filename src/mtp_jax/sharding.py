@@ -30,7 +30,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 AXES = ('data', 'fsdp', 'context', 'tensor', 'expert')
 RULES = {
     'B': ('data', 'fsdp'), 'L': ('context',), 'Q': ('context',), 'D': ('fsdp',), 'C': ('fsdp',),
-    'H': ('tensor',), 'G': ('tensor',), 'F': ('tensor',), 'V': ('tensor',), 'E': ('expert',), 'P': ('data', 'fsdp', 'context')}
+    'H': ('tensor',), 'G': ('tensor',), 'F': ('tensor',), 'V': ('tensor',),
+    'E': ('expert',), 'P': ('data', 'fsdp', 'context')}
 
 
 def spec(letters: str) -> PartitionSpec:

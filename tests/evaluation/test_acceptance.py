@@ -1,4 +1,6 @@
-"""Expected acceptance against brute force, against the decoder's own counts, and against speculative sampling done by hand."""
+"""Expected acceptance against brute force, against the decoder's own counts, and against
+speculative sampling done by hand.
+"""
 import functools
 import math
 
@@ -27,7 +29,9 @@ def distributions(model, batch, allowed_V=True):
 
 
 def brute_force(p_MBLV, batch, greedy: bool):
-  """tokens, forwards by draft length, offered and accepted by depth: the forwards of every document, one after the other."""
+  """tokens, forwards by draft length, offered and accepted by depth: the forwards of every
+  document, one after the other.
+  """
   M, B, L, _ = p_MBLV.shape
   tokens, forwards, offered, accepted = 0, np.zeros(M), np.zeros(M - 1), np.zeros(M - 1)
   for b in range(B):
@@ -115,14 +119,17 @@ def as_row(lm, ids) -> dict:
 
 
 def test_greedy_forwards_are_those_that_the_decoder_makes(lm):
-  """On the text that the decoder wrote itself, position by position: not in expectation, but one by one."""
+  """On the text that the decoder wrote itself, position by position: not in expectation, but one by
+  one.
+  """
   allowed_V = decodable(lm.config, lm.tokenizer)
   for prompt in ('the 1', 'a', '2 é the', 'import'):
     for draft in (1, 3):
       said = lm.generate(prompt, max_tokens=60, draft=draft, max_length=80)
       ids = np.concatenate([[lm.tokenizer.bos], lm.tokenizer.encode(prompt), said.ids[0]])
       t, forwards, accepted = len(ids) - len(said.ids[0]) - 1, 0, np.zeros(draft, int)
-      agrees = np.asarray(distributions(jax.device_put(lm.model, jax.sharding.SingleDeviceSharding(jax.devices()[0])), as_row(lm, ids), allowed_V)).argmax(-1)[:, 0]
+      agrees = np.asarray(distributions(jax.device_put(lm.model, jax.sharding.SingleDeviceSharding(jax.devices()[0])),
+                                        as_row(lm, ids), allowed_V)).argmax(-1)[:, 0]
       while t < len(ids) - 1:
         n = 0
         while n < draft and t + 2 + n < len(ids) and agrees[n + 1, t] == agrees[0, t + n + 1]:
@@ -134,17 +141,21 @@ def test_greedy_forwards_are_those_that_the_decoder_makes(lm):
 
 
 def test_sampled_forwards_agree_with_speculative_sampling_within_its_confidence_interval(tiny, random_model):
-  """Leviathan's algorithm 1 by hand on full distributions, 600 documents; then the expectation over the very documents that it wrote."""
+  """Leviathan's algorithm 1 by hand on full distributions, 600 documents; then the expectation over
+  the very documents that it wrote.
+  """
   model = random_model(tiny(futures=3, vocab=8))
   T, documents, V = 24, 600, 8
   ones = np.ones((documents, T + 3), np.int32)
-  as_batch = lambda ids: {'tokens': ids, 'segments': ones * (np.arange(T + 3) <= T), 'positions': ones * np.arange(T + 3, dtype=np.int32)}
+  as_batch = lambda ids: {'tokens': ids, 'segments': ones * (np.arange(T + 3) <= T),
+                          'positions': ones * np.arange(T + 3, dtype=np.int32)}
   run = jax.jit(lambda ids: distributions(model, as_batch(ids)))
   rng = np.random.default_rng(0)
   draw = lambda p: (rng.random((len(p), 1)) > p.cumsum(-1)).sum(-1).clip(0, V - 1)
   ids = np.zeros((documents, T + 3), np.int32)
   ids[:, 0] = rng.integers(0, V, documents)
-  last, forwards, rows = np.zeros(documents, int), np.zeros(documents), np.arange(documents)  # position of the last known token
+  # position of the last known token
+  last, forwards, rows = np.zeros(documents, int), np.zeros(documents), np.arange(documents)
   own = np.float64(run(ids))[0, rows, last]  # the distribution of a forward's own token
   while (last < T).any():
     going = last < T
@@ -173,8 +184,10 @@ def test_sampled_forwards_agree_with_speculative_sampling_within_its_confidence_
 # Leviathan et al., table 1: acceptance, draft length, speed (a draft costs nothing)
 TABLE_1 = [(0.6, 2, 1.96), (0.7, 3, 2.53), (0.8, 2, 2.44), (0.8, 5, 3.69), (0.9, 2, 2.71), (0.9, 10, 6.86)]
 # table 4, T5-XXL: draft length, acceptance, cost of a draft, the expected speed
-TABLE_4 = [(7, .75, .02, 3.2), (7, .80, .04, 3.3), (7, .82, .11, 2.5), (7, .62, .02, 2.3), (5, .68, .04, 2.4), (3, .71, .11, 2.0),
-           (5, .65, .02, 2.4), (5, .73, .04, 2.6), (3, .74, .11, 2.0), (5, .53, .02, 1.9), (3, .55, .04, 1.8), (3, .56, .11, 1.6)]
+TABLE_4 = [
+    (7, .75, .02, 3.2), (7, .80, .04, 3.3), (7, .82, .11, 2.5), (7, .62, .02, 2.3), (5, .68, .04, 2.4),
+    (3, .71, .11, 2.0), (5, .65, .02, 2.4), (5, .73, .04, 2.6), (3, .74, .11, 2.0), (5, .53, .02, 1.9), (3, .55, .04, 1.8),
+    (3, .56, .11, 1.6)]
 
 
 @pytest.mark.parametrize('a, k, speed', TABLE_1)
@@ -184,7 +197,9 @@ def test_leviathans_table_1_to_the_printed_digit(a, k, speed):
 
 @pytest.mark.parametrize('k, a, cost, speed', TABLE_4)
 def test_the_expected_column_of_leviathans_table_4_to_the_printed_digit(k, a, cost, speed):
-  """He computed it before he rounded acceptance and cost to two digits, so some are met only within that rounding."""
+  """He computed it before he rounded acceptance and cost to two digits, so some are met only within
+  that rounding.
+  """
   least, most = (round(acceptance.walltime_factor([a + sign * 0.005] * k, cost - sign * 0.005), 1) for sign in (-1, 1))
   assert least <= speed <= most
   as_printed = round(acceptance.walltime_factor([a] * k, cost), 1) == speed
@@ -192,7 +207,9 @@ def test_the_expected_column_of_leviathans_table_4_to_the_printed_digit(k, a, co
 
 
 def test_expected_tokens_are_those_of_walking_through_every_outcome():
-  """Conditional acceptances that differ by depth, all 2^K ways; with one acceptance, the closed form."""
+  """Conditional acceptances that differ by depth, all 2^K ways; with one acceptance, the closed
+  form.
+  """
   rates = [0.9, 0.5, 0.7, 0.2]
   total = 0.0
   for outcome in np.ndindex(2, 2, 2, 2):

@@ -1,4 +1,6 @@
-"""The certificate holds for the tiny configs, and every check of it fails when what it guards is broken."""
+"""The certificate holds for the tiny configs, and every check of it fails when what it guards is
+broken.
+"""
 import dataclasses
 import json
 import pathlib
@@ -27,7 +29,8 @@ def test_the_tiny_configs_are_certified(name, capsys):
   found = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert found['holds'] and len(found['findings']) >= 11
   assert all(word in ' '.join(f['check'] for f in found['findings']) for word in
-             ('accumulation 2', 'accumulation 4', 'fsdp 8', 'fsdp 4 x tensor 2', 'data 2 x fsdp 2 x tensor 2', 'context 2 x fsdp 4', 'remat full', 'leakage', 'FLOPs'))
+             ('accumulation 2', 'accumulation 4', 'fsdp 8', 'fsdp 4 x tensor 2', 'data 2 x fsdp 2 x tensor 2',
+              'context 2 x fsdp 4', 'remat full', 'leakage', 'FLOPs'))
 
 
 @pytest.fixture
@@ -86,7 +89,9 @@ def test_rematerialisation_of_something_else_is_a_breach(twin, monkeypatch):
   assert holds(twin, remat='full')
   slightly = lambda x: 1.001 * x if jnp.issubdtype(x.dtype, jnp.floating) else x
   plain = model.remat
-  changed = lambda c, f: plain(c, f) if c.remat == 'none' else lambda *inputs: jax.checkpoint(f)(*jax.tree.map(slightly, inputs))
+  changed = lambda c, f: plain(c,
+                               f) if c.remat == 'none' else lambda *inputs: jax.checkpoint(f)(*jax.tree.map(slightly,
+                                                                                                            inputs))
   for module in (model, walk):
     monkeypatch.setattr(module, 'remat', changed)
   assert not holds(twin, remat='full')
@@ -120,7 +125,8 @@ def test_a_shifted_target_is_a_breach(twin, shift):
 
 
 def test_a_sequential_module_that_is_given_its_target_is_a_leak(twin, monkeypatch):
-  monkeypatch.setattr(model.Futures, 'given', lambda self, futures, targets_MBL: targets_MBL[futures[0]:futures[-1] + 1])
+  monkeypatch.setattr(model.Futures, 'given', lambda self, futures,
+                      targets_MBL: targets_MBL[futures[0]:futures[-1] + 1])
   assert not next(certify.leakage(of_kind(twin, 'sequential'))).holds
 
 

@@ -53,8 +53,10 @@ SEGMENTS_BL = np.array([[1, 1, 1, 2, 3, 3], [1, 2, 2, 2, 0, 0]])
 
 
 def test_documents_are_seen_causally_and_end_where_they_end():
-  wanted = np.array([[[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]],
-                     [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]]], bool)
+  wanted = np.array([[[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0],
+                      [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]],
+                     [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0],
+                      [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]]], bool)
   found = documents(jnp.asarray(SEGMENTS_BL))
   np.testing.assert_array_equal(found.mask_BLS, wanted)
   np.testing.assert_array_equal(found.segments_BL, SEGMENTS_BL)
@@ -126,7 +128,8 @@ def test_a_block_is_its_equations(tiny, random_model, qk_norm, assert_close):
   block = jax.tree.map(lambda x: x[0], random_model(c).trunk)
   x = np.random.default_rng(0).standard_normal((2, 6, 16))
   positions = np.array([[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 0, 0]])
-  found = jax.jit(lambda block, x: block(x, positions, documents(jnp.asarray(SEGMENTS_BL)))[0])(block, jnp.asarray(x, jnp.float32))
+  run = jax.jit(lambda block, x: block(x, positions, documents(jnp.asarray(SEGMENTS_BL)))[0])
+  found = run(block, jnp.asarray(x, jnp.float32))
 
   parts = block, block.attention, block.feed_forward
   w = {name: np.float64(getattr(part, name)[...]) for part in parts for name in vars(part) if name[-1].isupper()}
@@ -150,11 +153,13 @@ def test_new_entries_are_written_at_their_positions_and_those_outside_are_droppe
 def test_a_cache_shows_a_query_the_slots_up_to_its_own_and_no_other_sequence(tiny, assert_close):
   """Written in two pieces, some slots twice, against attention over all that each query may see."""
   rng, c, B, S = np.random.default_rng(0), tiny(), 2, 6
-  q, k, v = (jnp.asarray(rng.standard_normal((B, S, heads, c.head_width)), jnp.float32) for heads in (c.heads, c.kv_heads, c.kv_heads))
+  random = lambda heads: jnp.asarray(rng.standard_normal((B, S, heads, c.head_width)), jnp.float32)
+  q, k, v = random(c.heads), random(c.kv_heads), random(c.kv_heads)
   cache = Cache.empty(c, B, S)
   assert cache.k_RSK.shape == cache.v_RSK.shape == (4, 6, 8)
   first, second = jnp.array([[0, 1, 2], [0, 1, 2]]), jnp.array([[2, 3, 4, 9], [1, 2, 3, -1]])
-  cache = cache.write(q[:, :3, :2] * 0 + 7, v[:, :3], first)  # what stood at slot 0 is seen, what stood later is written anew
+  # what stood at slot 0 is seen, what stood later is written anew
+  cache = cache.write(q[:, :3, :2] * 0 + 7, v[:, :3], first)
   at = lambda x, index: jnp.take_along_axis(x, jnp.clip(index, 0, S - 1)[..., None, None], 1)
   cache = cache.write(at(k, second), at(v, second), second)
   k = k.at[:, 0].set(7).at[0, 1].set(7)
@@ -177,13 +182,18 @@ def test_a_stack_holds_independent_modules_in_order():
   assert stack(Matrix, 0, key).w_DF.shape == (0, 16, 20)
 
 
-KERNELS = {'tpu': functools.partial(kernels.splash, interpret=True), 'gpu': functools.partial(kernels.cudnn, implementation='xla')}
+KERNELS = {'tpu': functools.partial(kernels.splash, interpret=True),
+           'gpu': functools.partial(kernels.cudnn, implementation='xla')}
 
 
-@pytest.mark.parametrize('mesh', [MeshConfig(fsdp=2, tensor=2), MeshConfig(context=2, tensor=2), MeshConfig(fsdp=2, context=4)], ids=str)
+@pytest.mark.parametrize('mesh',
+                         [MeshConfig(fsdp=2, tensor=2), MeshConfig(context=2, tensor=2),
+                          MeshConfig(fsdp=2, context=4)], ids=str)
 @pytest.mark.parametrize('kernel', KERNELS)
 def test_a_kernel_is_attention_within_documents_wherever_the_positions_lie(kernel, mesh, assert_close):
-  """The TPU's interpreted, the call of the GPU's in XLA; with grouped heads, packed documents and padding; gradients too; against no mesh at all."""
+  """The TPU's interpreted, the call of the GPU's in XLA; with grouped heads, packed documents and
+  padding; gradients too; against no mesh at all.
+  """
   rng, c = np.random.default_rng(0), mesh.context
   B, L, H, G, K = 2, 128 * c, 4, 2, 64
   q, k, v, g = (rng.standard_normal((B, L, heads, K)).astype(np.float32) for heads in (H, G, G, H))
@@ -213,7 +223,9 @@ H100 = 'NVIDIA H100 80GB HBM3'
     (H100, 'bfloat16', 100, kernels.cudnn), (H100, 'float32', 100, None), ('TPU v5p', 'float32', 256, kernels.splash),
     ('TPU v5p', 'bfloat16', 128, None), ('cpu', 'bfloat16', 256, None)])
 def test_a_mesh_of_chips_runs_its_kernel_where_the_shapes_fit(kind, dtype, length, kernel):
-  """Two devices share the length, of which 128 positions are no whole tile each. The mesh is only described."""
+  """Two devices share the length, of which 128 positions are no whole tile each. The mesh is only
+  described.
+  """
   platform = {'N': 'cuda', 'T': 'tpu', 'c': 'cpu'}[kind[0]]
   device = jax.sharding.AbstractDevice(kind, None, platform)
   mesh = jax.sharding.AbstractMesh((1, 1, 2, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 5, abstract_device=device)

@@ -1,4 +1,6 @@
-"""Parameters and FLOPs against counts of leaves and of the operations traced; the digest; the log on disk."""
+"""Parameters and FLOPs against counts of leaves and of the operations traced; the digest; the log
+on disk.
+"""
 import dataclasses
 import functools
 import json
@@ -27,7 +29,9 @@ def shapes(c: ModelConfig):
 
 
 def unrolled_flops(function, *arguments) -> int:
-  """2 x the multiply-adds of every matrix product, counted from its operands, of a function traced with its scans unrolled."""
+  """2 x the multiply-adds of every matrix product, counted from its operands, of a function traced
+  with its scans unrolled.
+  """
   def walk(jaxpr):
     total = 0
     for equation in jaxpr.eqns:
@@ -54,20 +58,24 @@ def test_matrix_products_are_counted_as_often_as_they_run():
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, np.float32)
   arguments = shape(2, 3), shape(7, 3, 3), shape(4, 2, 5), shape(4, 5, 3)
   wanted = 2 * (7 * (2 * 3 * 3 + 2 * 3 * 2) + 4 * 2 * 5 * 3)
-  assert costs.matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr) == unrolled_flops(function, *arguments) == wanted
+  assert costs.matmul_flops(jax.make_jaxpr(function)(*arguments).jaxpr) == unrolled_flops(function,
+                                                                                          *arguments) == wanted
 
 
-@pytest.mark.parametrize('sizes, length', [({'fsdp': 2, 'tensor': 2}, 1024), ({'context': 2, 'fsdp': 2}, 4096)], ids=str)
+@pytest.mark.parametrize('sizes, length', [({'fsdp': 2, 'tensor': 2}, 1024), ({'context': 2, 'fsdp': 2}, 4096)],
+                         ids=str)
 def test_of_a_tpus_attention_the_tiles_that_causality_leaves_are_counted(sizes, length):
-  """Of each two in the forward pass, seven in the backward pass, which makes scores and their gradients once for queries and once for keys;
-  and once sum(o * do)."""
+  """Of each two in the forward pass, seven in the backward pass, which makes scores and their
+  gradients once for queries and once for keys; and once sum(o * do)."""
   tile, (B, H, K) = 512, (4, 4, 64)
 
   def attention(q, g, segments_BL):
     k = place(q, 'BSGK')
     return jax.vjp(lambda q, k: kernels.splash(q, k, k, segments_BL, interpret=True), q, k)[1](g)
 
-  shape = lambda letters, *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype, sharding=jax.NamedSharding(mesh, spec(letters)))
+  shape = lambda letters, *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype,
+                                                                          sharding=jax.NamedSharding(mesh,
+                                                                                                     spec(letters)))
   mesh = make_mesh(MeshConfig(**sizes))
   with jax.set_mesh(mesh):
     x = shape('BLHK', B, length, H, K)
@@ -78,8 +86,10 @@ def test_of_a_tpus_attention_the_tiles_that_causality_leaves_are_counted(sizes, 
 
 def loss_of(c: ModelConfig):
   """(function of a model, its gradient, arguments) of the loss."""
-  batch = {name: jax.ShapeDtypeStruct((2, LENGTH + c.futures), np.int32) for name in ('tokens', 'segments', 'positions')}
-  forward = lambda model, batch: objective.loss(model, Read.of(batch, c.futures), jnp.ones(c.futures), ObjectiveConfig(chunk=8))
+  batch = {name: jax.ShapeDtypeStruct((2, LENGTH + c.futures), np.int32) for name in ('tokens', 'segments',
+                                                                                      'positions')}
+  forward = lambda model, batch: objective.loss(model, Read.of(batch, c.futures), jnp.ones(c.futures),
+                                                ObjectiveConfig(chunk=8))
   return forward, jax.value_and_grad(forward, has_aux=True), (shapes(c), batch)
 
 
@@ -107,7 +117,9 @@ def test_a_train_steps_count_is_that_of_its_scans_unrolled(tiny, variant):
   assert costs.matmul_flops(jax.make_jaxpr(gradient)(*arguments).jaxpr) == unrolled_flops(gradient, *arguments)
 
 
-@pytest.mark.parametrize('changes', [{}, {'tie_embeddings': True}, {'qk_norm': True}, {'futures': 1}, {'kind': 'sequential', 'futures': 1}], ids=str)
+@pytest.mark.parametrize('changes',
+                         [{}, {'tie_embeddings': True}, {'qk_norm': True}, {'futures': 1},
+                          {'kind': 'sequential', 'futures': 1}], ids=str)
 def test_parameters_are_the_sizes_of_the_leaves(tiny, variant, changes):
   model = shapes(tiny(**(variant if 'kind' not in changes else {}) | changes))
   size = lambda part: sum(math.prod(x.shape) for x in jax.tree.leaves(part))
@@ -126,10 +138,13 @@ def test_the_next_token_twin_of_matched_futures_has_as_many_parameters(tiny, fut
   assert costs.parameters(shapes(c))['total'] == costs.parameters(shapes(twin))['total']
 
 
-@pytest.mark.parametrize('mesh', [MeshConfig(fsdp=4, tensor=2), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(tensor=2)], ids=str)
+@pytest.mark.parametrize('mesh',
+                         [MeshConfig(fsdp=4, tensor=2), MeshConfig(data=2, fsdp=2, tensor=2),
+                          MeshConfig(tensor=2)], ids=str)
 def test_the_digest_of_the_parameters_is_the_same_on_any_mesh(tiny, random_model, mesh):
   model = random_model(tiny())
-  assert costs.parameters_sha256(jax.device_put(model, shardings(model, make_mesh(mesh)))) == costs.parameters_sha256(model)
+  assert costs.parameters_sha256(jax.device_put(model,
+                                                shardings(model, make_mesh(mesh)))) == costs.parameters_sha256(model)
 
 
 def test_the_digest_of_the_parameters_sees_one_bit(tiny, random_model):
@@ -139,7 +154,8 @@ def test_the_digest_of_the_parameters_sees_one_bit(tiny, random_model):
   for i, leaf in enumerate(leaves):
     bits = np.array(leaf).view(np.uint32)
     bits.flat[-1] ^= 1
-    digests.add(costs.parameters_sha256(jax.tree.unflatten(structure, [*leaves[:i], bits.view(np.float32), *leaves[i + 1:]])))
+    digests.add(costs.parameters_sha256(jax.tree.unflatten(structure,
+                                                           [*leaves[:i], bits.view(np.float32), *leaves[i + 1:]])))
   assert len(digests) == len(leaves) + 1
 
 
@@ -160,7 +176,8 @@ def test_a_resumed_log_drops_what_lies_past_the_checkpoint(tmp_path):
   train = lambda step: {'step': step, 'kind': 'train', 'loss': step / 2, 'nats': [1.0, 2.0]}
   validation = {'step': 2, 'kind': 'validation', 'nats': [3.0]}
   records = lambda: [json.loads(line) for line in log.path.read_text().splitlines()]
-  assert records() == [train(1), train(2), validation, train(3), train(4)]  # a run repeats the validation at its checkpoint
+  # a run repeats the validation at its checkpoint
+  assert records() == [train(1), train(2), validation, train(3), train(4)]
   Log(tmp_path, 2, tensorboard=False).close()
   assert records() == [train(1), train(2)]
 

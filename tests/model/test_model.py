@@ -1,4 +1,6 @@
-"""Who may see whom, token by token; scans against loops; one future against the plain language model."""
+"""Who may see whom, token by token; scans against loops; one future against the plain language
+model.
+"""
 import dataclasses
 import functools
 from collections import Counter
@@ -30,7 +32,8 @@ def test_a_token_influences_exactly_the_predictions_it_should(tiny, random_model
   positions = np.array([*range(7), 0, *range(6), 0, 1])
   rng = np.random.default_rng(0)
   tokens = np.tile(rng.integers(0, c.vocab, T), (T + 1, 1))
-  tokens[np.arange(T), np.arange(T)] = (tokens[-1] + rng.integers(1, c.vocab, T)) % c.vocab  # row j differs in token j, the last in none
+  # row j differs in token j, the last in none
+  tokens[np.arange(T), np.arange(T)] = (tokens[-1] + rng.integers(1, c.vocab, T)) % c.vocab
   batch = {'tokens': tokens, 'segments': np.tile(segments, (T + 1, 1)), 'positions': np.tile(positions, (T + 1, 1))}
   nats = np.asarray(jax.jit(nats_MBL)(random_model(c), jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), batch)))
 
@@ -48,17 +51,21 @@ def gradients(model, batch, chunk=4):
   """(loss, sums, gradients), each future weighted differently."""
   coefficient_M = 1.0 / (1 + jnp.arange(model.config.futures))
   read = Read.of(batch, model.config.futures)
-  (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(model, read, coefficient_M, ObjectiveConfig(chunk=chunk))
+  (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(model, read, coefficient_M,
+                                                                ObjectiveConfig(chunk=chunk))
   return value, sums, grads
 
 
 def unrolled(model, batch):
-  """The equations in a Python loop over blocks and futures: no scan, no remat, one array of logits a future."""
+  """The equations in a Python loop over blocks and futures: no scan, no remat, one array of logits
+  a future.
+  """
   c = model.config
   L = batch['tokens'].shape[1] - c.futures
   take = lambda stack, i: jax.tree.map(lambda x: x[i], stack)
   positions_BL, segments_BL = batch['positions'][:, :L], batch['segments'][:, :L]
-  keys = Documents((segments_BL[:, :, None] == segments_BL[:, None, :]) & jnp.tril(jnp.ones((1, L, L), bool)), segments_BL)
+  keys = Documents((segments_BL[:, :, None] == segments_BL[:, None, :]) & jnp.tril(jnp.ones((1, L, L), bool)),
+                   segments_BL)
   norm = lambda x_BLD, scale: rms_norm(x_BLD, scale[...], c.norm_epsilon)
   x_BLD = model.embed_VD[...][batch['tokens'][:, :L]]
   for i in range(c.trunk_layers):
@@ -77,7 +84,8 @@ def unrolled(model, batch):
     for k in range(1, c.futures):
       module = take(model.futures, 0 if c.share_modules else k - 1)
       e_BLD = model.embed_VD[...][batch['tokens'][:, k:k + L]]
-      joined_BLD = norm(e_BLD, module.embedding_norm_D) @ module.join_CD[:16] + norm(read, module.hidden_norm_D) @ module.join_CD[16:]
+      e_BLD, h_BLD = norm(e_BLD, module.embedding_norm_D), norm(read, module.hidden_norm_D)
+      joined_BLD = e_BLD @ module.join_CD[:16] + h_BLD @ module.join_CD[16:]
       x_BLD, _ = module.block(joined_BLD, positions_BL, keys)
       states.append(norm(x_BLD, module.out_norm_D))
       read = states[-1] if c.hidden_input == 'post_norm' else x_BLD
@@ -90,12 +98,14 @@ def unrolled(model, batch):
   return sum(nat / (1 + m) for m, nat in enumerate(nats))
 
 
-RUNS = {'parallel': [{}, {'remat': 'none'}, {'remat': 'dots', 'head_batch': 2}, {'remat': 'attention,qkv,mlp', 'head_batch': 4}],
+RUNS = {'parallel': [{}, {'remat': 'none'}, {'remat': 'dots', 'head_batch': 2},
+                     {'remat': 'attention,qkv,mlp', 'head_batch': 4}],
         'linear': [{}, {'head_batch': 2}], 'causal': [{}, {'remat': 'none'}], 'anticausal': [{}],
         'post_norm': [{}, {'remat': 'none'}, {'remat': 'dots'}], 'pre_norm': [{}], 'shared': [{}]}
 
 
-def test_scans_equal_a_loop_however_much_is_recomputed_or_run_at_once(tiny, random_model, packed, variant, request, assert_close):
+def test_scans_equal_a_loop_however_much_is_recomputed_or_run_at_once(tiny, random_model, packed, variant, request,
+                                                                      assert_close):
   c = tiny(layers=6, futures=4, **variant)
   batch = packed(c, 2, 8)
   wanted, wanted_grads = jax.jit(jax.value_and_grad(unrolled))(random_model(c), batch)
@@ -109,8 +119,11 @@ def test_scans_equal_a_loop_however_much_is_recomputed_or_run_at_once(tiny, rand
 def test_remat_saves_the_matmuls_or_only_a_blocks_input_or_what_is_named_besides(tiny, random_model):
   def saved(remat, whole=False):
     model = random_model(tiny(feed_forward=20, remat=remat))
-    x_BLD, positions_BL, keys = jnp.zeros((2, LENGTH, 16)), jnp.zeros((2, LENGTH), int), documents(jnp.ones((2, LENGTH), int))
-    back = jax.eval_shape(lambda model, x_BLD: jax.vjp(lambda model, x_BLD: model.run_trunk(x_BLD, positions_BL, keys), model, x_BLD)[1], model, x_BLD)
+    x_BLD, positions_BL, keys = jnp.zeros((2, LENGTH, 16)), jnp.zeros((2, LENGTH),
+                                                                      int), documents(jnp.ones((2, LENGTH), int))
+    back = jax.eval_shape(lambda model,
+                          x_BLD: jax.vjp(lambda model, x_BLD: model.run_trunk(x_BLD, positions_BL, keys), model,
+                                         x_BLD)[1], model, x_BLD)
     return [x.shape for x in jax.tree.leaves(back) if whole or x.shape[1:3] == (2, LENGTH)]
 
   none, dots, full = saved('none'), saved('dots'), saved('full')
@@ -140,7 +153,9 @@ def nats_of(logits_TV, target_T, same_T):
 
 
 def nats_and_slopes(logits_TV, target_T, same_T):
-  """The gradient is that of a textbook, softmax - one-hot, its one division made before the product: in that order of roundings."""
+  """The gradient is that of a textbook, softmax - one-hot, its one division made before the
+  product: in that order of roundings.
+  """
   top_T1 = jnp.max(logits_TV, -1, keepdims=True)
   e_TV = jnp.exp(logits_TV - top_T1)
   sum_T1 = jnp.sum(e_TV, -1, keepdims=True)
@@ -154,11 +169,14 @@ nats_of.defvjp(nats_and_slopes, lambda slope_TV, gradient: (gradient * slope_TV,
 
 def as_plain(tree):
   """The leaves of a model of one future, or of its gradients, in the plain model's layout."""
-  return {'embed_VD': tree.embed_VD[...], 'blocks': tree.trunk, 'norm_D': tree.final_norm_D[...], 'unembed_VD': tree.unembed_VD[...]}
+  return {'embed_VD': tree.embed_VD[...], 'blocks': tree.trunk, 'norm_D': tree.final_norm_D[...],
+          'unembed_VD': tree.unembed_VD[...]}
 
 
 def test_one_future_is_the_plain_language_model(tiny, random_model, packed, family, assert_close):
-  """Two programs, which XLA fuses as it likes on each processor: equal but for the order of float32 sums."""
+  """Two programs, which XLA fuses as it likes on each processor: equal but for the order of float32
+  sums.
+  """
   model = random_model(tiny(futures=1, **family))
   batch = packed(model.config, 3, LENGTH)
   value, sums, grads = jax.jit(functools.partial(gradients, chunk=3 * LENGTH))(model, batch)
@@ -192,7 +210,8 @@ def test_packed_documents_equal_documents_in_rows_of_their_own(tiny, random_mode
       apart[name][i, own:own + size] = 1 if name == 'segments' else values
     start = end
   run = jax.jit(gradients)
-  (value, sums, grads), (other_value, other_sums, other_grads) = (run(random_model(c), batch) for batch in (together, apart))
+  (value, sums, grads), (other_value, other_sums, other_grads) = (run(random_model(c), batch)
+                                                                  for batch in (together, apart))
   np.testing.assert_array_equal(sums.count_M, other_sums.count_M)
   np.testing.assert_array_equal(sums.correct_M, other_sums.correct_M)
   assert_close((value, grads), (other_value, other_grads))

@@ -1,4 +1,6 @@
-"""Targets against a double loop, cross-entropy against float64, meshes against one device, accumulation against one batch, memory."""
+"""Targets against a double loop, cross-entropy against float64, meshes against one device,
+accumulation against one batch, memory.
+"""
 import dataclasses
 import functools
 import math
@@ -39,11 +41,13 @@ def test_targets_equal_a_double_loop(tiny, packed, seed):
   np.testing.assert_array_equal(read.count_M, wanted_count)
   for cut, name in ((read.inputs_BL, 'tokens'), (read.positions_BL, 'positions'), (read.segments_BL, 'segments')):
     np.testing.assert_array_equal(cut, batch[name][:, :10])
-  assert any(min(np.unique(row, return_counts=True)[1]) == 1 for row in batch['segments']), 'some document must be shorter than M'
+  assert any(min(np.unique(row, return_counts=True)[1]) == 1
+             for row in batch['segments']), 'some document must be shorter than M'
 
 
 def test_targets_end_with_their_document():
-  batch = {'tokens': jnp.arange(10, 18)[None], 'segments': jnp.array([[1, 1, 1, 2, 3, 3, 3, 0]]), 'positions': jnp.arange(8)[None]}
+  batch = {'tokens': jnp.arange(10, 18)[None], 'segments': jnp.array([[1, 1, 1, 2, 3, 3, 3, 0]]),
+           'positions': jnp.arange(8)[None]}
   read = Read.of(batch, 3)
   tables = {0: [1, 1, 0, 0, 1], 1: [1, 0, 0, 0, 1], 2: [0, 0, 0, 0, 0]}
   for m, table in tables.items():
@@ -109,7 +113,8 @@ def test_cross_entropy_survives_large_logits(tiny):
   h, table = jnp.full((1, 1, 2, 4), 1e3), jnp.stack([jnp.ones(4), -jnp.ones(4)])
   ones = jnp.ones((1, 1, 2))
   labels = Labels(jnp.array([[[0, 1]]]), ones, ones > 0)
-  value, sums, dh, dw_PDV = cross_entropy_and_gradients(tiny(), ObjectiveConfig(chunk=1), h, table, labels, jnp.zeros((1, 4, 2)))
+  value, sums, dh, dw_PDV = cross_entropy_and_gradients(tiny(), ObjectiveConfig(chunk=1), h, table, labels,
+                                                        jnp.zeros((1, 4, 2)))
   np.testing.assert_allclose((value, sums.nats_M[0]), 8e3)
   np.testing.assert_array_equal(dh, [[np.multiply.outer([0, 2], np.ones(4))]])
   np.testing.assert_array_equal(dw_PDV, [np.multiply.outer(np.ones(4), [1e3, -1e3])])
@@ -126,7 +131,9 @@ def dense(model, read, coefficient_M, o: ObjectiveConfig):
 
 
 DENSE = {name: (name, {'tie_embeddings': True}) for name in FAMILIES} | {
-    'parallel in pairs': ('parallel', {'head_batch': 2}), 'linear all at once': ('linear', {'head_batch': 4}), 'sequential of one': ('post_norm', {'futures': 1})}
+    'parallel in pairs': ('parallel', {'head_batch': 2}),
+    'linear all at once': ('linear', {'head_batch': 4}),
+    'sequential of one': ('post_norm', {'futures': 1})}
 
 
 @pytest.mark.parametrize('family, changes', DENSE.values(), ids=DENSE)
@@ -136,7 +143,8 @@ def test_the_gradient_is_that_of_the_dense_objective(tiny, random_model, packed,
   read = Read.of(packed(model.config, 3, 8), model.config.futures)
   coefficient_M = 1.0 / (2 + np.arange(model.config.futures, dtype=np.float32))
   wanted = jax.jit(jax.value_and_grad(functools.partial(dense, o=o)))(model, read, coefficient_M)
-  (value, _), grads = jax.jit(jax.value_and_grad(functools.partial(objective.loss, o=o), has_aux=True))(model, read, coefficient_M)
+  (value, _), grads = jax.jit(jax.value_and_grad(functools.partial(objective.loss, o=o), has_aux=True))(model, read,
+                                                                                                        coefficient_M)
   assert_close((value, grads), wanted)
 
 
@@ -146,14 +154,16 @@ def test_only_the_loss_has_a_gradient_and_it_is_linear_in_its_cotangent(tiny, ra
 
   @jax.jit
   def run(model, batch):
-    value, back, sums = jax.vjp(lambda model: objective.loss(model, Read.of(batch, 2), jnp.ones(2), ObjectiveConfig()), model, has_aux=True)
+    value, back, sums = jax.vjp(lambda model: objective.loss(model, Read.of(batch, 2), jnp.ones(2),
+                                                             ObjectiveConfig()), model, has_aux=True)
     return back(jnp.float32(1))[0], back(jnp.float32(-3))[0]
 
   once, thrice = run(model, batch)
   assert_close(thrice, jax.tree.map(lambda x: -3 * x, once))
 
 
-# family, weights, heads that need not run, futures that are not read: one that others of its chain hang from is, with weight 0
+# family, weights, heads that need not run, futures that are not read: one that others of its chain
+# hang from is, with weight 0
 SKIPPED = {
     'parallel': ({}, (0, 1, 0, 0.5), 2, 2),
     'parallel in pairs': ({'head_batch': 2}, (0, 1, 0, 0.5), 2, 2),
@@ -170,13 +180,15 @@ SKIPPED = {
 
 
 @pytest.mark.parametrize('family, weights, idle, unread', SKIPPED.values(), ids=SKIPPED)
-def test_a_future_of_weight_zero_is_skipped_and_changes_nothing(tiny, random_model, packed, family, weights, idle, unread, assert_close):
+def test_a_future_of_weight_zero_is_skipped_and_changes_nothing(tiny, random_model, packed, family, weights, idle,
+                                                                unread, assert_close):
   c = tiny(layers=6, futures=4, remat='none', **family)
   model, batch, active = random_model(c), packed(c, 2, 8), tuple(weight > 0 for weight in weights)
   L, tokens, coefficient_M = 8, 16, jnp.float32(weights)
 
   def run(active):
-    loss = lambda model, batch: objective.loss(model, Read.of(batch, 4), coefficient_M, ObjectiveConfig(chunk=8), active)
+    loss = lambda model, batch: objective.loss(model, Read.of(batch, 4), coefficient_M, ObjectiveConfig(chunk=8),
+                                               active)
     traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(model, batch)
     return costs.matmul_flops(traced.jaxpr.jaxpr), traced.lower().compile()(model, batch)
 
@@ -187,10 +199,12 @@ def test_a_future_of_weight_zero_is_skipped_and_changes_nothing(tiny, random_mod
     np.testing.assert_allclose(found, np.where(active, everything, 0), rtol=1e-6)  # two programs: sums in another order
   assert np.all(sums.count_M)
 
-  head = 2 * sum(math.prod(x.shape[1:]) for path, x in jax.tree_util.tree_leaves_with_path(model.futures) if 'norm' not in jax.tree_util.keystr(path))
+  head = 2 * sum(math.prod(x.shape[1:]) for path, x in jax.tree_util.tree_leaves_with_path(model.futures)
+                 if 'norm' not in jax.tree_util.keystr(path))
   scores = 0 if c.kind == 'linear' else 2 * c.heads * c.head_width * L
   unembedding, model_flops = 2 * c.vocab * c.width, idle * (head + 2 * scores)
-  chained = 0 if c.independent else min(idle, 2 if c.first_own_head else 3) * (head + 2 * scores)  # the last of a chain never runs twice
+  # the last of a chain never runs twice
+  chained = 0 if c.independent else min(idle, 2 if c.first_own_head else 3) * (head + 2 * scores)
   assert all_flops - flops == tokens * (3 * (model_flops + unread * unembedding) + idle * scores + chained)
   claimed = [costs.flops_per_token(c, L, a)['total'] for a in (None, active)]
   assert claimed[0] - claimed[1] == 3 * (model_flops + active.count(False) * unembedding)
@@ -201,7 +215,9 @@ def test_the_unembedding_costs_three_matrix_products_a_chunk(tiny, variant):
     c = tiny(vocab=vocab, layers=6, futures=4, **variant)
     batch = {name: jax.ShapeDtypeStruct((2, 16 + 4), np.int32) for name in ('tokens', 'segments', 'positions')}
     model = jax.eval_shape(functools.partial(Model, c), jax.random.key(0))
-    gradient = jax.value_and_grad(lambda model, batch: objective.loss(model, Read.of(batch, 4), jnp.ones(4), ObjectiveConfig(chunk=8)), has_aux=True)
+    gradient = jax.value_and_grad(lambda model,
+                                  batch: objective.loss(model, Read.of(batch, 4), jnp.ones(4),
+                                                        ObjectiveConfig(chunk=8)), has_aux=True)
     return costs.matmul_flops(jax.make_jaxpr(gradient)(model, batch).jaxpr)
 
   per_token = 3 * 2 * 16 * 4  # D, M
@@ -210,12 +226,15 @@ def test_the_unembedding_costs_three_matrix_products_a_chunk(tiny, variant):
 
 @pytest.fixture(scope='module')
 def gradients():
-  """(loss, sums, gradients) of weights 1, 1/2, 1/3 .. over counts; no mesh's share of the positions is whole chunks."""
+  """(loss, sums, gradients) of weights 1, 1/2, 1/3 .. over counts; no mesh's share of the positions
+  is whole chunks.
+  """
   @jax.jit
   def run(model, batch):
     read = Read.of(batch, model.config.futures)
     coefficient_M = 1.0 / (1 + jnp.arange(model.config.futures)) / jnp.maximum(read.count_M, 1)
-    (value, sums), grads = jax.value_and_grad(objective.loss, has_aux=True)(model, read, coefficient_M, ObjectiveConfig(chunk=6, z_loss=0.01))
+    (value, sums), grads = jax.value_and_grad(objective.loss, has_aux=True)(model, read, coefficient_M,
+                                                                            ObjectiveConfig(chunk=6, z_loss=0.01))
     return value, sums, grads
   return run
 
@@ -223,19 +242,23 @@ def gradients():
 def test_a_batch_without_targets_has_zero_loss_and_zero_gradients(tiny, random_model, packed, family, gradients):
   c = tiny(**family)
   batch = packed(c, 8, 16)
-  for segments in (np.zeros_like(batch['segments']), np.tile(np.arange(1, 20), (8, 1))):  # padding, and one-token documents
+  # padding, and one-token documents
+  for segments in (np.zeros_like(batch['segments']), np.tile(np.arange(1, 20), (8, 1))):
     value, sums, grads = gradients(random_model(c), batch | {'segments': segments.astype(np.int32)})
     assert float(value) == 0
     assert all(not np.any(x) for x in jax.tree.leaves((sums, grads)))
 
 
-MESHES = {'fsdp-tensor': MeshConfig(fsdp=4, tensor=2), 'data-fsdp-tensor': MeshConfig(data=2, fsdp=2, tensor=2), 'fsdp-context': MeshConfig(fsdp=4, context=2)}
-ON_MESHES = [*((family, mesh) for family in ('parallel', 'post_norm') for mesh in MESHES), ('linear', 'fsdp-tensor'), ('causal', 'fsdp-context'),
+MESHES = {'fsdp-tensor': MeshConfig(fsdp=4, tensor=2), 'data-fsdp-tensor': MeshConfig(data=2, fsdp=2, tensor=2),
+          'fsdp-context': MeshConfig(fsdp=4, context=2)}
+ON_MESHES = [*((family, mesh) for family in ('parallel', 'post_norm') for mesh in MESHES), ('linear', 'fsdp-tensor'),
+             ('causal', 'fsdp-context'),
              ('anticausal', 'data-fsdp-tensor'), ('shared', 'fsdp-tensor'), ('all at once', 'fsdp-context')]
 
 
 @pytest.mark.parametrize('family, sizes', ON_MESHES)
-def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(tiny, random_model, packed, family, sizes, gradients, assert_close):
+def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(tiny, random_model, packed, family, sizes, gradients,
+                                                              assert_close):
   model = random_model(tiny(**FAMILIES.get(family, {'head_batch': 3}), logit_cap=5.0))
   batch = packed(model.config, 8, 16)
   wanted = gradients(model, batch)
@@ -249,7 +272,9 @@ def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(tiny, random_model
 
 
 def test_axes_of_size_one_keep_their_sharding_on_a_mesh(tiny, variant):
-  """A gradient must have its parameter's type: traced with one key head, as in multi-query attention."""
+  """A gradient must have its parameter's type: traced with one key head, as in multi-query
+  attention.
+  """
   batched = {'head_batch': 3} if variant['kind'] in ('parallel', 'linear') else {}
   for changes in ({}, batched):
     config = Config(tiny(kv_heads=1, **variant, **changes), data=DataConfig(length=8),
@@ -266,16 +291,21 @@ def test_axes_of_size_one_keep_their_sharding_on_a_mesh(tiny, variant):
 
 
 def one_step(tiny, random_model, batch, family, weights, accumulate):
-  """Parameters, gradient (read off Adam's first moment) and metrics after a train.step; a large epsilon keeps Adam nearly linear."""
+  """Parameters, gradient (read off Adam's first moment) and metrics after a train.step; a large
+  epsilon keeps Adam nearly linear.
+  """
   config = Config(tiny(layers=3, futures=2, **family), ObjectiveConfig(weights, chunk=3), DataConfig(length=8),
-                  OptimizerConfig(warmup_steps=0, clip=1e9, epsilon=1.0, learning_rate=1.0), TrainConfig(batch=4, accumulate=accumulate))
+                  OptimizerConfig(warmup_steps=0, clip=1e9, epsilon=1.0, learning_rate=1.0),
+                  TrainConfig(batch=4, accumulate=accumulate))
   model, zero = random_model(config.model), jnp.zeros((), jnp.int32)
   state = training.State(zero, zero, zero, model, optimizer.make(config.optimizer, config.train.steps).init(model))
-  state, metrics = jax.jit(functools.partial(training.step, config, active=tuple(weight > 0 for weight in weights)))(state, batch, jnp.ones(24, jnp.int32), np.float32(weights))
+  step = jax.jit(functools.partial(training.step, config, active=tuple(weight > 0 for weight in weights)))
+  state, metrics = step(state, batch, jnp.ones(24, jnp.int32), np.float32(weights))
   return state.model, state.optimizer['adam'].mu, metrics
 
 
-ACCUMULATED = {'parallel': ({}, (1.0, 0.5)), 'parallel, future 0': ({}, (1.0, 0.0)), 'parallel, future 1': ({}, (0.0, 1.0)),
+ACCUMULATED = {'parallel': ({}, (1.0, 0.5)), 'parallel, future 0': ({}, (1.0, 0.0)),
+               'parallel, future 1': ({}, (0.0, 1.0)),
                'sequential': ({'kind': 'sequential'}, (1.0, 0.5))}
 
 
@@ -295,7 +325,9 @@ COLLECTIVE = re.compile(r'= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-a
 
 
 def collectives(hlo: str) -> list[tuple[str, set[int], int]]:
-  """(operation, sizes of its results, how many loops stand around it) of all that devices tell each other in a compiled module."""
+  """(operation, sizes of its results, how many loops stand around it) of all that devices tell each
+  other in a compiled module.
+  """
   bodies, name = {}, None
   for line in hlo.splitlines():
     if start := re.match(r'(?:ENTRY )?%?([\w.-]+) \(.*\{$', line):
@@ -316,18 +348,22 @@ def collectives(hlo: str) -> list[tuple[str, set[int], int]]:
 
 
 def test_the_unembedding_is_gathered_once_for_all_futures_and_its_gradient_summed_up_once_a_future(tiny, family):
-  """Four futures of four chunks each; 44 x 48, a device's share of V by all of D, is the size of nothing else."""
+  """Four futures of four chunks each; 44 x 48, a device's share of V by all of D, is the size of
+  nothing else.
+  """
   config = Config(tiny(vocab=88, width=48, layers=6, futures=4, **family), mesh=MeshConfig(fsdp=4, tensor=2))
   mesh = make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     model = training.abstract(config, mesh).model
-    batch = {name: jax.ShapeDtypeStruct((8, 16 + 4), jnp.int32, sharding=jax.NamedSharding(mesh, spec('Bt'))) for name in ('tokens', 'segments', 'positions')}
+    batch = {name: jax.ShapeDtypeStruct((8, 16 + 4), jnp.int32, sharding=jax.NamedSharding(mesh, spec('Bt')))
+             for name in ('tokens', 'segments', 'positions')}
     gradient = jax.value_and_grad(objective.loss, has_aux=True)
     run = jax.jit(lambda model, batch: gradient(model, Read.of(batch, 4), jnp.ones(4), ObjectiveConfig(chunk=8)))
     found = collectives(run.lower(model, batch).compile().as_text())
   gathered, share = 44 * 48, 44 * 48 // 4
   assert [loops for operation, sizes, loops in found if operation == 'all-gather' and gathered in sizes] == [0]
-  sums = [(operation, loops) for operation, sizes, loops in found if operation != 'all-gather' and sizes & {gathered, share}]
+  sums = [(operation, loops) for operation, sizes, loops in found if operation != 'all-gather'
+          and sizes & {gathered, share}]
   assert 'reduce-scatter' in dict(sums) and max(loops for _, loops in sums) <= 1
 
 
@@ -341,9 +377,14 @@ def temporary_bytes(c: ModelConfig) -> int:
 
 
 def test_eight_futures_take_at_most_a_hundredth_more_memory_than_two_and_a_tenth_more_than_one():
-  """At four chunks of logits; where a batch is a single chunk, a plain model has that much less alive beside it."""
-  c = ModelConfig(vocab=1024, width=64, layers=5, heads=4, kv_heads=2, head_width=16, feed_forward=176, placement='appended')
-  one, two, eight = (temporary_bytes(dataclasses.replace(c, futures=futures, layers=4 + (futures > 1))) for futures in (1, 2, 8))  # a trunk of four blocks
+  """At four chunks of logits; where a batch is a single chunk, a plain model has that much less
+  alive beside it.
+  """
+  c = ModelConfig(vocab=1024, width=64, layers=5, heads=4, kv_heads=2, head_width=16, feed_forward=176,
+                  placement='appended')
+  # a trunk of four blocks
+  one, two, eight = (temporary_bytes(dataclasses.replace(c, futures=futures, layers=4 + (futures > 1)))
+                     for futures in (1, 2, 8))
   assert eight <= 1.10 * one, f'{eight} bytes are {eight / one:.3f} x {one}'
   assert eight <= 1.01 * two, f'{eight} bytes are {eight / two:.3f} x {two}'
 
@@ -353,14 +394,17 @@ def test_bfloat16_gradients_add_up_in_float32():
   c = ModelConfig(vocab=8, width=16, layers=3, heads=2, kv_heads=2, head_width=8, feed_forward=16, futures=2)
   model = Model(c, jax.random.key(0))
   tokens = np.minimum(np.random.default_rng(0).integers(0, 60, (8, 258)), 2).astype(np.int32)
-  batch = {'tokens': tokens, 'segments': np.ones_like(tokens), 'positions': np.broadcast_to(np.arange(258, dtype=np.int32), tokens.shape)}
+  batch = {'tokens': tokens, 'segments': np.ones_like(tokens),
+           'positions': np.broadcast_to(np.arange(258, dtype=np.int32), tokens.shape)}
 
   def gradient(dtype):
     cast = jax.tree.map(lambda x: x, model)
     cast.config = dataclasses.replace(c, dtype=dtype)
-    return jax.jit(jax.grad(lambda m: objective.loss(m, Read.of(batch, 2), jnp.ones(2) / 2000, ObjectiveConfig(chunk=32))[0]))(cast)
+    return jax.jit(jax.grad(lambda m: objective.loss(m, Read.of(batch, 2), jnp.ones(2) / 2000,
+                                                     ObjectiveConfig(chunk=32))[0]))(cast)
 
   wide, narrow = gradient('float32'), gradient('bfloat16')
   for name in ('embed_VD', 'unembed_VD'):
     exact, rounded = (np.asarray(getattr(g, name)[...]) for g in (wide, narrow))
-    assert np.linalg.norm(rounded - exact) < 0.02 * np.linalg.norm(exact), name  # each term is rounded to 8 bits, their sum is not
+    # each term is rounded to 8 bits, their sum is not
+    assert np.linalg.norm(rounded - exact) < 0.02 * np.linalg.norm(exact), name
