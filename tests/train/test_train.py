@@ -498,7 +498,7 @@ def test_evaluation_divides_sums_once(folder):
   with jax.set_mesh(mesh):
     found = evaluate(config, model, validation_batches(rows, 16), byte_length_V, np.ones(264, bool),
                      mesh)
-    one = jax.jit(lambda batch: objective.loss(model, batch, jnp.zeros(2),
+    one = jax.jit(lambda batch: objective.loss(model, Read.of(batch, 2), jnp.zeros(2),
                                                ObjectiveConfig(chunk=8))[1])
     sums = [jax.device_get(one(put(rows.batch([i]), mesh))) for i in range(len(rows))]
   nats, correct, count = (sum(np.asarray(getattr(s, name), np.float64) for s in sums)
