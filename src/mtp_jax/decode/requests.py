@@ -124,17 +124,17 @@ def per_row(name: str, value, rows: int, least, most, dtype=np.int32,
     BadInput: it is no number, out of range, or not one a row.
   """
   try:
-    values_B = np.asarray(value, np.float64)
+    values = np.asarray(value, np.float64)
   except (TypeError, ValueError):
     raise BadInput(f'{name}={value!r}: must be a number') from None
-  if values_B.ndim == 0:
-    values_B = np.broadcast_to(values_B, rows)
-  if values_B.shape != (rows,):
+  if values.ndim == 0:
+    values = np.broadcast_to(values, rows)
+  if values.shape != (rows,):
     raise BadInput(f'{name}={value!r}: must be a number, or {rows} of them, one a prompt')
   whole = np.issubdtype(dtype, np.integer)
-  for x in values_B.tolist():
+  for x in values.tolist():
     if not least <= x <= most or whole and x != int(x):
       allowed = allowed or f'between {least} and {most}'
       kind = ', a whole number' if whole and x % 1 else ''
       raise BadInput(f'{name}={x:.12g}: must be {allowed}{kind}')
-  return values_B.astype(dtype)
+  return values.astype(dtype)

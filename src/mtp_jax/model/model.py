@@ -223,9 +223,9 @@ class Model(nnx.Module):
     return Futures(getattr(self, 'futures', None), self.final_norm_D[...], embed_VD, table_VD[...], self.config)
 
 
-def capped(logits_BLV, c: ModelConfig):
+def capped(logits, c: ModelConfig):
   """cap * tanh(logits / cap), where a cap is set (Gemma 2, arXiv:2408.00118, section 2)."""
-  return c.logit_cap * jnp.tanh(logits_BLV / c.logit_cap) if c.logit_cap else logits_BLV
+  return c.logit_cap * jnp.tanh(logits / c.logit_cap) if c.logit_cap else logits
 
 
 def conventions(c: ModelConfig) -> dict:
