@@ -25,6 +25,7 @@ import fsspec
 import jax
 import numpy as np
 import pytest
+from experiments import FAMILIES
 
 from mtp_jax import tokenizer
 from mtp_jax.config import ModelConfig
@@ -44,17 +45,6 @@ def forget_programs():
   yield
   jax.clear_caches()
   gc.collect()
-
-
-FAMILIES = {
-    'parallel': {'kind': 'parallel'},
-    'linear': {'kind': 'linear'},
-    'causal': {'kind': 'causal'},
-    'anticausal': {'kind': 'anticausal'},
-    'post_norm': {'kind': 'sequential'},
-    'pre_norm': {'kind': 'sequential', 'hidden_input': 'pre_norm'},
-    'shared': {'kind': 'sequential', 'share_modules': True},
-}
 
 
 @pytest.fixture(params=['parallel', 'post_norm'], ids=['parallel', 'sequential'])

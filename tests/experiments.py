@@ -16,6 +16,16 @@ from mtp_jax.mesh import make_mesh
 from mtp_jax.model.model import conventions
 from mtp_jax.train import step as training
 
+FAMILIES = {
+    'parallel': {'kind': 'parallel'},
+    'linear': {'kind': 'linear'},
+    'causal': {'kind': 'causal'},
+    'anticausal': {'kind': 'anticausal'},
+    'post_norm': {'kind': 'sequential'},
+    'pre_norm': {'kind': 'sequential', 'hidden_input': 'pre_norm'},
+    'shared': {'kind': 'sequential', 'share_modules': True},
+}
+
 
 def experiment(folder, **sections) -> Config:
   """A tiny config, with a dozen documents in `folder`. A section is a dict of changes."""

@@ -8,10 +8,11 @@ import hashlib
 import math
 import pathlib
 
+import conftest  # noqa: F401  sets XLA's flags before jax starts, also when this file is run as a script
 import jax
 import numpy as np
 import pytest
-from conftest import FAMILIES
+from experiments import FAMILIES
 
 from mtp_jax.config import Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from mtp_jax.train import step as training
