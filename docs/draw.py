@@ -1,9 +1,9 @@
 """Draws the pictures of the README: the two kinds of futures, and text in the colours of its drafts.
 
     python docs/draw.py futures                        docs/futures.svg
-    python docs/draw.py drafts --workdir=runs/tiny     docs/drafts.svg, from a trained model
+    python docs/draw.py drafts --workdir=runs/tiny     docs/drafts.svg, from the model of `make train`
 
-A third argument, --output=FILE, writes elsewhere; the ending chooses the format (svg, png, pdf).
+--output=FILE writes elsewhere; its ending chooses the format (svg, png, pdf).
 Needs matplotlib: pip install -e '.[notebook]'.
 """
 import argparse
@@ -164,10 +164,10 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('picture', choices=['futures', 'drafts'])
   parser.add_argument('--workdir', default='runs/tiny')
-  parser.add_argument('--prompt', default='class Tree:\n')
-  parser.add_argument('--temperature', type=float, default=0.0)
-  parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--max_tokens', type=int, default=220)
+  parser.add_argument('--prompt', default='class Tree:\n    def __init__(self')
+  parser.add_argument('--temperature', type=float, default=0.8)
+  parser.add_argument('--seed', type=int, default=7)
+  parser.add_argument('--max_tokens', type=int, default=200)
   parser.add_argument('--output')
   a = parser.parse_args()
   path = a.output or str(FOLDER / f'{a.picture}.svg')

@@ -19,7 +19,7 @@ from mtp_jax.train import step as training
 SOURCE = pathlib.Path(mtp_jax.__file__).parent
 ROOT = SOURCE.parents[1]
 FILES = sorted(SOURCE.rglob('*.py'))
-TEXTS = [path for folder in ('src', 'tests', 'configs', 'notebooks', 'launch')
+TEXTS = [path for folder in ('src', 'tests', 'configs', 'docs', 'notebooks', 'launch')
          for path in sorted((ROOT / folder).rglob('*.py'))]
 
 # From the top floor down: a room may import only rooms below its own floor.
