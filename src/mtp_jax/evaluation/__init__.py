@@ -1,1 +1,1 @@
-"""What a trained model is worth on held-out documents, and what a prepared set shows it."""
+"""What a trained model is worth on held-out documents, and a prepared set as a person sees it."""

@@ -1,10 +1,10 @@
 """A check of a config on a small float32 twin of it, in minutes on a CPU.
 
-gradients   those that JAX finds for a dense objective, and the same in every way of running a step:
-microbatches, meshes,
-            rematerialisation, heads at once
-leakage     which token influences which prediction is what documents, causality and the kind of
-futures allow: no more, no less FLOPs       what the step multiplies is what `model.costs` counts
+    gradients   those that JAX finds for a dense objective, and the same in every way of running a
+                step: microbatches, meshes, rematerialisation, heads at once
+    leakage     a token influences exactly the predictions that documents, causality and the kind
+                of futures allow
+    FLOPs       what the step multiplies is what `model.costs` counts
 
 The twin has the config's kind, futures, sharing, norms, weights and objective, but few layers and
 small sizes. Its rows are packed with documents of unequal length, so that microbatches and devices

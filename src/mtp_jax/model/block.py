@@ -19,7 +19,7 @@ from mtp_jax.sharding import einsum
 
 
 class Block(nnx.Module):
-  """One transformer block; a stack of them has a leading axis on every parameter."""
+  """One transformer block; stacked blocks are one object whose parameters have a leading axis."""
 
   def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
     self.attention_norm_D, self.attention = scale(c.width), GroupedQueryAttention(c, rngs)
@@ -27,7 +27,7 @@ class Block(nnx.Module):
     self.config = c
 
   def __call__(self, x_BLD, positions_BL, keys):
-    """(x_BLD after the block, keys with those of these tokens)."""
+    """(x_BLD after the block, `keys` with those of these tokens)."""
     keys = self.write(x_BLD, positions_BL, keys)
     return self.read(x_BLD, positions_BL, keys), keys
 

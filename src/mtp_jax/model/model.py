@@ -7,14 +7,15 @@ the tokens ahead.
 Future m at position t predicts token t+1+m. The kinds of Gloeckle et al. 2024 (arXiv:2404.19737,
 section 2, appendix B):
 
-    parallel, linear    h^m = norm(head_m(z)),                      m = 0..M-1; a head is a block, or one linear map
+    parallel, linear    h^m = norm(head_m(z)), m = 0..M-1; a head is a block, or one linear map
     causal              h^m = norm(head_m(... head_1(head_0(z)))),  the next token's head comes first
     anticausal          h^m = norm(head_m(... head_{M-1}(z))),      the farthest token's comes first
 
 sequential (DeepSeek-V3, arXiv:2412.19437, equations 21-23): a causal chain that is given the tokens
 in between,
 
-    h^0 = norm(z),  h^k_t = norm_k(block_k(join_k [norm_e(embed(token_{t+k})) ; norm_h(h^{k-1}_t)])),  k = 1..M-1
+    h^0   = norm(z)
+    h^k_t = norm_k(block_k(join_k [norm_e(embed(token_{t+k})) ; norm_h(h^{k-1}_t)])),  k = 1..M-1
 
 A model of one future is the plain decoder, of whatever kind. There is no loss and no sampling here.
 """

@@ -1,4 +1,4 @@
-"""How parameters begin, and how they are stacked."""
+"""How parameters are initialised, and how they are stacked."""
 import jax
 import jax.numpy as jnp
 from flax import nnx

@@ -1,11 +1,11 @@
 """Cross-entropy in chunks: logits are made once, turned into their gradient at once, and dropped.
 
-    logits = h u^T        nats = lse - logit of the target        lse = log sum exp logits
-    g      = weight * ((1 + 2 z lse) softmax - one-hot)           dh = g u        du += g^T h
+    logits  = h w^T        nats = lse - logit of the target        lse = log sum exp logits
+    dlogits = weight * ((1 + 2 z_loss lse) softmax - one-hot)      dh = dlogits w        dw += dlogits^T h
 
-Weights are known before the walk, hence so is every logit's gradient the moment its softmax is:
-three matrix products a chunk, none again in the backward pass. One chunk's logits are alive at a
-time. (z-loss: PaLM, arXiv:2204.02311, section 5.)
+The weights are known in advance, so the gradient of a chunk's logits is computed as soon as its
+softmax is: three matrix products a chunk, of which none is repeated in the backward pass. One
+chunk's logits are alive at a time. (z-loss: PaLM, arXiv:2204.02311, section 5.)
 """
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from mtp_jax.sharding import einsum, out, place
 
 
 def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_gBLD, w_VD, labels: Labels):
-  """(float32 loss, Sums of the g futures).
+  """(float32 loss, Sums of the group's futures).
 
   Args:
     h_gBLD: normed states.
@@ -33,11 +33,11 @@ def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_gBLD, w_VD, labels: Labe
 
 
 def cross_entropy_and_gradients(c: ModelConfig, o: ObjectiveConfig, h_gBLD, w_VD, labels: Labels, dw_PDV):
-  """(float32 loss, Sums of the g futures, gradient of h_gBLD, dw_PDV plus the gradient of the
+  """(float32 loss, Sums of the group's futures, gradient of h_gBLD, dw_PDV plus the gradient of the
   unembedding).
 
   Args:
-    dw_PDV: float32, the gradient of the unembedding so far, on each device that of its own tokens.
+    dw_PDV: float32, the gradient of the unembedding so far, each device holds that of its own tokens.
   """
   def step(dw_PDV, inputs):
     chunk = _Chunk(c, o, w_VD, *inputs)
@@ -50,7 +50,7 @@ def cross_entropy_and_gradients(c: ModelConfig, o: ObjectiveConfig, h_gBLD, w_VD
 
 
 class _Chunk:
-  """The logits of some tokens of every device, and what follows from them."""
+  """The logits of at most `chunk` tokens of each device, all of one future, and what follows."""
 
   def __init__(self, c: ModelConfig, o: ObjectiveConfig, w_VD, h_PtD, labels: Labels):
     self.c, self.o, self.w_VD, self.h_PtD = c, o, w_VD, h_PtD

@@ -1,4 +1,4 @@
-"""What a step asks of a batch, made once: inputs, positions, documents, and what each future
+"""What a step takes from a batch, made once: inputs, positions, documents, and what each future
 predicts and where it counts.
 
 Future m at position t predicts token t+1+m, and counts iff that token is in the same document as t.
@@ -18,7 +18,7 @@ from mtp_jax.sharding import out
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Read:
-  """A batch as the model reads it, in mesh order.
+  """A batch as the model reads it, in mesh order (see mesh.py).
 
   Attributes:
     inputs_BL, positions_BL, segments_BL: int32.
@@ -34,7 +34,7 @@ class Read:
 
   @classmethod
   def of(cls, batch, futures: int) -> 'Read':
-    """Reads int32[B, L + M] each. Every device cuts its part from the whole row."""
+    """From int32[B, L + M] arrays, whose rows are whole on every device of the context axis."""
     L = batch['tokens'].shape[1] - futures
     cut = lambda x_BT, start: to_mesh_order(x_BT[:, start:start + L])
     segments_BL = cut(batch['segments'], 0)
@@ -68,7 +68,7 @@ class Read:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Labels:
-  """What some futures are scored against: target tokens, the weight of each in the loss, and where
+  """Targets, weights in the loss and a mask, of a group of futures or of all of them: tokens, weight, and where
   they count.
   """
   target_gBL: jax.Array
@@ -77,7 +77,7 @@ class Labels:
 
   @classmethod
   def of(cls, read: Read, coefficient_M) -> 'Labels':
-    """Those of all futures; coefficient_M: weight of a future's position in the loss."""
+    """The labels of all futures; coefficient_M: weight_m / count_m."""
     weight_MBL = jnp.where(read.counted_MBL, coefficient_M[:, None, None], 0.0)
     return cls(read.targets_MBL, weight_MBL, read.counted_MBL)
 

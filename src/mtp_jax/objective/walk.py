@@ -1,18 +1,19 @@
 """The loss of every future and its gradient, in one walk over the heads.
 
-    loss = sum_m weight_m / count_m * sum_{b,t} (nats + z * lse^2)
+    loss = sum_m weight_m / count_m * sum_{b,t} (nats + z_loss * lse^2)
 
-(Gloeckle et al. 2024, arXiv:2404.19737, section 2.) With several futures the unembedding is the
-cost, so its gradient is our own:
+(Gloeckle et al. 2024, arXiv:2404.19737, section 2.) With several futures the logits take most of the
+time and memory, so their backward pass is written by hand:
 
-    for each group of futures, the last of a chain first:     heads forward
-      for each chunk of their positions:                      logits, their gradient, dh, du: see
-        stream.py heads backward, into the gradient of the state they read
+    for each group of futures, in the reverse of the order in which a chain runs:
+      heads forward
+      for each chunk of their positions:   logits, their gradient, dh, dw      (stream.py)
+      heads backward, into the gradient of the state that they read
 
 One group's activations and one chunk's logits are alive at a time (Gloeckle et al., figure 2),
-whatever the number of futures; a chain also keeps one state a head, as a trunk keeps one a block.
-config.model.head_batch independent heads run as a group, vmapped; the links of a chain run one by
-one.
+whatever the number of futures; besides them the float32 gradients of the unembedding and of the
+heads, and in a chain one state a head, just as the trunk keeps one state a block.
+config.model.head_batch independent heads run as a group, vmapped; the links of a chain run one by one.
 """
 import dataclasses
 import functools
@@ -104,6 +105,7 @@ def _loss_forward(o: ObjectiveConfig, active: tuple[bool, ...], futures: Futures
 
 
 def _loss_backward(o, active, gradients, cotangents):
+  """The gradients exist already: they are only scaled by that of the loss."""
   futures, z_BLD = jax.tree.map(lambda x: cotangents[0].astype(x.dtype) * x, gradients)
   return futures, z_BLD, None, None, None
 
@@ -114,14 +116,14 @@ _loss.defvjp(_loss_forward, _loss_backward)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Total:
-  """What the walk adds up: the loss, and the gradient of the unembedding, float32[D, V]."""
+  """The running loss, and the running gradient of the unembedding, float32[D, V]."""
   loss: jax.Array
   dw_DV: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-  """The walk over the heads, and what is the same at each of its steps."""
+  """The walk over the heads, and the inputs that all groups share."""
   o: ObjectiveConfig
   futures: Futures
   w_VD: jax.Array
@@ -132,6 +134,7 @@ class _Walk:
     """((loss, Sums of all futures), (gradients in the shape of `Futures`, gradient of z_BLD))."""
     futures, c, w_VD = self.futures, self.futures.config, self.w_VD
     start = lambda norm_D, z_BLD: dataclasses.replace(futures, final_norm_D=norm_D).start(z_BLD)
+    # h_BLD is future 0's state where it has no head of its own, else None.
     (state_BLD, h_BLD), back_to_trunk = jax.vjp(start, futures.final_norm_D, z_BLD)
     common = futures.shared(), futures.final_norm_D, futures.embed_VD
     total = _Total(jnp.zeros(()), jnp.zeros(w_VD.shape[::-1], jnp.float32, **out('DV')))
@@ -175,7 +178,7 @@ class _Walk:
     shared, norm_D, embed_VD = common
     futures = dataclasses.replace(self.futures, final_norm_D=norm_D, embed_VD=embed_VD)
 
-    def run(head, given_BL):
+    def run(head, given_BL):  # head is None where all futures use one shared module
       return futures.run_head(shared if head is None else head, state_BLD, given_BL, self.positions_BL, self.keys)
 
     next_gBLD, h_gBLD = jax.vmap(run)(head_g, given_gBL)
@@ -186,13 +189,13 @@ class _Walk:
     zeros_PDV = jnp.zeros((token_shards(), *self.w_VD.shape[::-1]), jnp.float32, **out('PDV'))
     loss, sums, dh_gBLD, dw_PDV = cross_entropy_and_gradients(
         self.futures.config, self.o, h_gBLD, self.w_VD, labels, zeros_PDV)
-    # A device's own sum is as large as the whole table. The barrier makes the devices share it out
-    # before the heads' activations are made again.
+    # Each device's dw_PDV is as large as the table. The barrier makes the devices reduce it, and free
+    # it, before the heads' activations are computed again.
     dw_DV, dh_gBLD = jax.lax.optimization_barrier((total.dw_DV + sum_over_devices(dw_PDV, 'DV'), dh_gBLD))
     return _Total(total.loss + loss, dw_DV), sums, dh_gBLD
 
   def states_of_chain(self, head_ng, common, state_BLD, given_ngBL):
-    """The state that each link reads: [n, B, L, D]. The last link need not run for that."""
+    """The state that each link reads: [n, B, L, D]. The last link's output is read by nobody, so it does not run."""
     last_first = self.futures.config.kind == 'anticausal'
     links = jax.tree.map(lambda x: x[1:] if last_first else x[:-1], (head_ng, given_ngBL))
 
