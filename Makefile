@@ -25,7 +25,7 @@ test-all: $(VENV)/installed-dev
 	$(RUN) -m pytest
 
 lint: $(VENV)/installed-dev
-	$(RUN) -m ruff check src tests configs
+	$(RUN) -m ruff check src tests configs docs
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'mtp_jax needs Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.12'; exit 2; }

@@ -58,7 +58,7 @@ def read_record(workdir: pathlib.Path, step: int | None = None) -> dict:
 def check_resumes(config: Config, record: dict, workdir) -> list[str]:
   """Fields that differ from the checkpoint's and may, one line each.
 
-  Only fields of the model are fixed; whether the data are the same is told by their identity, not
+  Only fields of the model are fixed; whether the data are the same is decided by their identity, not
   by the config.
 
   Raises:
