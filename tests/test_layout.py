@@ -170,13 +170,14 @@ def test_a_letter_has_one_size_in_a_step_and_an_evaluation_of_unequal_sizes(tiny
 
 
 def test_a_letter_has_one_size_in_every_function_of_a_decoder(tmp_path, family):
-  """Slots, prompts and the tokens of a pass differ, and so do drafts and the width of a head."""
+  """Prompts of up to 32 tokens in 64 slots; a pass reads 4 tokens, 3 of them drafts."""
   config = experiment(tmp_path, model={'vocab': 259, 'layers': 5, 'futures': 4, 'kv_heads': 1, **family})
   write(tmp_path / 'run', config, random_state(config))
   lm = mtp_jax.load(tmp_path / 'run')
-  sizes, twice = sizes_in(lambda: lm.generate(['ab', 'b', 'abc'], max_tokens=6, draft=3, max_length=40,
+  jax.clear_caches()  # so that every function is traced again
+  sizes, twice = sizes_in(lambda: lm.generate(['ab', 'b', 'abc'], max_tokens=40, draft=3, max_length=60,
                                               temperature=0.7, top_k=9))
   assert not twice
-  known = {'B': 3, 'D': 16, 'H': 2, 'G': 1, 'K': 8, 'V': 259, 'F': 24}
-  assert {letter: sizes[letter] for letter in known if letter in sizes} == {
-      letter: {size} for letter, size in known.items() if letter in sizes}
+  known = {'B': {3}, 'D': {16}, 'H': {2}, 'G': {1}, 'K': {8}, 'V': {259}, 'F': {24}, 'p': {32}, 'S': {32, 64}}
+  assert {letter: sizes.get(letter) for letter in known} == known
+  assert {3} <= sizes['k'] <= {0, 3} and {4, 32} <= sizes['i']

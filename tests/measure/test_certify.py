@@ -66,8 +66,10 @@ def test_a_gradient_that_is_not_summed_over_devices_is_a_breach(twin, monkeypatc
 
 
 def test_targets_of_another_future_are_a_breach(twin):
+  """Of the streamed objective, or of the dense one beside it."""
   assert holds(twin, loss=objective.dense)
-  assert not holds(twin, loss=lambda model, read, *rest: objective.dense(model, shifted(read, -1), *rest))
+  for loss in (objective.loss, objective.dense):
+    assert not holds(twin, loss=lambda model, read, *rest, loss=loss: loss(model, shifted(read, -1), *rest))
 
 
 def test_a_wrong_slope_is_a_breach(twin, monkeypatch):

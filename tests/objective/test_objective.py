@@ -163,7 +163,7 @@ def test_only_the_loss_has_a_gradient_and_it_is_linear_in_its_cotangent(tiny, ra
 
 
 # family, weights, heads that need not run, futures that are not read: one that others of its chain
-# hang from is, with weight 0
+# depends on is, with weight 0
 SKIPPED = {
     'parallel': ({}, (0, 1, 0, 0.5), 2, 2),
     'parallel in pairs': ({'head_batch': 2}, (0, 1, 0, 0.5), 2, 2),
@@ -286,7 +286,7 @@ def test_axes_of_size_one_keep_their_sharding_on_a_mesh(tiny, variant):
       batch = dict.fromkeys(('tokens', 'segments', 'positions'), rows)
       step = functools.partial(training.step, config, active=(True,) * 3)
       following, _ = jax.eval_shape(step, state, batch, jnp.ones(24, jnp.int32), jnp.ones(3))
-    types = lambda state: [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
+    types = lambda state: [(x.shape, x.dtype, x.sharding.spec) for x in jax.tree.leaves(state.model)]
     assert types(following) == types(state)
 
 

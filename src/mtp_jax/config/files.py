@@ -6,6 +6,7 @@
 With schema.py the door to ml_collections.
 """
 import os
+import typing
 from collections.abc import Sequence
 
 import ml_collections
@@ -13,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mtp_jax.config.errors import BadInput, nearest
-from mtp_jax.config.schema import Config, check_name
+from mtp_jax.config.schema import SECTIONS, Config, check_name
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -23,6 +24,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     BadInput: there is no such file or field, a field is given twice, or a flag is not written
     --name=value.
   """
+  arguments = _with_values(arguments)
   ours = [argument for argument in arguments if _is_about_config(argument)]
   names = [_name(argument) for argument in ours]
   for argument, name in zip(ours, names):
@@ -36,6 +38,23 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
       raise BadInput(f'--{name}: given {names.count(name)} times; give it once')
     check_name(name.removeprefix('no').removeprefix('config.'))
   return ours, [argument for argument in arguments if not _is_about_config(argument)]
+
+
+def _with_values(arguments: Sequence[str]) -> list[str]:
+  """The arguments, --config.section.field VALUE written as --config.section.field=VALUE."""
+  joined = []
+  for argument in arguments:
+    last = joined[-1] if joined else ''
+    if last.startswith('--config.') and '=' not in last and not _is_boolean(last) and argument[:1] != '-':
+      joined[-1] = f'{last}={argument}'
+    else:
+      joined.append(argument)
+  return joined
+
+
+def _is_boolean(argument: str) -> bool:
+  section, _, field = argument.removeprefix('--config.').partition('.')
+  return section in SECTIONS and typing.get_type_hints(SECTIONS[section]).get(field) is bool
 
 
 def load(arguments: Sequence[str], flag: str = 'config') -> Config:
