@@ -15,9 +15,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 def workdir(tmp_path_factory):
   from mtp_jax.train.fit import fit
   folder = tmp_path_factory.mktemp('run')
-  for i in range(6):
-    shutil.copy(ROOT / 'src' / 'mtp_jax' / ('config.py', 'data/rows.py', 'train.py', 'model.py', 'lm.py',
-                                            'metrics.py')[i], folder / f'{i}.py')
+  names = 'config/schema.py', 'data/rows.py', 'train/step.py', 'model/model.py', 'lm.py', 'model/costs.py'
+  for i, name in enumerate(names):
+    shutil.copy(ROOT / 'src' / 'mtp_jax' / name, folder / f'{i}.py')
   config = Config(
       model=ModelConfig(width=32, layers=5, heads=4, head_width=8, feed_forward=64,
                         futures=4), objective=ObjectiveConfig(chunk=64),
