@@ -137,7 +137,7 @@ def planned(futures: int) -> Plan:
 
 @needs_compiler
 @pytest.mark.slow
-def test_four_futures_cost_a_chip_the_memory_of_one_and_the_flops_they_should():
+def test_four_futures_cost_a_chip_at_most_a_twentieth_more_memory_than_one_and_the_flops_they_should():
   """At equal parameters. With remat='full' a trunk block is run once more, a head is not."""
   one, four = planned(1), planned(4)
   assert four.fits and four.hbm_capacity_bytes == 95 * 2**30
