@@ -1,10 +1,12 @@
 """What the tests of decoding share: half-trained models, decoding with few arguments, references."""
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from experiments import nudged
 
 from mtp_jax.config import ObjectiveConfig
 from mtp_jax.decode.decoder import Decoder
@@ -77,7 +79,18 @@ def logits_MBSV(model, tokens_BS):
 @jax.jit
 def choices_MBS(model, tokens_BS):
   """Every future's greedy choice after every prefix, without a cache."""
-  return jnp.argmax(jnp.where(ALLOWED_V, logits_MBSV(model, tokens_BS), -jnp.inf), -1)
+  return jnp.argmax(allowed_logits_MBSV(model, tokens_BS), -1)
+
+
+@jax.jit
+def clear_MBS(model, tokens_BS):
+  """Where that choice leads by more than 1e-3, a hundred times what two programs differ by."""
+  best, second = jnp.moveaxis(jax.lax.top_k(allowed_logits_MBSV(model, tokens_BS), 2)[0], -1, 0)
+  return best - second > 1e-3
+
+
+def allowed_logits_MBSV(model, tokens_BS):
+  return jnp.where(ALLOWED_V, logits_MBSV(model, tokens_BS), -jnp.inf)
 
 
 def uncached(model, prompts_Bp, length_B, limit_B, eos):
@@ -132,6 +145,25 @@ def generate(model, prompts_Bp, length_B=LENGTHS_B, limit_B=LIMITS_B, *, draft, 
 def rows(state) -> list[list[int]]:
   """Known tokens of each row, prompt included."""
   return [row[:n].tolist() for row, n in zip(np.asarray(state.tokens_BS), np.asarray(state.length_B))]
+
+
+def settled_lengths(model, generated_rows) -> list[int | None]:
+  """How many tokens of each row no rounding can change; None is the whole row.
+
+  generated_rows: function of a model. Those tokens are settled that two nudged models generate too.
+  """
+  texts = [generated_rows(m) for m in (model, nudged(model, 1), nudged(model, 2))]
+  lengths = []
+  for one, *others in zip(*texts):
+    agreeing = min(len(os.path.commonprefix([one, other])) for other in others)
+    lengths.append(None if all(one == other for other in others) else agreeing)
+  assert sum(n is None for n in lengths) > len(lengths) / 2, lengths
+  return lengths
+
+
+def equal_where_settled(some_rows, other_rows, lengths: list[int | None]) -> bool:
+  """Whether two programs generated the same rows up to the first near tie of each."""
+  return all(a[:n] == b[:n] for a, b, n in zip(some_rows, other_rows, lengths, strict=True))
 
 
 def drafts_of(parts, k: int):

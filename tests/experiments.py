@@ -2,6 +2,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax import tokenizer
@@ -14,6 +15,7 @@ from mtp_jax.data.prepared_set import Prepared
 from mtp_jax.data.shards import Stream
 from mtp_jax.mesh import make_mesh
 from mtp_jax.model.model import conventions
+from mtp_jax.objective import Read, future_states
 from mtp_jax.train import step as training
 
 FAMILIES = {
@@ -60,6 +62,48 @@ def random_state(config: Config, mesh=None, seed: int = 0) -> training.State:
   with jax.set_mesh(mesh):
     return jax.tree.map(lambda x: jax.device_put(fill(x).astype(x.dtype), x.sharding),
                         training.abstract(config, mesh))
+
+
+def nudged(model, seed: int):
+  """The model with every parameter off by one part in 100,000, some ten times what float32 rounds.
+
+  What a model and its nudged copies generate alike depends on no near tie, so that two programs,
+  which XLA fuses as it likes on each processor, generate it alike too.
+  """
+  rng = np.random.default_rng(seed)
+
+  def nudge(x):
+    x_nudged = np.float32(x * (1 + 1e-5 * rng.standard_normal(x.shape)))
+    return jax.device_put(x_nudged, x.sharding if x.committed else None)
+
+  return jax.tree.map(nudge, model)
+
+
+def least_margin(model, batch) -> float:
+  """By how much the target's logit and the best other one differ at least.
+
+  If it is large, no rounding changes which predictions are correct, and counts of them are exact.
+  """
+  model, read = jax.tree.map(jnp.asarray, jax.device_get(model)), Read.of(batch, model.config.futures)
+  logits_MBLV = np.float64(jax.jit(future_states)(model, read)) @ np.float64(model.readout().table()).T
+  is_target_MBLV = np.arange(logits_MBLV.shape[-1]) == np.asarray(read.targets_MBL)[..., None]
+  others_MBL = np.where(is_target_MBLV, -np.inf, logits_MBLV).max(-1)
+  lead_MBL = np.where(is_target_MBLV, logits_MBLV, -np.inf).max(-1) - others_MBL
+  return np.abs(lead_MBL)[np.asarray(read.counted_MBL)].min()
+
+
+def is_clear(lm, prompts, **options) -> bool:
+  """Whether two nudged LanguageModels generate the same ids with the same accepted drafts."""
+  models = [lm.model, nudged(lm.model, 1), nudged(lm.model, 2)]
+  generations = [dataclasses.replace(lm, model=model).generate(prompts, **options) for model in models]
+  first, *others = [(generation.ids, generation.accepted) for generation in generations]
+  return all(other == first for other in others)
+
+
+def generate_clearly(lm, prompts, **options):
+  """What a LanguageModel generates, after a check that no near tie decides it."""
+  assert is_clear(lm, prompts, **options), 'a near tie: choose another prompt, seed or model'
+  return lm.generate(prompts, **options)
 
 
 def write(workdir, config: Config, state: training.State, step: int = 3,

@@ -43,7 +43,8 @@ def test_a_token_influences_exactly_the_predictions_it_should(tiny, random_model
     counted = segments[t] == segments[t + 1 + m] != 0
     wanted[j, m, t] = counted and segments[j] == segments[t] and (j <= read or j == t + 1 + m)
   changed = np.moveaxis(np.abs(nats[:, :-1] - nats[:, -1:]), 1, 0)
-  np.testing.assert_array_equal(changed > 0, wanted)
+  # rows of a batch may be rounded apart, by some 1e-6; the least influence here is 2e-4
+  np.testing.assert_array_equal(changed > 3e-5, wanted)
   assert wanted.sum() > 100
 
 
@@ -214,5 +215,6 @@ def test_packed_documents_equal_documents_in_rows_of_their_own(tiny, random_mode
   (value, sums, grads), (other_value, other_sums, other_grads) = (run(random_model(c), batch)
                                                                   for batch in (together, apart))
   np.testing.assert_array_equal(sums.count_M, other_sums.count_M)
+  # exact, since no target's logit is within 0.01 of the best other one
   np.testing.assert_array_equal(sums.correct_M, other_sums.correct_M)
   assert_close((value, grads), (other_value, other_grads))

@@ -96,6 +96,7 @@ def test_cross_entropy_and_its_gradients_are_the_dense_ones_in_float64(tiny, chu
   assert not np.any(dh[~counted])
   assert_close(sums.nats_M, (nats * counted).sum((1, 2)))
   np.testing.assert_array_equal(sums.count_M, counted.sum((1, 2)))
+  # exact, since the best logit leads by 0.01 or more
   np.testing.assert_array_equal(sums.correct_M, ((logits.argmax(-1) == y) & counted).sum((1, 2)))
   assert 0 < sums.correct_M.sum() < best.sum()
   assert_close(jax.jit(functools.partial(cross_entropy, c, o))(*arguments), (value, sums))
@@ -196,7 +197,8 @@ def test_a_future_of_weight_zero_is_skipped_and_changes_nothing(tiny, random_mod
   assert_close((some_value, some_grads), (value, grads))
   for found, everything in zip(jax.tree.leaves(some_sums), jax.tree.leaves(sums)):
     np.testing.assert_array_equal(np.asarray(found)[~np.array(active)], 0)
-    np.testing.assert_allclose(found, np.where(active, everything, 0), rtol=1e-6)  # two programs: sums in another order
+    # two programs: float32 sums in another order; correct predictions lead by 0.1, so counts are equal
+    np.testing.assert_allclose(found, np.where(active, everything, 0), rtol=1e-5)
   assert np.all(sums.count_M)
 
   head = 2 * sum(math.prod(x.shape[1:]) for path, x in jax.tree_util.tree_leaves_with_path(model.futures)
@@ -266,7 +268,7 @@ def test_loss_and_gradients_on_a_mesh_are_those_of_one_device(tiny, random_model
   with jax.set_mesh(mesh):
     placed = jax.device_put(model, shardings(model, mesh))
     value, sums, grads = gradients(placed, put(batch, mesh))
-  assert_close((value, sums, grads), wanted)
+  assert_close((value, sums, grads), wanted)  # correct predictions lead by 0.002 or more
   for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(placed)):
     assert x.sharding.is_equivalent_to(y.sharding, x.ndim), jax.tree_util.keystr(path)
 
