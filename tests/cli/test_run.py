@@ -1,5 +1,7 @@
 """evaluate and generate print what the functions behind them return."""
-from experiments import experiment, random_state, write
+from experiments import experiment, generate_clearly, random_state, write
+
+import mtp_jax
 
 GENERATE = 'generate --workdir=run --prompt=a'
 
@@ -28,7 +30,8 @@ def test_evaluate_says_when_the_documents_are_others(run, place):
   assert code == 0 and len(err) == 1 and err[0].startswith('note: the documents here differ')
 
 
-def test_generate_prints_the_same_text_for_every_draft(run, run_json):
+def test_generate_prints_the_same_text_for_every_draft(run, run_json, place):
+  generate_clearly(mtp_jax.load(place / 'run'), 'a', max_tokens=24, max_length=40, draft=0)
   sized = f'{GENERATE} --max_tokens=24 --max_length=40'
   plain, one, longest = (run_json(f'{sized} --draft={draft}') for draft in (0, 1, -1))
   for values in (plain, one, longest):
