@@ -6,6 +6,7 @@ table anew.
 """
 import hashlib
 import math
+import os
 import pathlib
 
 import conftest  # noqa: F401  sets XLA's flags before jax starts, also when this file is run as a script
@@ -19,7 +20,7 @@ from mtp_jax.train import step as training
 
 # loss, gradient norm, update norm, nats of each future, parameters weighted by cos(0), cos(1), ...;
 # SHA-256 of the parameters.
-MACHINE = '610995ee jax 0.10.2'
+MACHINE = '6511e95c jax 0.10.2'
 GOLDEN = {
     'parallel': ([6.473332405090332, 3.222806930541992, 0.010228018276393414, 3.755735397338867,
         3.702897787094116, 3.3797504901885986, 17.669078640387017],
@@ -46,10 +47,12 @@ GOLDEN = {
 
 
 def machine() -> str:
-  """What decides the last bits: the processor, and what compiles for it."""
+  """What decides the last bits: the processor, what compiles for it, and how many cores it may use."""
   cpuinfo = pathlib.Path('/proc/cpuinfo')
   about = cpuinfo.read_text().partition('\n\n')[0] if cpuinfo.exists() else ''
   kept = sorted(line for line in about.splitlines() if line.startswith(('model', 'stepping', 'cache size', 'flags')))
+  kept += sorted({*os.environ['XLA_FLAGS'].split()})  # conftest.py's may be there twice
+  kept.append(str(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()))
   return f'{hashlib.sha256(chr(10).join(kept).encode()).hexdigest()[:8]} jax {jax.__version__}'
 
 
