@@ -32,8 +32,7 @@ class Steps:
                                   config.train.batch)
     M, o = config.model.futures, config.objective
     with jax.set_mesh(self.mesh):
-      init = jax.jit(functools.partial(training.init, config))
-      self.state = init(jax.random.key(config.train.seed))
+      self.state = training.compiled_init(config, jax.random.key(config.train.seed))
       self.others = jnp.asarray(byte_lengths(config, tokens)), np.float32(o.weights_M(M))
       step = jax.jit(functools.partial(training.step, config, active=o.active(M), loss=loss),
                      donate_argnums=0)
