@@ -95,6 +95,11 @@ class ModelConfig:
       return list(range(heads[0], self.futures))
     return list(range(self.first_own_head, heads[-1] + 1))
 
+  def heads_at_a_time(self, active: tuple[bool, ...]) -> int:
+    """The largest number up to head_batch that divides the number of independent heads to run; in a chain 1."""
+    heads = len(self.heads_to_run(active))
+    return max(g for g in range(1, self.head_batch + 1) if heads % g == 0) if self.independent else 1
+
   @property
   def trunk_layers(self) -> int:
     """N: blocks of the trunk. Where the head of future 0 is a block, `layers` counts it."""

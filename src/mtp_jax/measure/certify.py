@@ -103,36 +103,49 @@ def packed_rows(config: Config) -> dict[str, np.ndarray]:
   batch['tokens'] = rng.integers(0, config.model.vocab, (ROWS, T)).astype(np.int32)
   return batch
 
-def gradients(config: Config, ways: dict[str, dict] | None = None) -> Iterator[Finding]:
+
+def gradients(config: Config, ways: dict[str, dict] | None = None, reference: dict | None = None) -> Iterator[Finding]:
   """Gradients of every parameter group, in each of the ways, against the plainest way of running a
   step.
 
-  The plainest way has one device, one microbatch, one head at a time, and recomputes nothing.
+  Args:
+    ways: by name, the arguments of `gradients_by_group`; by default `ways_to_run(config)`.
+    reference: what `gradients_by_group(config)` returned, where it is at hand.
+  """
+  reference = reference or gradients_by_group(config)
+  for text, way in (ways or ways_to_run(config)).items():
+    worst, group = worst_group(gradients_by_group(config, **way), reference)
+    yield Finding(f'gradients, {text}', f'{worst:.1e} in {group}', f'{ALLOWED:.0e}', bool(worst <= ALLOWED))
+
+
+def gradients_by_group(config: Config, sizes=ONE, accumulate: int = 1, loss=objective.loss,
+                       **changes) -> dict[str, list[np.ndarray]]:
+  """Gradients of a step by part and by matrix ('trunk wq_DHK', 'embed_VD'), in float64.
+
+  By default in the plainest way: one device, one microbatch, one head at a time, nothing recomputed.
 
   Args:
-    ways: by default `ways_to_run(config)`.
+    changes: fields of config.model.
   """
   model, batch, M = random_model(config), packed_rows(config), config.model.futures
   weight_M = np.float32(config.objective.weights_M(M))
+  way = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes),
+                            train=dataclasses.replace(config.train, accumulate=accumulate))
+  mesh = make_mesh(sizes)
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(model, shardings(model, mesh))
+    placed.config = way.model
 
-  def run(sizes=ONE, accumulate=1, loss=objective.loss, **changes):
-    way = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes),
-                              train=dataclasses.replace(config.train, accumulate=accumulate))
-    mesh = make_mesh(sizes)
-    with jax.set_mesh(mesh):
-      placed = jax.device_put(model, shardings(model, mesh))
-      placed.config = way.model
+    @jax.jit
+    def step(model, batch):
+      return training.gradients(way, model, Read.of(batch, M), weight_M, (True,) * M, loss)[2]
 
-      @jax.jit
-      def step(model, batch):
-        return training.gradients(way, model, Read.of(batch, M), weight_M, (True,) * M, loss)[2]
-
-      return by_group(jax.device_get(step(placed, put(batch, mesh))))
-
-  reference = run()
-  for text, way in (ways or ways_to_run(config)).items():
-    worst, group = worst_group(run(**way), reference)
-    yield Finding(f'gradients, {text}', f'{worst:.1e} in {group}', f'{ALLOWED:.0e}', bool(worst <= ALLOWED))
+    leaves = jax.device_get(step(placed, put(batch, mesh)))
+  groups = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(leaves):
+    part, matrix = path[0].name, name(path)
+    groups.setdefault(matrix if part == matrix else f'{part} {matrix}', []).append(np.asarray(leaf, np.float64))
+  return groups
 
 
 def ways_to_run(config: Config) -> dict[str, dict]:
@@ -145,15 +158,6 @@ def ways_to_run(config: Config) -> dict[str, dict]:
   if config.model.independent and M > 1:
     ways[f'head_batch {M}'] = {'head_batch': M}
   return ways
-
-
-def by_group(gradients) -> dict[str, list[np.ndarray]]:
-  """Gradients by part and by matrix: 'trunk wq_DHK', 'embed_VD'."""
-  groups = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
-    part, matrix = path[0].name, name(path)
-    groups.setdefault(matrix if part == matrix else f'{part} {matrix}', []).append(np.asarray(leaf, np.float64))
-  return groups
 
 
 def worst_group(gradients: dict, reference: dict) -> tuple[float, str]:

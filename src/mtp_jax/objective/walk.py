@@ -14,6 +14,7 @@ One group's activations and one chunk's logits are alive at a time (Gloeckle et 
 whatever the number of futures; besides them the float32 gradients of the unembedding and of the
 heads, and in a chain one state a head, just as the trunk keeps one state a block.
 config.model.head_batch independent heads run as a group, vmapped; the links of a chain run one by one.
+Heads that run one by one have no axis g: for an axis of size 1, XLA on a CPU keeps a tenth more memory.
 """
 import dataclasses
 import functools
@@ -100,8 +101,8 @@ def _loss_forward(o: ObjectiveConfig, active: tuple[bool, ...], futures: Futures
                   read: Read, keys: Documents):
   """Loss and sums, and as residuals the gradients of the futures and of the trunk's state."""
   with jax.named_scope('futures'):
-    walk = _Walk(o, futures, futures.table(), read.positions_BL, keys)
-    return walk.run(active, z_BLD, read.targets_MBL, Labels.of(read, coefficient_M))
+    walk = _Walk(o, active, futures, futures.table(), read.positions_BL, keys)
+    return walk.run(z_BLD, read.targets_MBL, Labels.of(read, coefficient_M))
 
 
 def _loss_backward(o, active, gradients, cotangents):
@@ -125,14 +126,25 @@ class _Total:
 class _Walk:
   """The walk over the heads, and the inputs that all groups share."""
   o: ObjectiveConfig
+  active: tuple[bool, ...]
   futures: Futures
   w_VD: jax.Array
   positions_BL: jax.Array
   keys: Documents
 
-  def run(self, active: tuple[bool, ...], z_BLD, targets_MBL, labels: Labels):
+  @property
+  def heads_to_run(self) -> list[int]:
+    return self.futures.config.heads_to_run(self.active)
+
+  @property
+  def g(self) -> int:
+    """How many heads run at a time."""
+    return self.futures.config.heads_at_a_time(self.active)
+
+  def run(self, z_BLD, targets_MBL, labels: Labels):
     """((loss, Sums of all futures), (gradients in the shape of `Futures`, gradient of z_BLD))."""
     futures, c, w_VD = self.futures, self.futures.config, self.w_VD
+    active, heads_to_run = self.active, self.heads_to_run
     start = lambda norm_D, z_BLD: dataclasses.replace(futures, final_norm_D=norm_D).start(z_BLD)
     # h_BLD is future 0's state where it has no head of its own, else None.
     (state_BLD, h_BLD), back_to_trunk = jax.vjp(start, futures.final_norm_D, z_BLD)
@@ -141,12 +153,12 @@ class _Walk:
     sums, dstacked = Sums.zeros(c.futures), None
     dcommon, dstate_BLD = jax.tree.map(jnp.zeros_like, (common, state_BLD))
 
-    heads_to_run = c.heads_to_run(active)
     if heads_to_run:
-      groups = self.grouped(heads_to_run, targets_MBL, labels)
+      groups = self.grouped(targets_MBL, labels)
       total, sums_ng, dstacked, dcommon, dstate_BLD = self.walk_back(total, groups, common, state_BLD)
       sums = sums.set(np.array(heads_to_run), jax.tree.map(jnp.ravel, sums_ng))
-      dstacked = jax.tree.map(lambda x: _regroup(x, 2, (len(heads_to_run),)), dstacked)
+      if self.g > 1:
+        dstacked = jax.tree.map(lambda x: _regroup(x, 2, (len(heads_to_run),)), dstacked)
 
     dh_BLD = None if h_BLD is None else jnp.zeros_like(h_BLD)
     if h_BLD is not None and active[0]:  # future 0 reads the trunk itself
@@ -160,29 +172,34 @@ class _Walk:
     sums = jax.tree.map(lambda x_M: jnp.where(jnp.array(active), x_M, 0), sums)
     return (total.loss, sums), (gradients, dz_BLD)
 
-  def grouped(self, heads_to_run: list[int], targets_MBL, labels: Labels):
-    """(heads, the tokens they are given, their labels), each with leading axes (groups, futures of
-    a group).
-    """
-    c, of = self.futures.config, np.array(heads_to_run)
-    g = c.head_batch if c.independent and len(of) % c.head_batch == 0 else 1
-    split = lambda x: _regroup(x, 1, (len(of) // g, g))
+  def grouped(self, targets_MBL, labels: Labels):
+    """(heads, the tokens they are given, their labels), stacked over groups and, within a group, over g."""
+    heads_to_run, g = self.heads_to_run, self.g
+    n = len(heads_to_run) // g
+    split = lambda x: _regroup(x, 1, (n, g)) if g > 1 else x
     chosen = labels
-    if len(of) < c.futures:
-      chosen = jax.tree.map(lambda x_MBL: jnp.stack([x_MBL[m] for m in of]), labels)
-    given = self.futures.given(heads_to_run, targets_MBL)
-    return jax.tree.map(split, (self.futures.stacked(heads_to_run), given, chosen))
+    if len(heads_to_run) < len(self.active):
+      chosen = jax.tree.map(lambda x_MBL: jnp.stack([x_MBL[m] for m in heads_to_run]), labels)
+    heads = self.futures.stacked(heads_to_run), self.futures.given(heads_to_run, targets_MBL)
+    return *jax.tree.map(split, heads), jax.tree.map(lambda x: _regroup(x, 1, (n, g)), chosen)
 
-  def heads(self, head_g, common, state_BLD, given_gBL):
-    """A group of heads that read one state: (the state that the next group reads, h_gBLD)."""
+  def heads(self, head, common, state_BLD, given_BL):
+    """A group of heads that read one state: (the state that the next group reads, h_gBLD).
+
+    Args:
+      head: a head, or a group of them stacked.
+      given_BL: the tokens that it is given, or they are.
+    """
     shared, norm_D, embed_VD = common
     futures = dataclasses.replace(self.futures, final_norm_D=norm_D, embed_VD=embed_VD)
 
     def run(head, given_BL):  # head is None where all futures use one shared module
       return futures.run_head(shared if head is None else head, state_BLD, given_BL, self.positions_BL, self.keys)
 
-    next_gBLD, h_gBLD = jax.vmap(run)(head_g, given_gBL)
-    return state_BLD if futures.config.independent else next_gBLD[0], h_gBLD
+    if self.g == 1:
+      next_BLD, h_BLD = run(head, given_BL)
+      return next_BLD, h_BLD[None]
+    return state_BLD, jax.vmap(run)(head, given_BL)[1]
 
   def score(self, total: _Total, h_gBLD, labels: Labels):
     """(total with the loss of these futures added, their Sums, the gradient of h_gBLD)."""
@@ -194,14 +211,14 @@ class _Walk:
     dw_DV, dh_gBLD = jax.lax.optimization_barrier((total.dw_DV + sum_over_devices(dw_PDV, 'DV'), dh_gBLD))
     return _Total(total.loss + loss, dw_DV), sums, dh_gBLD
 
-  def states_of_chain(self, head_ng, common, state_BLD, given_ngBL):
+  def states_of_chain(self, head_n, common, state_BLD, given_nBL):
     """The state that each link reads: [n, B, L, D]. The last link's output is read by nobody, so it does not run."""
     last_first = self.futures.config.kind == 'anticausal'
-    links = jax.tree.map(lambda x: x[1:] if last_first else x[:-1], (head_ng, given_ngBL))
+    links = jax.tree.map(lambda x: x[1:] if last_first else x[:-1], (head_n, given_nBL))
 
     def onward(state_BLD, link):
-      head_g, given_gBL = link
-      return self.heads(head_g, common, state_BLD, given_gBL)[0], state_BLD
+      head, given_BL = link
+      return self.heads(head, common, state_BLD, given_BL)[0], state_BLD
 
     end_BLD, earlier = jax.lax.scan(onward, state_BLD, links, reverse=last_first)
     return jnp.concatenate([end_BLD[None], earlier] if last_first else [earlier, end_BLD[None]])
@@ -211,22 +228,22 @@ class _Walk:
     and of start_BLD).
     """
     c = self.futures.config
-    head_ng, given_ngBL, labels_ng = groups
-    state_nBLD = None if c.independent else self.states_of_chain(head_ng, common, start_BLD, given_ngBL)
+    head_n, given_nBL, labels_n = groups
+    state_nBLD = None if c.independent else self.states_of_chain(head_n, common, start_BLD, given_nBL)
 
     def step(carry, group):
       total, dcommon, dstate_BLD = carry
-      head_g, given_gBL, labels, state_BLD = group
-      run = remat(c, functools.partial(self.heads, given_gBL=given_gBL))
-      (_, h_gBLD), back = jax.vjp(run, head_g, common, start_BLD if state_BLD is None else state_BLD)
+      head, given_BL, labels, state_BLD = group
+      run = remat(c, functools.partial(self.heads, given_BL=given_BL))
+      (_, h_gBLD), back = jax.vjp(run, head, common, start_BLD if state_BLD is None else state_BLD)
       total, sums, dh_gBLD = self.score(total, h_gBLD, labels)
-      dhead_g, added, dstate_BLD = back((dstate_BLD, dh_gBLD))
-      return (total, jax.tree.map(jnp.add, dcommon, added), dstate_BLD), (sums, dhead_g)
+      dhead, added, dstate_BLD = back((dstate_BLD, dh_gBLD))
+      return (total, jax.tree.map(jnp.add, dcommon, added), dstate_BLD), (sums, dhead)
 
     zeros = jax.tree.map(jnp.zeros_like, (common, start_BLD))
-    (total, dcommon, dstate_BLD), (sums_ng, dhead_ng) = jax.lax.scan(
-        step, (total, *zeros), (head_ng, given_ngBL, labels_ng, state_nBLD), reverse=c.kind != 'anticausal')
-    return total, sums_ng, dhead_ng, dcommon, dstate_BLD
+    (total, dcommon, dstate_BLD), (sums_ng, dhead_n) = jax.lax.scan(
+        step, (total, *zeros), (head_n, given_nBL, labels_n, state_nBLD), reverse=c.kind != 'anticausal')
+    return total, sums_ng, dhead_n, dcommon, dstate_BLD
 
 
 def _regroup(x, axes: int, sizes: tuple[int, ...]):
