@@ -4,16 +4,14 @@ models, a comparison.
 import os
 import pathlib
 
+from xla_flags import FAST
+
 ROOT = pathlib.Path(__file__).parents[1]
 # Compiled programs are kept from one session to the next, shared by the workers and by the
 # processes that tests start.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.pytest_cache' / 'programs'))
 os.environ |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'}
-# Compilation dominates these tests: without LLVM's optimization they take a third of the time, and
-# sums keep the order they are written in.
-os.environ['XLA_FLAGS'] = ' '.join([
-    '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0',
-    '--xla_llvm_disable_expensive_passes=true', os.environ.get('XLA_FLAGS', '')]).strip()
+os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count=8 {FAST} {os.environ.get("XLA_FLAGS", "")}'.strip()
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import functools

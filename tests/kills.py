@@ -23,6 +23,8 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 
+from xla_flags import FAST
+
 ROOT = pathlib.Path(__file__).parents[1]
 FIELDS = {
     'model.width': 16, 'model.heads': 2, 'model.kv_heads': 1, 'model.head_width': 8,
@@ -37,8 +39,6 @@ DEVICES = 4  # of each of the two processes
 PATIENCE_SECONDS = 400  # a process waits 300 seconds at the start for one that was killed before it came
 ANOTHER_ENDED = ('mtp_jax: .*another process of this job (has|may have) ended.*[:;] '
                  'run the same command on all of them to resume')
-# Compilation takes most of the time of such a small job.
-FAST = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 
 
 def corpus(folder: pathlib.Path, seed: int = 0) -> None:
@@ -90,7 +90,7 @@ def _wait(process: subprocess.Popen, seconds: float | None = None) -> None:
 
 def _start(arguments: list[str], programs: pathlib.Path | str,
            **variables: str) -> subprocess.Popen:
-  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': FAST,
                               'PYTHONPATH': str(ROOT / 'src'),
                               'JAX_COMPILATION_CACHE_DIR': str(programs),
                               'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'} | variables

@@ -18,6 +18,7 @@ import tomllib
 import jsonschema
 import pytest
 import yaml
+from xla_flags import FAST
 
 from mtp_jax.cli.main import main
 from mtp_jax.config import TrainConfig
@@ -535,8 +536,7 @@ def test_a_job_told_to_stop_saves_is_queued_again_and_ends_with_the_losses_of_on
         PATH=f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}',
         PYTHONPATH=str(ROOT / 'src'), JAX_PLATFORMS='cpu', JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'programs'),
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS='0',
-        XLA_FLAGS='--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 '
-                  '--xla_llvm_disable_expensive_passes=true')
+        XLA_FLAGS=f'--xla_force_host_platform_device_count=4 {FAST}')
 
   def losses(name) -> dict[int, float]:
     log = tmp_path / name / 'metrics.jsonl'
