@@ -1,5 +1,6 @@
 """Small experiments that several tests share: a config, a state, a checkpoint."""
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -145,3 +146,12 @@ def texts(stream: Stream) -> list[bytes]:
 
 def all_texts(prepared: Prepared) -> list[bytes]:
   return sorted(texts(prepared.train) + texts(prepared.validation))
+
+
+# all else in the log is a function of config and documents
+SPEEDS = {'tokens_per_second', 'mfu', 'data_wait', 'eta_seconds'}
+
+
+def log_of(workdir) -> list[dict]:
+  records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  return [{key: value for key, value in record.items() if key not in SPEEDS} for record in records]

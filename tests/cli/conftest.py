@@ -3,7 +3,6 @@ import json
 import shlex
 import shutil
 import sys
-import warnings
 
 import pytest
 from experiments import experiment, random_state, write
@@ -55,9 +54,7 @@ def run(place, monkeypatch, capfd):
     monkeypatch.chdir(place)
     monkeypatch.delitem(sys.modules, 'config_config', raising=False)
     capfd.readouterr()
-    with warnings.catch_warnings():  # of ml_collections 1.1.0, which loads a config file
-      warnings.filterwarnings('ignore', r'the load_module\(\) method', DeprecationWarning)
-      code = main(shlex.split(command))
+    code = main(shlex.split(command))
     out, err = capfd.readouterr()
     return code, out.splitlines(), err.splitlines()
   return go

@@ -20,7 +20,6 @@ from mtp_jax.model.attention import documents
 from mtp_jax.objective import Read, walk
 from mtp_jax.sharding import place
 
-pytestmark = pytest.mark.filterwarnings(r'ignore:the load_module\(\) method is deprecated:DeprecationWarning')
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 
 

@@ -86,7 +86,6 @@ def test_a_config_of_one_device_is_spread_over_the_chips_with_slices_on_the_data
     spread(small(), devices('v5e:16x16'), 'v5e:16x16')
 
 
-@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')  # of ml_collections
 def test_the_devices_of_this_machine_are_planned_for_too(capsys, tmp_path):
   """The parts of a plan agree: run and steps, bound and times, FLOPs and utilisation."""
   source = ('from mtp_jax.config import Config\n\ndef get_config():\n'

@@ -1,9 +1,6 @@
-"""Parameters and FLOPs against counts of leaves and of the operations traced; the digest; the log
-on disk.
-"""
+"""Parameters and FLOPs against counts of leaves and of the operations traced; the digest of parameters."""
 import dataclasses
 import functools
-import json
 import math
 
 import jax
@@ -12,13 +9,12 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from mtp_jax import chips, objective
+from mtp_jax import objective
 from mtp_jax.config import MeshConfig, ModelConfig, ObjectiveConfig
 from mtp_jax.mesh import make_mesh
 from mtp_jax.model import costs, kernels
 from mtp_jax.model.model import Model
 from mtp_jax.objective import Read
-from mtp_jax.report.log import Log
 from mtp_jax.sharding import place, shardings, spec
 
 LENGTH = 16
@@ -157,49 +153,3 @@ def test_the_digest_of_the_parameters_sees_one_bit(tiny, random_model):
     digests.add(costs.parameters_sha256(jax.tree.unflatten(structure,
                                                            [*leaves[:i], bits.view(np.float32), *leaves[i + 1:]])))
   assert len(digests) == len(leaves) + 1
-
-
-def test_the_peak_of_a_cpu_is_measured():
-  assert 1e8 < chips.peak_flops(0.01) < 1e14
-
-
-def test_a_resumed_log_drops_what_lies_past_the_checkpoint(tmp_path):
-  log = Log(tmp_path, 0, tensorboard=False)
-  for step in (1, 2, 3, 4):
-    log.write(step, 'train', {'loss': step / 2, 'nats': [1.0, 2.0]})
-    if step % 2 == 0:
-      log.write(step, 'validation', {'nats': [3.0]})
-  log.close()
-  with log.path.open('a') as file:
-    file.write('{"step": 5, "kind": "tr')  # cut off by a crash
-  Log(tmp_path, 4, tensorboard=False).close()
-  train = lambda step: {'step': step, 'kind': 'train', 'loss': step / 2, 'nats': [1.0, 2.0]}
-  validation = {'step': 2, 'kind': 'validation', 'nats': [3.0]}
-  records = lambda: [json.loads(line) for line in log.path.read_text().splitlines()]
-  # a run repeats the validation at its checkpoint
-  assert records() == [train(1), train(2), validation, train(3), train(4)]
-  Log(tmp_path, 2, tensorboard=False).close()
-  assert records() == [train(1), train(2)]
-
-
-@pytest.mark.parametrize('cut', ['', '{', '3', 'null', '{"step": 1}', '\udcff'])
-def test_a_cut_off_line_never_blocks_a_resume(tmp_path, cut):
-  (tmp_path / 'metrics.jsonl').write_bytes(b'{"step": 1, "kind": "train"}\n' + cut.encode(errors='surrogateescape'))
-  log = Log(tmp_path, 1, tensorboard=False)
-  log.write(2, 'train', {})
-  log.close()
-  assert [json.loads(line)['step'] for line in log.path.read_text().splitlines()] == [1, 2]
-
-
-def test_tensorboard_files_are_written(tmp_path):
-  log = Log(tmp_path, 0, tensorboard=True)
-  log.write(1, 'train', {'loss': 1.5, 'nats': [1.0, 2.0]})
-  log.close()
-  events, = (tmp_path / 'tensorboard').glob('events.out.tfevents.*')
-  assert all(tag in events.read_bytes() for tag in (b'train/loss', b'train/nats/0', b'train/nats/1'))
-
-
-@pytest.mark.parametrize('sizes', [MeshConfig(), MeshConfig(fsdp=2, tensor=2)], ids=str)
-def test_the_peak_can_be_measured_on_any_mesh(sizes):
-  with jax.set_mesh(make_mesh(sizes)):
-    assert 0 < chips.peak_flops(seconds=0.01) < math.inf

@@ -33,8 +33,6 @@ from mtp_jax.train import processes
 from mtp_jax.train import step as training
 
 # ml_collections 1.1.0 loads config files with it
-pytestmark = pytest.mark.filterwarnings(r'ignore:the load_module\(\) method is deprecated:DeprecationWarning')
-
 HERE = {'JAX_COORDINATOR_ADDRESS': '10.0.0.1:1234', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '1'}
 STEP = {'SLURM_JOB_ID': '7', 'SLURM_STEP_NODELIST': 'n[1-2]', 'SLURM_NTASKS': '2'}
 # In which a job stops: 2 seconds on an idle machine, and heartbeat_seconds more where a process is dead.
