@@ -12,11 +12,12 @@ from experiments import experiment, random_state, same_bits, write
 import mtp_jax
 from mtp_jax.checkpoint import store
 from mtp_jax.checkpoint.record import FOLDER, check_resumes, read_record, steps
-from mtp_jax.config import BadInput, Config, MeshConfig, TrainConfig
+from mtp_jax.config import BadInput, Config, MeshConfig, ModelConfig, TrainConfig
 from mtp_jax.mesh import make_mesh
 from mtp_jax.model.model import conventions
 from mtp_jax.train import step as training
 from mtp_jax.train.fit import fit
+from mtp_jax.train.opening import rate_change
 
 ONE, EIGHT = MeshConfig(), MeshConfig(fsdp=4, tensor=2)
 
@@ -243,6 +244,48 @@ def test_what_a_checkpoint_does_not_fix_may_change_and_is_reported(eight):
   assert check_resumes(changed, read_record(workdir), workdir) == [
       "config.model.remat: 'full' -> 'none'", 'config.train.batch: 8 -> 16',
       'config.mesh.fsdp: 4 -> 1', 'config.mesh.tensor: 2 -> 1']
+
+
+def older(record: dict, *fields: str) -> dict:
+  """The record of a version that did not have these fields."""
+  config = {section: {name: value for name, value in values.items() if f'{section}.{name}' not in fields}
+            for section, values in record['config'].items()}
+  return record | {'config': config}
+
+
+@pytest.mark.parametrize('field, value', [('rope_base', 500_000.0), ('logit_cap', 30.0), ('qk_norm', True)])
+def test_a_field_of_the_model_that_a_checkpoint_lacks_had_its_default(eight, field, value):
+  config, _, workdir = eight
+  record = older(read_record(workdir), f'model.{field}')
+  assert check_resumes(config, record, workdir) == []
+  changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **{field: value}))
+  default = getattr(ModelConfig(), field)
+  with pytest.raises(BadInput, match=f'config.model.{field}={value!r}: the checkpoint in .* has {default!r}; set'):
+    check_resumes(changed, record, workdir)
+
+
+def test_any_other_field_that_a_checkpoint_lacks_is_reported_against_its_default(eight):
+  config, _, workdir = eight
+  record = older(read_record(workdir), 'optimizer.b2', 'train.hang_seconds')
+  changed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, b2=0.9))
+  assert check_resumes(config, record, workdir) == []
+  assert check_resumes(changed, record, workdir) == ['config.optimizer.b2: 0.95 -> 0.9']
+
+
+@pytest.mark.parametrize('schedule', ['cosine', 'wsd'])
+@pytest.mark.parametrize('steps, rates', [(100, None), (1000, ('9e-06', '0.000')), (101, None)])
+def test_a_longer_run_says_the_old_and_the_new_learning_rate(schedule, steps, rates):
+  optimizer = {'schedule': schedule, 'warmup_steps': 10, 'learning_rate': 3e-4}
+  old = Config(optimizer=optimizer, train={'steps': 100})
+  new = Config(optimizer=optimizer, train={'steps': steps})
+  lines = rate_change(new, {'step': 100, 'config': old.to_dict()})
+  if steps == 101:
+    assert len(lines) == (schedule == 'wsd')  # 9e-6 -> 2.4e-5; a cosine is flat at its end
+  else:
+    assert bool(lines) == bool(rates)
+  if rates:
+    assert lines[0].startswith(f'the learning rate goes from {rates[0]} to {rates[1]}')
+    assert lines[0].endswith('as the schedule of 1,000 steps has it; that of the checkpoint was for 100')
 
 
 def test_a_folder_without_checkpoints_is_bad_input(tmp_path):

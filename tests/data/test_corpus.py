@@ -126,6 +126,7 @@ def test_the_identity_is_json_and_each_change_is_reported(config):
   assert mutated(lambda x: x.update(packing='best_fit')) == ['packing best_fit -> stream']
   assert mutated(lambda x: x.update(boundary='across')) == ['boundary across -> within']
   assert mutated(lambda x: x.update(weights=[1.0, 2.0])) == ['weights [1.0, 2.0] -> []']
+  assert mutated(lambda x: x.pop('order')) == ['order 1 -> 2']
   assert mutated(lambda x: x['sources'].pop()) == ['1 -> 2 sources']
   assert mutated(lambda x: x['sources'][0].update(fingerprint='f', documents=20, tokens=1000)) == [
       f'source 0: documents 20 -> {a["documents"]}, tokens 1,000 -> {a["tokens"]:,}']
@@ -133,6 +134,15 @@ def test_the_identity_is_json_and_each_change_is_reported(config):
   assert tokenizer_changed == ['source 1: its tokenizer']
   assert mutated(lambda x: x['sources'][1].update(fingerprint='f')) == [
       'source 1: the same numbers of documents and tokens, but different ones, or different options']
+
+
+@pytest.mark.parametrize('share, rows, undrawn', [(1e-3, 100, True), (1e-5, 50_000, True), (0.1, 100, False)])
+def test_a_source_of_which_a_run_draws_no_row_is_told(config, share, rows, undrawn):
+  lines = open_corpus(dataclasses.replace(config, weights=(1 - share, share)), BYTES).left_out(rows)
+  url = config.sources[1]
+  line = (f'config.data.weights: source 1, {url}, has a share of {share:.2g}: '
+          f'none of the {rows:,} rows of this run comes from it')
+  assert lines == [line] * undrawn
 
 
 @pytest.mark.parametrize('change, message', [

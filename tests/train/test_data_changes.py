@@ -53,7 +53,7 @@ def test_other_data_are_refused_with_what_changed_unless_accepted(
   assert fit(changed(accept_changed=True), tmp_path / 'run', note=lines.append).step == 7
   assert any(re.match(f'the data have changed: {said}', line) for line in lines)
   record = read_record(tmp_path / 'run')
-  assert record['data'] == {'global_next_index': 7 * 8}
+  assert [source['rows'] for source in record['data']['sources']] == [7 * 8]
   assert difference(record['identity'],
                     open_corpus(changed().data, tokenizer.load('bytes')).identity) == []
 
@@ -89,7 +89,7 @@ def test_damaged_data_stop_a_run_after_saving_it_and_quarantined_it_goes_on(
     fit(config, tmp_path / 'run', note=lambda line: None)
   stopped, = steps(tmp_path / 'run')
   assert stopped in at
-  assert read_record(tmp_path / 'run')['data'] == {'global_next_index': stopped * 8}
+  assert read_record(tmp_path / 'run')['data']['mixed'] == stopped * 8
   goes_on, lines = dataclasses.replace(config,
                                        data=dataclasses.replace(
                                            config.data, on_damage='quarantine')), []

@@ -59,7 +59,8 @@ def check_resumes(config: Config, record: dict, workdir) -> list[str]:
   """Fields that differ from the checkpoint's and may, one line each.
 
   Only fields of the model are fixed; whether the data are the same is decided by their identity, not
-  by the config.
+  by the config. A field that the checkpoint lacks had its default: a new field's default is what
+  earlier versions did.
 
   Raises:
     BadInput: for a field that a checkpoint fixes.
@@ -67,10 +68,10 @@ def check_resumes(config: Config, record: dict, workdir) -> list[str]:
   if config.train.steps < record['step']:
     raise BadInput(f'config.train.steps={config.train.steps}: the checkpoint in {workdir} is of step {record["step"]}; '
                    'set at least that')
-  changes = []
+  changes, defaults = [], Config().to_dict()
   for section, fields in config.to_dict().items():
     for field, value in fields.items():
-      old = record['config'].get(section, {}).get(field, value)
+      old = record['config'].get(section, {}).get(field, defaults[section][field])
       old = tuple(old) if isinstance(old, list) else old
       if old == value:
         continue

@@ -13,10 +13,11 @@ from mtp_jax.data.packing import Consecutive, pack
 from mtp_jax.data.prepare import prepare_once
 from mtp_jax.data.prepared_set import Prepared, open_set
 from mtp_jax.data.progress import NoMeter, quiet
-from mtp_jax.data.rows import Batches, Rows, SourceRows
+from mtp_jax.data.rows import Batches, Mixture, Rows, SourceRows
 from mtp_jax.data.shards import Stream
 from mtp_jax.tokenizer import Tokenizer
 
+ORDER = 2  # version of the order of rows; checkpoints that name none have the first
 COUNTS = ('files', 'documents', 'tokens', 'held_out_documents')
 
 
@@ -33,7 +34,7 @@ class Corpus:
     c = self.config
     sources = [_source_identity(source) for source in self.sources]
     return {'sources': sources, 'weights': list(c.weights), 'length': c.length, 'packing': c.packing,
-            'boundary': c.boundary, 'seed': c.seed}
+            'boundary': c.boundary, 'seed': c.seed, 'order': ORDER}
 
   @property
   def weights(self) -> tuple[float, ...]:
@@ -66,14 +67,22 @@ class Corpus:
   def _source_rows(self, streams: list[Stream], packings: list, futures: int, note) -> SourceRows:
     c, t = self.config, self.tokenizer
     across, quarantine = c.boundary == 'across', c.on_damage == 'quarantine'
-    return SourceRows([Rows(stream, packing, c.length, futures, t.bos, t.pad, across, quarantine, note)
-                       for stream, packing in zip(streams, packings)])
+    return SourceRows([
+        Rows(stream, packing, c.length, futures, t.bos, t.pad, across, quarantine, note, source.fingerprint[:16])
+        for source, stream, packing in zip(self.sources, streams, packings)])
 
   def batches(self, rows: SourceRows, batch: int, process_index: int = 0, process_count: int = 1,
               **options) -> Batches:
     """The batches of some of its rows; options as of `Batches`."""
     seed = self.config.seed
     return Batches(rows, self.weights, batch, seed, process_index, process_count, **options)
+
+  def left_out(self, rows: int) -> list[str]:
+    """The sources of which no row is among the first so many of all, a line each."""
+    shares = [weight / sum(self.weights) for weight in self.weights]
+    return [f'config.data.weights: source {s}, {source.folder.url}, has a share of {shares[s]:.2g}: '
+            f'none of the {rows:,} rows of this run comes from it'
+            for s, (source, n) in enumerate(zip(self.sources, Mixture(self.weights).counts(rows))) if not n]
 
 
 def _source_identity(source: Prepared) -> dict:
@@ -126,6 +135,7 @@ def tokenizer_of(source: Prepared) -> Tokenizer:
 
 def difference(new: dict, old: dict) -> list[str]:
   """What differs between two identities, a phrase each, such as 'length 32 -> 16'."""
+  old = {'order': 1} | old
   changes = [f'{key} {old.get(key)} -> {value}' for key, value in new.items()
              if key != 'sources' and value != old.get(key)]
   if len(new['sources']) != len(old['sources']):

@@ -16,6 +16,12 @@ class Damaged(BadInput):
   """Bytes on disk are not those that were written."""
 
 
+class Unreadable(OSError):
+  """Bytes cannot be read now, which tells nothing of what they are: too many files are open, no
+  permission, a network that failed.
+  """
+
+
 class Folder:
   """A directory on this machine or anywhere fsspec reaches.
 

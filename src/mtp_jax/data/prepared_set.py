@@ -32,15 +32,15 @@ class Prepared:
     return self.index['fingerprint']
 
   def verify(self) -> list[str]:
-    """Reads every byte; returns what is wrong, a line a shard."""
+    """Reads every byte; returns what is wrong, a line a shard. Raises OSError when one cannot be read."""
     errors = []
     for shard in (*self.train.shards, *self.validation.shards):
       path = f'{self.folder.url}/{shard.file}'
       try:
         if hashlib.sha256(self.folder.read(shard.file)).hexdigest() != shard.sha256:
           errors.append(f'{path}: its digest is not that of the index; {RESTORE}')
-      except OSError as error:
-        errors.append(f'{path}: {error.strerror or error}')
+      except FileNotFoundError:
+        errors.append(f'{path}: is missing; {RESTORE}')
     return errors
 
 

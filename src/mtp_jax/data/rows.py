@@ -9,11 +9,16 @@ document's first token in the row. Where attention and futures may cross documen
 segment.
 
 Several sources are mixed by weights: the weights and k decide which source row k comes from; within
-a source rows are shuffled, differently each epoch of that source. Grain draws this order, with
-random access; the rows themselves are read here, a batch at a time.
+a source rows are shuffled, differently in each source and each epoch of it.
+
+Grain carries numbers of rows all the way, with random access: an order of each source, the mixture,
+this process's share, batches of numbers. Then a batch of rows is read at once, a few batches ahead
+in Grain's thread.
 """
-import collections
-import concurrent.futures
+import functools
+import hashlib
+import sys
+import threading
 import typing
 from collections.abc import Callable, Iterator, Sequence
 
@@ -27,6 +32,7 @@ from mtp_jax.data.progress import quiet
 from mtp_jax.data.shards import Stream
 
 NOTED = 10  # damaged places that are reported one by one
+SMALL = 2**16  # rows of a source that is shuffled by a permutation; Grain's takes up to 22 ms a row of a few
 
 
 class Rows:
@@ -41,12 +47,14 @@ class Rows:
     across: whether a row is one segment.
     quarantine: whether rows with a damaged block become padding, instead of raising `Damaged`.
     note: called with a line for each new damaged place.
+    name: of the source, which chooses the order of its rows and tells it from others after a change.
   """
 
   def __init__(self, stream: Stream, packing: Consecutive | BestFit, length: int, futures: int,
                bos: int, pad: int, across: bool = False, quarantine: bool = False,
-               note: Callable[[str], None] = quiet):
+               note: Callable[[str], None] = quiet, name: str = ''):
     self.stream, self.packing, self.length, self.futures = stream, packing, length, futures
+    self.name = name
     self.quarantined = 0
     self._bos, self._pad, self._across = bos, pad, across
     self._quarantine, self._note, self._noted = quarantine, note, set()
@@ -143,18 +151,74 @@ class SourceRows:
     return batch
 
 
+class Mixture(grain.transforms.DatasetSelectionMap):
+  """Which source row k of all comes from, and which of that source's rows it is.
+
+  Of the first k rows each source has its share, up to a row a source. (Grain's own mixture rounds
+  the ratios to about a hundredth.)
+
+  shares: the weights, as integers.
+  """
+
+  def __init__(self, weights: Sequence[float]):
+    self.shares = [max(1, round(weight / sum(weights) * 2**40)) for weight in weights]
+
+  def __len__(self) -> int:
+    return sys.maxsize
+
+  def counts(self, k: int) -> list[int]:
+    """How many of the first k rows come from each source."""
+    counts, rest = [], sum(self.shares)
+    for share in self.shares:  # takes its part of the rows that those before it left
+      left = k * (rest - share) // rest
+      counts.append(k - left)
+      k, rest = left, rest - share
+    return counts
+
+  def __getitem__(self, k: int) -> tuple[int, int]:
+    before, after = self.counts(k), self.counts(k + 1)
+    s = next(s for s in range(len(before)) if after[s] > before[s])
+    return s, before[s]
+
+
+class _Permutations:
+  """Some ids endlessly, each epoch in another random order; of numpy's generator that never changes."""
+
+  def __init__(self, ids: range, seed: int):
+    self._ids = ids
+    draw = lambda epoch: np.random.RandomState([seed, epoch]).permutation(len(ids))
+    self._permutation = functools.lru_cache(2)(draw)
+
+  def __len__(self) -> int:
+    return sys.maxsize
+
+  def __getitem__(self, k: int) -> int:
+    epoch, i = divmod(k, len(self._ids))
+    return self._ids[self._permutation(epoch)[i]]
+
+
+def _order(ids: range, key: str) -> grain.MapDataset:
+  """Some ids endlessly, each epoch in another order, with random access."""
+  seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4])
+  if len(ids) <= SMALL:
+    return grain.MapDataset.source(_Permutations(ids, seed))
+  return grain.MapDataset.range(ids.start, ids.stop).shuffle(seed).repeat()
+
+
 class Batches:
   """This process's rows of every batch, endlessly: dicts of int32[B / process_count, L+M].
 
-  Row r of a batch goes to process r % process_count. `get_state()` is {'global_next_index': rows
-  drawn by all processes}: equal on all of them; `set_state` takes it with any process_count and any
-  B. A batch may span two epochs. A thread reads the next `ahead` batches; the state and
-  `quarantined`, the rows that became padding, are those of the batch returned last.
+  Which rows is a function of (seed, step) and of the sources. The state says how many rows were
+  taken of each source; it is the same on all processes, and any number of processes may go on from
+  it. A source goes on at its own number after a change of weights, or of the list of sources.
+
+  quarantined: rows of this process's batches so far that were padding because of damage.
 
   Args:
-    weights: of the sources, in rows; Grain rounds their ratios to about a hundredth.
+    weights: of the sources, in rows.
     batch: B.
     seed: of the order.
+    ahead: batches that are read before they are asked for, in a thread.
     place: called with each batch in that thread, for example to put it on a device; `next` returns
       its result.
   """
@@ -163,51 +227,69 @@ class Batches:
                process_index: int = 0, process_count: int = 1, ahead: int = 2,
                place: Callable[[dict[str, np.ndarray]], typing.Any] = lambda batch: batch):
     _check_divides(batch, process_count)
-    ids = [rows.ids(s) for s in range(len(rows.sources))]
-    orders = [grain.MapDataset.range(i.start, i.stop).seed(seed).shuffle() for i in ids]
-    self._order = orders[0] if len(orders) == 1 else grain.MapDataset.mix(orders, list(weights))
     self._rows, self._batch, self._process = rows, batch, (process_index, process_count)
+    names = [source.name for source in rows.sources]
+    repeated = [names[:s].count(name) for s, name in enumerate(names)]
+    self._names = [f'{name} {n + 1}' if n else name for name, n in zip(names, repeated)]
+    self._orders = [_order(rows.ids(s), f'{seed} {name}') for s, name in enumerate(self._names)]
+    self._mixture = Mixture(weights)
     self._ahead, self._place, self.quarantined = ahead, place, 0
-    self._drawn = self._returned = 0  # rows of all processes: in the thread, and returned
-    self._thread = concurrent.futures.ThreadPoolExecutor(1, 'batches')
-    self._pending = collections.deque()
+    self._reading = threading.Lock()
+    self._begin([0] * len(names), 0)
+
+  def _begin(self, bases: list[int], mixed: int) -> None:
+    """Goes on after `mixed` rows of a mixture that began at row bases[s] of each source s."""
+    self._bases, self._mixed, (index, count) = bases, mixed, self._process
+    ids = grain.MapDataset.select_from_datasets(
+        [order[base:] for order, base in zip(self._orders, bases)], self._mixture)
+    batches = ids[mixed + index::count].batch(self._batch // count, drop_remainder=True, batch_fn=np.asarray)
+    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._ahead)
+    self._iterator = iter(batches.map(self._read).to_iter_dataset(reading))
+
+  def _read(self, ids: np.ndarray):
+    """The batch, placed, and how many of its rows are quarantined."""
+    with self._reading:  # the thread of an iterator that was closed may still be at work
+      before = self._rows.quarantined
+      return self._place(self._rows.batch(ids)), self._rows.quarantined - before
 
   def __iter__(self) -> 'Batches':
     return self
 
   def __next__(self):
-    while len(self._pending) <= self._ahead:
-      self._pending.append(self._thread.submit(self._draw))
     try:
-      batch, self.quarantined = self._pending.popleft().result()
+      batch, quarantined = next(self._iterator)
     except BaseException:
-      self.set_state(self.get_state())  # the next call tries the same batch again
+      self._iterator.set_state(self._iterator.get_state())  # the next call tries the same batch again
       raise
-    self._returned += self._batch
+    self.quarantined += quarantined
     return batch
 
-  def _draw(self):
-    index, count = self._process
-    ids = [int(self._order[k]) for k in range(self._drawn + index, self._drawn + self._batch, count)]
-    self._drawn += self._batch
-    return self._place(self._rows.batch(ids)), self._rows.quarantined
+  def get_state(self) -> dict:
+    """JSON: the name, share and number of rows taken of each source; rows since the mixture began."""
+    mixed = self._mixed + self._batch * self._iterator.get_state()['next_index']
+    taken = [base + n for base, n in zip(self._bases, self._mixture.counts(mixed))]
+    sources = [{'name': name, 'share': share, 'rows': n}
+               for name, share, n in zip(self._names, self._mixture.shares, taken)]
+    return {'sources': sources, 'mixed': mixed}
 
-  def get_state(self) -> dict[str, int]:
-    return {'global_next_index': self._returned}
-
-  def set_state(self, state: dict[str, int]) -> None:
-    self._cancel()
-    self._drawn = self._returned = state['global_next_index']
-
-  def _cancel(self) -> None:
-    for future in self._pending:
-      future.cancel()
-    concurrent.futures.wait(self._pending)
-    self._pending.clear()
+  def set_state(self, state: dict) -> None:
+    """Goes on at a state, also that of other weights or sources: a source that is still there at its
+    number, one that took the place of another at that one's, any other at its beginning.
+    """
+    self.close()
+    if 'global_next_index' in state:  # of a version that kept one number for all sources
+      self._begin([0] * len(self._names), state['global_next_index'])
+      return
+    old = {source['name']: source for source in state['sources']}
+    rows = [source['rows'] for source in state['sources']]
+    gone = {s: n for s, (name, n) in enumerate(zip(old, rows)) if name not in self._names}
+    taken = [old[name]['rows'] if name in old else gone.get(s, 0) for s, name in enumerate(self._names)]
+    mixture = [(source['name'], source['share']) for source in state['sources']]
+    mixed = state['mixed'] if mixture == list(zip(self._names, self._mixture.shares)) else 0
+    self._begin([n - m for n, m in zip(taken, self._mixture.counts(mixed))], mixed)
 
   def close(self) -> None:
-    self._cancel()
-    self._thread.shutdown()
+    self._iterator.close()
 
 
 def validation_batches(rows: SourceRows, batch: int, limit: int | None = None, process_index: int = 0,

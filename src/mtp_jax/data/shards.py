@@ -5,23 +5,28 @@
     stream      the tokens of all shards of a split in turn: <bos> ids <eos> of every document
 
 A damaged block never comes back as other tokens: reading it raises `Damaged`. (ArrayRecord keeps
-each record in a chunk of its own, with hashes of header and data.) A remote shard is copied to this
-machine when it is first read, and checked whole.
+each record in a chunk of its own, with hashes of header and data.) Nor is an intact one called
+damaged: where ArrayRecord fails, the digest of the whole shard decides. A remote shard is copied to
+this machine when it is first read, and checked whole.
 """
 import collections
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
+import resource
+import threading
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from mtp_jax.data.folder import RESTORE, Damaged, Folder
+from mtp_jax.data.folder import RESTORE, Damaged, Folder, Unreadable
 
 BLOCK = 4096  # tokens
-OPEN_FILES = 256  # of a stream
+OPEN_FILES = 1024  # of all streams; fewer where the machine allows this process few
 CACHE_BYTES = 2**27  # of a stream's latest blocks in memory; a row often needs a small part of one
 REMEDY = f"{RESTORE}, or go on without such blocks: config.data.on_damage='quarantine'"
 _WRITER = 'group_size:1,uncompressed'
@@ -102,9 +107,56 @@ class Shard:
     return self.blocks + -(-self.documents // BLOCK)
 
 
+class _Readers:
+  """Open files of all streams, the latest last. Closes the one that was read longest ago when there
+  are more than OPEN_FILES, or than half of what this process may open. Thread-safe.
+  """
+
+  def __init__(self):
+    self._open, self._lock = collections.OrderedDict(), threading.RLock()
+
+  def __len__(self) -> int:
+    return len(self._open)
+
+  def get(self, key: tuple[int, int]):
+    """The reader of a stream's id and shard; None if it is not open."""
+    with self._lock:
+      if key in self._open:
+        self._open.move_to_end(key)
+      return self._open.get(key)
+
+  def add(self, key: tuple[int, int], reader) -> None:
+    with self._lock:
+      self._open[key] = reader
+      while len(self) > max(1, min(OPEN_FILES, _files_allowed() // 2)):
+        self._open.popitem(last=False)
+
+  def close(self, stream: int | None = None) -> None:
+    """Those of a stream's id, or all."""
+    with self._lock:
+      for key in [key for key in self._open if stream in (None, key[0])]:
+        del self._open[key]
+
+
+_READERS = _Readers()
+
+
+def _files_allowed() -> int:
+  """Files that this process may have open. Raises its soft limit to 4 * OPEN_FILES, or as near as
+  the hard limit lets it.
+  """
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  unlimited, wanted = resource.RLIM_INFINITY, 4 * OPEN_FILES
+  if soft != unlimited and soft < wanted:
+    raised = wanted if hard == unlimited else min(wanted, hard)
+    with contextlib.suppress(OSError, ValueError):
+      resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+      soft = raised
+  return wanted if soft == unlimited else soft
+
+
 class Stream:
-  """The tokens of a split. Opens a shard when it is first read, at most OPEN_FILES at a time. Not
-  thread-safe.
+  """The tokens of a split. Opens a shard when it is first read. Not thread-safe.
 
   tokens, documents, bytes: how many; bytes are those of the text.
   """
@@ -116,7 +168,9 @@ class Stream:
     self._document_ends = np.cumsum([shard.documents for shard in shards], dtype=np.int64)
     self.tokens, self.documents = self._begins[-1], sum(shard.documents for shard in shards)
     self.bytes = sum(shard.document_bytes for shard in shards)
-    self._open, self._blocks = collections.OrderedDict(), collections.OrderedDict()  # latest last
+    self._blocks = collections.OrderedDict()  # latest last
+    self._damaged_shards = set()
+    weakref.finalize(self, _READERS.close, id(self))
     self._document_starts = (-1, None)  # a shard, and where its documents begin in the stream
 
   @property
@@ -133,6 +187,7 @@ class Stream:
 
     Raises:
       Damaged: names file and block.
+      Unreadable: the shard cannot be read now.
     """
     slices = []
     first_shards = np.searchsorted(self._ends, starts, side='right')
@@ -184,10 +239,9 @@ class Stream:
     try:
       record, = reader.read([number])  # one at a time: ArrayRecord's threads cost more than reading
     except RuntimeError as error:
-      reason = str(error).partition(' (')[0]
-      raise self._damaged(shard, f'block {number} is damaged ({reason})') from error
+      raise self._failure(s, f'block {number} is damaged ({str(error).partition(" (")[0]})') from error
     if len(record) != self._record_bytes(shard, number):
-      raise self._damaged(shard, f'block {number} has {len(record)} bytes')
+      raise self._damage(shard, f'block {number} has {len(record)} bytes')
     return record
 
   def _record_bytes(self, shard: Shard, number: int) -> int:
@@ -196,22 +250,56 @@ class Stream:
     return 4 * min(BLOCK, shard.documents - (number - shard.blocks) * BLOCK)
 
   def _reader(self, s: int):
-    if s in self._open:
-      self._open.move_to_end(s)
-      return self._open[s]
+    reader = _READERS.get((id(self), s))
+    if reader:
+      return reader
     shard = self.shards[s]
-    path = self.folder.local_copy(shard.file, shard.bytes, shard.sha256, self._cache)
     try:
-      reader = ArrayRecordReader(path, _READER)
-      records = reader.num_records()
-    except (RuntimeError, OSError) as error:
-      raise self._damaged(shard, f'cannot be opened ({" ".join(str(error).split())})') from error
-    if records != shard.records:
-      raise self._damaged(shard, f'has {records} blocks, but {shard.records} in the index')
-    self._open[s] = reader
-    if len(self._open) > OPEN_FILES:
-      self._open.popitem(last=False)
+      path = self.folder.local_copy(shard.file, shard.bytes, shard.sha256, self._cache)
+      reader, reason = _open(path, shard.records)
+      if not reader:  # perhaps since too many files are open, which ArrayRecord does not tell
+        _READERS.close()
+        reader, reason = _open(path, shard.records)
+    except OSError as error:
+      raise self._unreadable(shard, error) from error
+    if not reader:
+      raise self._failure(s, reason)
+    _READERS.add((id(self), s), reader)
     return reader
 
-  def _damaged(self, shard: Shard, reason: str) -> Damaged:
+  def _failure(self, s: int, reason: str) -> Damaged | Unreadable:
+    """What to raise where ArrayRecord fails: a shard is damaged only if its bytes have changed."""
+    shard = self.shards[s]
+    if s not in self._damaged_shards:
+      try:
+        path = self.folder.local_copy(shard.file, shard.bytes, shard.sha256, self._cache)
+        with open(path, 'rb') as file:
+          intact = hashlib.file_digest(file, 'sha256').hexdigest() == shard.sha256
+      except FileNotFoundError:
+        return self._damage(shard, 'is missing')
+      except OSError as error:
+        if error.errno != errno.EIO:
+          return self._unreadable(shard, error)
+        intact, reason = False, f'cannot be read ({error.strerror})'
+      if intact:
+        return Unreadable(f'{self.folder.url}/{shard.file}: every byte is what was written, but {reason}; '
+                          'perhaps this machine is short of memory or open files: try again')
+      self._damaged_shards.add(s)
+    return self._damage(shard, reason)
+
+  def _damage(self, shard: Shard, reason: str) -> Damaged:
     return Damaged(f'{self.folder.url}/{shard.file}: {reason}; {REMEDY}')
+
+  def _unreadable(self, shard: Shard, error: OSError) -> Unreadable:
+    fix = '; allow more, such as: ulimit -n 4096' if error.errno in (errno.EMFILE, errno.ENFILE) else ''
+    return Unreadable(f'{self.folder.url}/{shard.file}: cannot be read ({error.strerror or error}){fix}')
+
+
+def _open(path: str, records: int):
+  """A reader of a file of so many records, or None; and what is wrong."""
+  try:
+    reader = ArrayRecordReader(path, _READER)
+    found = reader.num_records()
+  except (RuntimeError, OSError) as error:
+    return None, f'cannot be opened ({" ".join(str(error).split())})'
+  return (reader, '') if found == records else (None, f'has {found} blocks, but {records} in the index')

@@ -16,7 +16,7 @@ import jax
 from mtp_jax import chips
 from mtp_jax.checkpoint import store
 from mtp_jax.config import BadInput, Config
-from mtp_jax.data.folder import Damaged
+from mtp_jax.data.folder import Damaged, Unreadable
 from mtp_jax.data.progress import quiet
 from mtp_jax.data.rows import validation_batches
 from mtp_jax.evaluation.held_out import evaluate
@@ -63,7 +63,7 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=print_std
 
   Raises:
     BadInput: for what the user can fix, before anything is written.
-    Damaged: the data cannot be read; a run of one process saves a checkpoint first.
+    Damaged, Unreadable: the data cannot be read; a run of one process saves a checkpoint first.
     NotFinite: config.train.skipped_allowed steps in a row were not finite; their batches are in
       workdir/nonfinite.
   """
@@ -94,7 +94,7 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=print_std
           run.save()
         if run.validation_due() and not stop_signal:
           run.validate()
-    except Damaged:
+    except (Damaged, Unreadable):
       if jax.process_count() == 1:  # among several processes the others may be a step ahead
         run.save()
       raise

@@ -13,6 +13,7 @@ from mtp_jax.data.prepared_set import INDEX
 from mtp_jax.model.model import conventions
 from mtp_jax.report.display import Meter, print_stderr
 from mtp_jax.tokenizer import Tokenizer, check_vocabulary
+from mtp_jax.train.optimizer import schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None])
   config.data.paths where needed.
 
   Args:
-    note: gets a line for each change since the checkpoint.
+    note: gets a line for each change since the checkpoint, and for each source that the run never reads.
 
   Raises:
     BadInput: config, data and checkpoint do not fit together.
@@ -51,7 +52,8 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None])
                     'use the same tokenizer, or another --workdir')
   corpus = open_corpus(config.data, tokens, print_stderr, Meter)
   if record:
-    changes += _check_data(config, corpus, record, workdir)
+    changes += _check_data(config, corpus, record, workdir) + rate_change(config, record)
+  changes += corpus.left_out(config.train.steps * config.train.batch)
   for change in changes:
     note(change)
   return Opened(tokens, corpus, record)
@@ -70,5 +72,17 @@ def _check_data(config: Config, corpus: Corpus, record: dict, workdir: pathlib.P
   if changes and not config.data.accept_changed:
     raise BadInput(f'config.data: not what the checkpoint in {workdir} was trained on: {"; ".join(changes)}; '
                    'restore that, choose another --workdir, or set config.data.accept_changed=True '
-                   'to go on with these data from the same row number')
+                   'to go on with these data, each source from its own row number')
   return [f'the data have changed: {change}' for change in changes]
+
+
+def rate_change(config: Config, record: dict) -> list[str]:
+  """The learning rate after the checkpoint, where the config gives another than the checkpoint's own
+  by more than 1 %; in one line.
+  """
+  step, configs = record['step'], (Config.from_dict(record['config']), config)
+  old, new = (float(schedule(c.optimizer, c.train.steps)(step)) for c in configs)
+  if abs(new - old) <= 0.01 * max(new, old):
+    return []
+  return [f'the learning rate goes from {old:.3g} to {new:.3g} at step {step:,}, as the schedule of '
+          f'{config.train.steps:,} steps has it; that of the checkpoint was for {configs[0].train.steps:,}']
