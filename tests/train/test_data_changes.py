@@ -31,6 +31,14 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp('train')
 
 
+@pytest.fixture(scope='module')
+def uninterrupted(folder):
+  """A config, and the folder of its run, which was never stopped."""
+  config = experiment(folder)
+  fit(config, folder / 'run', note=lambda line: None)
+  return config, folder / 'run'
+
+
 @pytest.mark.parametrize('change, said', [
     ({'data': {'length': 32}}, 'length 16 -> 32'), ({'data': {'seed': 1}}, 'seed 0 -> 1'),
     ({'data': {'packing': 'best_fit'}}, 'packing stream -> best_fit'),
@@ -38,7 +46,7 @@ def folder(tmp_path_factory):
     ({'data': {'validation_share': 0.4}}, 'source 0: documents .*, held_out_documents')])
 def test_other_data_are_refused_with_what_changed_unless_accepted(
     uninterrupted, tmp_path, change, said):
-  config, workdir = uninterrupted('parallel')
+  config, workdir = uninterrupted
   shutil.copytree(workdir, tmp_path / 'run')
   changed = lambda **more: dataclasses.replace(config,
                                                data=dataclasses.replace(
