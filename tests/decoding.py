@@ -1,4 +1,5 @@
 """What the tests of decoding share: half-trained models, decoding with few arguments, references."""
+import dataclasses
 import functools
 import os
 
@@ -9,9 +10,11 @@ import optax
 from experiments import nudged
 
 from mtp_jax.config import ObjectiveConfig
+from mtp_jax.decode import loop
 from mtp_jax.decode.decoder import Decoder
 from mtp_jax.decode.drafters import futures
-from mtp_jax.decode.loop import DecodeState, decode_passes, prefill
+from mtp_jax.decode.engine import tally
+from mtp_jax.decode.loop import DecodeState
 from mtp_jax.decode.requests import EXACT
 from mtp_jax.decode.verify import Sampler
 from mtp_jax.objective import Read, future_states, loss
@@ -22,6 +25,8 @@ LIMITS_B = np.array([40, 31, 6, 40, 17, 8], np.int32)
 PROMPTS_Bp = np.random.default_rng(0).integers(0, V, (len(LENGTHS_B), 8)).astype(np.int32)
 ALLOWED_V = np.arange(V) != 11
 NEVER = np.int32(-1)  # an id that no row ends with
+prefill = jax.jit(loop.prefill, static_argnames='slots')
+decode_passes = jax.jit(loop.decode_passes, static_argnames='lengths', donate_argnames='state')
 
 
 def half_trained_models(tiny, random_model):
@@ -106,12 +111,13 @@ def uncached(model, prompts_Bp, length_B, limit_B, eos):
   return [row[:n].tolist() for row, n in zip(tokens_BS, length_B)]
 
 
-def sampler(rows: int, *, seed=0, temperature=0.0, top_k=0, top_p=1.0, allowed_V=ALLOWED_V,
-            same_seed=False, criterion=EXACT) -> Sampler:
-  """Numbers are broadcast; row i has seed + i unless seeds are given."""
+def sampler(rows: int, *, seed=0, number=None, temperature=0.0, top_k=0, top_p=1.0,
+            allowed_V=ALLOWED_V, same_seed=False, criterion=EXACT) -> Sampler:
+  """Numbers are broadcast; row i has number i unless numbers are given."""
   per_row = lambda x, dtype: np.broadcast_to(x, rows).astype(dtype)
   return Sampler(
-      seed_B=per_row(seed + np.arange(rows) if np.ndim(seed) == 0 else seed, np.uint32),
+      seed_B2=np.stack([per_row(seed, np.uint32),
+                        per_row(np.arange(rows) if number is None else number, np.uint32)], 1),
       temperature_B=per_row(temperature, np.float32),
       top_k_B=per_row(top_k, np.int32),
       top_p_B=per_row(top_p, np.float32),
@@ -145,6 +151,16 @@ def generate(model, prompts_Bp, length_B=LENGTHS_B, limit_B=LIMITS_B, *, draft, 
 def rows(state) -> list[list[int]]:
   """Known tokens of each row, prompt included."""
   return [row[:n].tolist() for row, n in zip(np.asarray(state.tokens_BS), np.asarray(state.length_B))]
+
+
+def tallies(state, start_B=LENGTHS_B) -> list[np.ndarray]:
+  """Of each row: passes by draft length, offered and accepted drafts by depth; see `tally`."""
+  state = jax.device_get(dataclasses.replace(state, memory=None, caches=None))
+  new = [slice(a, b) for a, b in zip(start_B, state.length_B)]
+  most = state.recent_2k.shape[1]
+  counts = [tally(depth_S[n], drafted_S[n], most)
+            for depth_S, drafted_S, n in zip(state.depth_BS, state.drafted_BS, new)]
+  return [np.array(count) for count in zip(*counts)]
 
 
 def settled_lengths(model, generated_rows) -> list[int | None]:

@@ -1,5 +1,6 @@
 """A trained model: what goes in, what comes out, and figures that agree with each other."""
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from experiments import experiment, generate_clearly, random_state, write
 
 import mtp_jax
-from mtp_jax.config import BadInput
+from mtp_jax import lm as lm_module
+from mtp_jax.config import BadInput, MeshConfig
 from mtp_jax.decode.detokenizer import Detokenizer
 from mtp_jax.decode.requests import Criterion
 
@@ -129,8 +131,16 @@ def test_a_sample_depends_on_its_seed_alone(lm):
 
   assert sample(['a', 'b'], seed=3) != sample(['a', 'b'], seed=4)
   assert sample(['a', 'b'], seed=3, same_seed=True) == sample(['a', 'b'], seed=3, draft=0)
-  second = sample(['a', 'b'], seed=3)[1]  # row i samples with seed + i
-  assert second == sample('b', seed=4)[0] == sample(['b', 'a'], seed=[4, 9])[0]
+  assert sample(['a', 'b'], seed=3)[0] == sample('a', seed=3)[0]
+  assert sample('b', seed=4)[0] == sample(['b', 'a'], seed=[4, 9])[0] == sample(['a', 'b'], seed=[7, 4])[1]
+
+
+def test_no_two_rows_of_calls_with_different_seeds_are_one_sample(lm):
+  """Neighbouring seeds share none, as rows of one call share none."""
+  for options in ({}, {'same_seed': True}, {'draft': 0}):
+    samples = [tuple(ids) for seed in range(4) for ids in lm.generate(
+        ['a'] * 4, max_tokens=12, temperature=1.0, seed=seed, **options).ids]
+    assert len(set(samples)) == 16
 
 
 def test_each_row_has_its_own_numbers(lm):
@@ -269,16 +279,6 @@ def test_lossy_criteria_report_that_they_are(lm, plain):
   assert greedy.ids == plain.ids  # the likeliest token alone
 
 
-def test_prompts_of_one_padded_length_share_their_programs(lm):
-  from mtp_jax.decode.loop import decode_passes, prefill
-  options = {'max_tokens': 7, 'draft': 1}
-  lm.generate(['abc', 'de'], **options)
-  counts = prefill._cache_size(), decode_passes._cache_size()
-  lm.generate(['x' * 20, 'yz'], seed=5, **options)
-  lm.generate(['x', 'y' * 15], max_tokens=9, draft=1)
-  assert (prefill._cache_size(), decode_passes._cache_size()) == counts
-
-
 @pytest.mark.parametrize('prompts, options, message', [
     ('a', {'draft': 3}, 'draft=3: this model has 3 futures, so 0 to 2 can draft'),
     ('a', {'draft': -1}, 'draft=-1: '),
@@ -345,6 +345,42 @@ def test_an_expected_speed_up_is_tokens_per_forward_over_the_cost_of_a_forward(l
 
 def test_evaluate_takes_as_many_rows_as_asked(lm):
   assert lm.evaluate(2)['count'][0] < lm.evaluate(4)['count'][0] <= 4 * lm.config.data.length
+
+
+@pytest.mark.parametrize('mesh', [{}, {'data': 2, 'fsdp': 2}], ids=str)
+def test_evaluate_computes_few_more_rows_than_asked(lm, tmp_path, monkeypatch, mesh):
+  """And the same figures as in one batch of config.train.evaluate_rows, 16."""
+  write(tmp_path, dataclasses.replace(lm.config, mesh=MeshConfig(**mesh)), random_state(lm.config, seed=5))
+  one, computed, figures = mtp_jax.load(tmp_path), [], lm_module.evaluate
+
+  def recorded(config, model, batches, *rest):
+    batches = list(batches)
+    computed.append([len(batch['tokens']) for batch in batches])
+    return figures(config, model, batches, *rest)
+
+  monkeypatch.setattr(lm_module, 'evaluate', recorded)
+  every = len(one.corpus.held_out(3))
+  for rows in (1, 2, 3, 5, 9, None):
+    found, asked = one.evaluate(rows), every if rows is None else min(rows, every)
+    assert asked <= sum(computed[-1]) <= max(1.5 * asked + one.mesh.size, 16 * -(-asked // 16))
+    assert all(n % one.mesh.size == 0 for n in computed[-1])
+    with monkeypatch.context() as patch:
+      patch.setattr(type(lm), '_evaluation_batch', lambda self, rows: 16)
+      expected = one.evaluate(rows)
+    assert found['count'] == expected['count']
+    np.testing.assert_allclose(found['nats'], expected['nats'], rtol=1e-6)  # sums in another order
+
+
+@pytest.mark.parametrize('use', [lambda lm: lm.evaluate(1), lambda lm: lm.held_out_prompts(1, 4),
+                                 lambda lm: lm.corpus], ids=['evaluate', 'prompts', 'corpus'])
+def test_documents_other_than_those_of_training_are_noted_once_wherever_they_are_opened(lm, capsys, use):
+  same = {'identity': json.loads(json.dumps({'sources': lm.corpus.identity['sources']}))}
+  for record, notes in ((same, 0), ({'identity': {'sources': []}}, 1), ({'identity': {}}, 1)):
+    capsys.readouterr()
+    opened = dataclasses.replace(lm, record=lm.record | record)
+    for _ in range(2):
+      use(opened)
+    assert capsys.readouterr().err.count('the documents here differ from those of the training run') == notes
 
 
 def test_held_out_prompts_are_beginnings_of_documents(lm):

@@ -18,7 +18,7 @@ from mtp_jax.data.rows import validation_batches
 from mtp_jax.decode.decoder import Decoder
 from mtp_jax.decode.detokenizer import Detokenizer
 from mtp_jax.decode.drafters import Drafter, DraftModel, NoDrafts, PromptLookup, futures
-from mtp_jax.decode.engine import Engine, Stream
+from mtp_jax.decode.engine import Engine, Stream, batch_size, measure_pass_seconds, tally
 from mtp_jax.decode.requests import (
     EXACT,
     Criterion,
@@ -46,11 +46,11 @@ class Generation:
     depths: for each of these tokens 0 if it is the model's own, m if it was an accepted m-th draft.
     text: the new tokens of each prompt as text, up to the stop string.
     tokens: number of new tokens.
-    forwards: passes in which the rows took part, summed. The pass over the prompt counts: it gives
-      the first token.
-    offered: by draft depth, the passes in which all drafts before it were accepted and it was
-      within the limit.
-    accepted: by draft depth, the passes in which it was accepted too.
+    forwards: passes that generated these tokens, summed over the rows. The pass over the prompt
+      counts: it gives the first token.
+    offered: by draft depth, those in which all drafts before it were accepted and it was within
+      the limit.
+    accepted: by draft depth, those in which it was accepted too.
     passes: of the batch, by draft length.
     lossless: whether the text follows the model's distribution.
     seconds: wall-clock time, including compilation on the first call with a shape.
@@ -116,7 +116,8 @@ class LanguageModel:
       draft: drafts in a pass, or the most of them if `adaptive`. 0 is plain autoregression. By
         default all futures of this model, or 4 with another drafter.
       temperature: 0 is greedy.
-      seed: row i samples with seed + i, or with its own entry.
+      seed: of all rows, whose numbers in the batch make their random numbers differ; or an entry a
+        prompt, which is then sampled as it would be alone.
       top_k, top_p: draw from so many of the likeliest tokens, or from the fewest that hold this
         mass.
       drafter: 'futures'; 'lookup', which copies what followed an earlier occurrence of the last few
@@ -134,6 +135,7 @@ class LanguageModel:
 
     Raises:
       BadInput: an argument is out of range.
+      KeyboardInterrupt: soon after Ctrl-C, between passes.
     """
     prompts = [prompts] if isinstance(prompts, (str, bytes)) else prompts
     rows = [self.row(prompt) for prompt in prompts]
@@ -153,7 +155,7 @@ class LanguageModel:
                      'depend on timings')
     sampler = self.sampler(*parameters, same_seed or adaptive, criterion)
     if adaptive and checked_drafter.depth > 1:
-      engine = self._adaptive_engine(checked_drafter, sampler, rows, limit_B, drafter)
+      engine = self._adaptive_engine(checked_drafter, sampler, rows, limit_B)
     else:
       engine = self.engine(checked_drafter, sampler, (checked_drafter.depth,))
     texts = [Detokenizer(self.tokenizer, stop) for _ in rows] if stop or stream else []
@@ -165,25 +167,35 @@ class LanguageModel:
     state, end_B = engine.run(rows, limit_B, texts, stream)
     seconds = time.perf_counter() - start
     new = [slice(len(row), end) for row, end in zip(rows, end_B)]
-    ids = [tokens_S[positions].tolist() for tokens_S, positions in zip(state.tokens_BS, new)]
+    ids, depths, drafted = ([x_S[positions] for x_S, positions in zip(x_BS, new)]
+                            for x_BS in (state.tokens_BS, state.depth_BS, state.drafted_BS))
+    tallies = [tally(*row, engine.drafter.depth) for row in zip(depths, drafted)]
+    passes, offered, accepted = map(np.array, zip(*tallies))
+    ids = [row.tolist() for row in ids]
     return Generation(
         ids=ids,
-        depths=[depth_S[positions].tolist() for depth_S, positions in zip(state.depth_BS, new)],
+        depths=[row.tolist() for row in depths],
         text=[text.text for text in texts] or [self.tokenizer.text(row) for row in ids],
         tokens=sum(map(len, ids)),
-        forwards=int(state.forwards_B.sum()),
-        offered=state.offered_Bk.sum(0).tolist(),
-        accepted=state.accepted_Bk.sum(0).tolist(),
-        passes=state.passes_by_length.tolist(),
+        forwards=int(passes.sum()),
+        offered=offered.sum(0).tolist(),
+        accepted=accepted.sum(0).tolist(),
+        passes=max(passes.tolist(), key=sum),  # of the row that ended last
         lossless=engine.sampler.criterion.lossless,
         seconds=seconds)
 
-  def sampler(self, temperature_B, seed_B, top_k_B, top_p_B, same_seed: bool = False,
+  def sampler(self, temperature_B, seed_B2, top_k_B, top_p_B, same_seed: bool = False,
               criterion: Criterion = EXACT) -> Sampler:
-    """How the rows of a batch choose their tokens; see `sampling_parameters`."""
+    """How the rows of a batch choose their tokens; see `sampling_parameters`.
+
+    The batch is filled up to a `batch_size` by copies of the last row.
+    """
+    order_B = np.arange(batch_size(len(seed_B2))).clip(max=len(seed_B2) - 1)
+    temperature_B, seed_B2, top_k_B, top_p_B = (
+        x_B[order_B] for x_B in (temperature_B, seed_B2, top_k_B, top_p_B))
     allowed_V = decodable(self.config, self.tokenizer)[:self.tokenizer.size]
     greedy, truncated = not temperature_B.any(), bool(top_k_B.any() or (top_p_B < 1).any())
-    return Sampler(seed_B, temperature_B, top_k_B, top_p_B, allowed_V, greedy, truncated, same_seed,
+    return Sampler(seed_B2, temperature_B, top_k_B, top_p_B, allowed_V, greedy, truncated, same_seed,
                    criterion)
 
   def engine(self, drafter: Drafter, sampler: Sampler, lengths: tuple[int, ...]) -> Engine:
@@ -191,21 +203,15 @@ class LanguageModel:
     decoder = self.decoder.with_futures_in_forward(drafter.futures_in_forward)
     return Engine(decoder, drafter, sampler, self.tokenizer.eos, self.tokenizer.pad, lengths)
 
-  def _adaptive_engine(self, drafter: Drafter, sampler: Sampler, rows, limit_B, argument) -> Engine:
+  def _adaptive_engine(self, drafter: Drafter, sampler: Sampler, rows, limit_B) -> Engine:
     """An engine that chooses 1 to drafter.depth drafts a pass; costs are measured once for each
     shape.
-
-    argument: what `generate` was called with as its drafter.
     """
     engine = self.engine(drafter, sampler, tuple(range(1, drafter.depth + 1)))
-    drafter_key = argument if isinstance(argument, str) else id(argument)
-    shape = engine.shape(rows, limit_B)
-    key = drafter_key, drafter.depth, *shape, sampler.greedy, sampler.truncated
+    key = engine.key(rows, limit_B)
     if key not in self._pass_costs:
-      costs = engine.measure_pass_seconds(rows, limit_B)
-      self._pass_costs[key] = costs, argument  # kept alive, so that no other model gets its id
-    costs, _ = self._pass_costs[key]
-    return dataclasses.replace(engine, pass_costs=costs)
+      self._pass_costs[key] = measure_pass_seconds(engine.of_each_length(), rows, limit_B)
+    return dataclasses.replace(engine, pass_costs=self._pass_costs[key])
 
   @functools.cached_property
   def _pass_costs(self) -> dict:
@@ -256,23 +262,28 @@ class LanguageModel:
     Among them nats, accuracy and count of each future, bits_per_byte of future 0,
     tokens_per_forward_greedy and tokens_per_forward_sampled by draft length.
     """
-    batch = self.config.train.evaluate_rows
     with jax.set_mesh(self.mesh):
       held_out = self.corpus.held_out(self.config.model.futures, print_stderr)
+      rows = len(held_out) if rows is None else min(rows, len(held_out))
+      batch = self._evaluation_batch(rows)
       batches = validation_batches(held_out, batch, rows, *process_share(self.mesh))
       return evaluate(self.config, self.model, batches, byte_lengths(self.config, self.tokenizer),
                       decodable(self.config, self.tokenizer), self.mesh)
 
+  def _evaluation_batch(self, rows: int) -> int:
+    """Rows of a batch: config.train.evaluate_rows, or as few as hold so many rows on this mesh."""
+    groups = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+    return min(self.config.train.evaluate_rows, groups * batch_size(-(-max(1, rows) // groups)))
+
   def seconds_per_forward(self, prompt_tokens: int = 32) -> list[float]:
-    """Seconds of a greedy pass of one row on this machine, by draft length 0..M-1."""
+    """Seconds of a greedy pass of one row on this machine, by draft length 0..M-1, timed in
+    alternation.
+    """
     prompt = self.corpus.sources[0].validation.document(0)[:prompt_tokens]
     sampler = self.sampler(*sampling_parameters(1))
-    seconds = []
-    for draft in range(self.config.model.futures):
-      engine = self.engine(self.drafter(draft=draft), sampler, (draft,))
-      pass_seconds, = engine.measure_pass_seconds([prompt], [self.config.data.length], passes=32)
-      seconds.append(float(pass_seconds))
-    return seconds
+    engines = [self.engine(self.drafter(draft=draft), sampler, (draft,))
+               for draft in range(self.config.model.futures)]
+    return measure_pass_seconds(engines, [prompt], [self.config.data.length], 16, 6).tolist()
 
   def expected_speed_up(self, evaluation: dict | None = None) -> dict:
     """Speed over plain decoding to expect on the held-out documents, by draft length 0..M-1.
@@ -298,8 +309,14 @@ class LanguageModel:
 
   @functools.cached_property
   def corpus(self) -> Corpus:
-    """The config's data, as they are on this machine; compare `identity` with the record's."""
-    return open_corpus(self.config.data, self.tokenizer, print_stderr, Meter)
+    """The config's data, as they are on this machine; a note on stderr says if they differ from those
+    of the training run.
+    """
+    corpus = open_corpus(self.config.data, self.tokenizer, print_stderr, Meter)
+    if corpus.identity['sources'] != self.record['identity'].get('sources'):
+      print_stderr('note: the documents here differ from those of the training run, so some held-out '
+                   'ones may have been trained on')
+    return corpus
 
   def held_out_prompts(self, n: int, length: int) -> list[np.ndarray]:
     """The first `length` ids of the first n held-out documents that have at least twice as many.

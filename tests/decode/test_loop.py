@@ -19,6 +19,7 @@ from decoding import (
   chi_squared_bound,
   choices_MBS,
   clear_MBS,
+  decode_passes,
   drafts_of,
   equal_where_settled,
   generate,
@@ -27,10 +28,11 @@ from decoding import (
   rows,
   settled_lengths,
   start,
+  tallies,
   uncached,
 )
 
-from mtp_jax.decode.loop import best_length, decode_passes
+from mtp_jax.decode.loop import best_length
 from mtp_jax.evaluation import acceptance
 
 
@@ -51,7 +53,7 @@ def test_every_draft_length_generates_what_an_uncached_forward_generates(trained
     state = generate(model, PROMPTS_Bp, draft=draft)
     assert equal_where_settled(rows(state), free, settled) and state.done_B.all()
     check_counts(state, draft)
-    forwards.append(int(state.forwards_B.sum()))
+    forwards.append(int(tallies(state)[0].sum()))
     for eos, expected in stopped.items():
       state = generate(model, PROMPTS_Bp, draft=draft, eos=eos)
       assert equal_where_settled(rows(state), expected, settled)
@@ -71,11 +73,31 @@ def check_counts(state, draft: int):
   slots, depth_BS = np.arange(S + 8), np.asarray(state.depth_BS)
   new_BS = (slots >= LENGTHS_B[:, None]) & (slots < LIMITS_B[:, None])
   assert not depth_BS[~new_BS].any() and depth_BS.max() <= draft
-  by_depth = [(depth_BS == k + 1).sum() for k in range(draft)]
-  np.testing.assert_array_equal(state.accepted_Bk.sum(0), by_depth)
-  assert (state.accepted_Bk.sum(1) + state.forwards_B >= LIMITS_B - LENGTHS_B).all()
-  assert (np.asarray(state.accepted_Bk) <= state.offered_Bk).all()
-  assert (np.diff(state.offered_Bk, axis=1) <= 0).all()
+  passes, offered_Bk, accepted_Bk = tallies(state)
+  np.testing.assert_array_equal(accepted_Bk.sum(0), [(depth_BS == k + 1).sum() for k in range(draft)])
+  assert (accepted_Bk.sum(1) + passes.sum(1) >= LIMITS_B - LENGTHS_B).all()
+  assert (accepted_Bk <= offered_Bk).all() and (np.diff(offered_Bk, axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize('lengths', [(0,), (2,), (1, 2, M - 1)], ids=str)
+def test_the_tokens_of_a_row_tell_what_its_passes_did(trained, family, lengths):
+  """Against counts that are kept while the loop makes one pass at a time, after every pass."""
+  parts, state = start(trained(family), PROMPTS_Bp, draft=max(lengths))
+  costs = np.array([1.0, 1.3, 1.6], np.float32) if len(lengths) > 1 else None
+  B, k = len(LENGTHS_B), max(lengths)
+  passes, offered_Bk, accepted_Bk = (np.zeros((B, n), int) for n in (k + 1, k, k))
+  passes[LIMITS_B > LENGTHS_B, 0] = 1  # the pass over the prompts
+  while not state.done_B.all():
+    draft = lengths[int(best_length(state.recent_2k, costs, lengths)) if costs is not None else 0]
+    active, length_B = np.flatnonzero(~np.asarray(state.done_B)), np.asarray(state.length_B)
+    state = decode_passes(*parts, state, NEVER, np.int32(1), costs, lengths=lengths)
+    for b in active:
+      depths = np.asarray(state.depth_BS)[b, length_B[b]:int(state.length_B[b])]
+      passes[b, draft] += 1
+      offered_Bk[b, :min(len(depths), draft)] += 1
+      accepted_Bk[b, :np.count_nonzero(depths)] += 1
+    for counts, expected in zip(tallies(state), (passes, offered_Bk, accepted_Bk), strict=True):
+      np.testing.assert_array_equal(counts, expected)
 
 
 def test_nothing_is_accepted_before_anything_was_drafted(trained, family):
@@ -84,7 +106,7 @@ def test_nothing_is_accepted_before_anything_was_drafted(trained, family):
   active = LIMITS_B > LENGTHS_B
   assert not np.asarray(state.depth_BS)[active, LENGTHS_B[active]].any()
   passes_B = 1 + -(-(LIMITS_B - LENGTHS_B - 1) // M)
-  np.testing.assert_array_equal(state.forwards_B, np.where(active, passes_B, 0))
+  np.testing.assert_array_equal(tallies(state)[0].sum(1), np.where(active, passes_B, 0))
 
 
 def test_a_row_does_not_depend_on_its_neighbours(trained, family):
@@ -152,7 +174,7 @@ def test_at_the_same_seed_samples_are_those_of_plain_sampling_whatever_drafts(tr
   for draft in range(1, M):
     state = generate(model, PROMPTS_Bp, draft=draft, **options)
     assert equal_where_settled(rows(state), plain, settled)
-    assert state.accepted_Bk.any()
+    assert tallies(state)[2].any()
 
   adaptive = {'lengths': (1, 2, 3), 'pass_costs': np.array([1, 1.2, 1.3], np.float32)}
   state = generate(model, PROMPTS_Bp, draft=M - 1, **adaptive, **options)
@@ -161,7 +183,7 @@ def test_at_the_same_seed_samples_are_those_of_plain_sampling_whatever_drafts(tr
   order = np.array([4, 3, 1])
   some = {name: value[order] if np.ndim(value) else value for name, value in options.items()}
   state = generate(model, PROMPTS_Bp[order], LENGTHS_B[order], LIMITS_B[order], draft=M - 1,
-                   seed=order, **some)
+                   number=order, **some)
   assert equal_where_settled(rows(state), [plain[b] for b in order], [settled[b] for b in order])
 
   other_seed = rows(generate(model, PROMPTS_Bp, draft=0, seed=100, **options))
@@ -179,7 +201,7 @@ def test_a_sampled_row_does_not_depend_on_its_neighbours(trained, family):
   for order in ([3, 0], [4, 2, 1, 3]):
     order = np.array(order)
     state = generate(model, PROMPTS_Bp[order], LENGTHS_B[order], LIMITS_B[order], draft=2,
-                     seed=order, temperature=TEMPERATURES_B[order])
+                     number=order, temperature=TEMPERATURES_B[order])
     assert equal_where_settled(rows(state), [together[b] for b in order], [settled[b] for b in order])
 
 
@@ -248,7 +270,8 @@ def test_speculative_sampling_keeps_the_distribution_over_many_passes(trained, f
   prompts_Bp, allowed_V = np.full((samples, 4), 3, np.int32), np.arange(V) < 3
   state = generate(model, prompts_Bp, np.full(samples, 4), np.full(samples, 7), draft=3,
                    temperature=1.5, allowed_V=allowed_V)
-  assert state.accepted_Bk.any() and (np.asarray(state.forwards_B) > 1).any()
+  passes, _, accepted_Bk = tallies(state, np.full(samples, 4))
+  assert accepted_Bk.any() and (passes.sum(1) > 1).any()
 
   triples = np.array(list(itertools.product(range(3), repeat=3)), np.int32)
   tokens_BS = np.concatenate([np.full((27, 4), 3, np.int32), triples], 1)

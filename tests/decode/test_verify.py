@@ -187,7 +187,7 @@ def test_a_lossy_criterion_is_its_inequality(draft, name, threshold, expected):
 def batch(rows, **options):
   """A sampler of so many rows; plain sampling at temperature 1 unless options differ."""
   defaults = {
-      'seed_B': np.arange(rows, dtype=np.uint32),
+      'seed_B2': np.stack([np.zeros(rows), np.arange(rows)], 1).astype(np.uint32),
       'temperature_B': np.ones(rows, np.float32),
       'top_k_B': np.zeros(rows, np.int32),
       'top_p_B': np.ones(rows, np.float32),

@@ -59,9 +59,6 @@ def evaluate(flags) -> int:
   """Held-out nats and accuracy of each future, bits per byte of future 0, acceptance of drafts."""
   need_at_least(flags, rows=0)
   lm = model_of(flags)
-  if lm.corpus.identity['sources'] != lm.record['identity'].get('sources'):
-    print('note: the documents here differ from those of the training run, so some held-out ones '
-          'may have been trained on', file=sys.stderr)
   results = lm.evaluate(flags.rows or None)
   drafts = lm.config.model.futures > 1
   if drafts and flags.speed:

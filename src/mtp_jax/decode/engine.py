@@ -1,13 +1,15 @@
-"""The host's side of decoding: shapes, timing, streaming.
+"""The host's side of decoding: shapes, programs, reading what the device generated, timing.
 
-Shapes are padded, so that prompts of similar length share one compiled program.
+Shapes are padded, so that similar requests share one compiled program: batches are filled up to a
+few sizes (`batch_size`), prompts and caches to a multiple of 32 positions. The last `PROGRAMS`
+programs are kept. The device makes a few passes at a time, so that a signal is heard between them.
 """
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.decode import loop
@@ -18,7 +20,9 @@ from mtp_jax.decode.loop import DecodeState
 from mtp_jax.decode.verify import Sampler
 
 SHAPE_MULTIPLE = 32  # prompts and caches are padded to a multiple of this
-PASSES_BETWEEN_READS = 8  # while text is streamed or searched for stop strings
+PROGRAMS = 64  # each holds some 10 MB and 180 memory maps, of which a process may have 65,530
+PASSES_BETWEEN_READS = 8  # at first, and at most while text is streamed or searched for stop strings
+SECONDS_BETWEEN_READS = 0.25
 UNLIMITED = np.int32(2**31 - 1)
 
 Stream = Callable[[int, list[int], str], None]  # of (row, new ids, new text)
@@ -26,7 +30,10 @@ Stream = Callable[[int, list[int], str], None]  # of (row, new ids, new text)
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-  """A model, its drafter and sampler. lengths, pass_costs: as in `loop.decode_passes`."""
+  """A model, its drafter and sampler. lengths, pass_costs: as in `loop.decode_passes`.
+
+  sampler: of B rows; a request of fewer is filled up with rows that have ended before they begin.
+  """
   decoder: Decoder
   drafter: Drafter
   sampler: Sampler
@@ -43,77 +50,136 @@ class Engine:
       rows: prompts, as ids.
       limit_B: tokens of each row at most, prompt included.
       texts: one a row, if there are stop strings or a stream; a row then ends at its stop string.
-        The passes it takes part in before the host sees the stop string are counted, their tokens
-        are not.
+        The tokens after it, from passes before the host sees it, do not count.
       stream: called as a row grows.
+
+    Raises:
+      KeyboardInterrupt: between passes; the device then stops too.
     """
-    state = self.prefill(rows, limit_B)
-    if texts:
-      state, length_B = self._run_with_text(state, rows, texts, stream)
-    else:
-      state = self.decode_passes(state)
+    state, passes = self.prefill(rows, limit_B), PASSES_BETWEEN_READS
+    end_B = np.array([len(ids) for ids in rows])  # tokens that the host has read, if there are texts
+    while True:
+      if texts:
+        state = _read(state, end_B, texts, stream)
+      if jax.device_get(state.done_B).all():
+        break
+      start = time.perf_counter()
+      state = jax.block_until_ready(self.decode_passes(state, passes))
+      growth = min(4, SECONDS_BETWEEN_READS / (time.perf_counter() - start))
+      passes = max(1, int(passes * growth))
+      if texts:
+        passes = min(passes, PASSES_BETWEEN_READS)
     state = jax.device_get(dataclasses.replace(state, memory=None, caches=None))
-    return state, length_B if texts else state.length_B
+    return state, end_B if texts else state.length_B
 
   def prefill(self, rows: Sequence[np.ndarray], limit_B) -> DecodeState:
     """The state after the pass over the prompts."""
     B, p, S = self.shape(rows, limit_B)
-    prompts_Bp = np.full((B, p), self.pad, np.int32)
+    prompts_Bp, (length_B, limits_B) = np.full((B, p), self.pad, np.int32), np.ones((2, B), np.int32)
     for row_p, ids in zip(prompts_Bp, rows):
       row_p[:len(ids)] = ids
-    length_B = np.array([len(ids) for ids in rows], np.int32)
-    return loop.prefill(self.decoder, self.drafter, self.sampler, prompts_Bp, length_B,
-                        np.asarray(limit_B, np.int32), np.int32(self.eos), slots=S)
+    length_B[:len(rows)], limits_B[:len(rows)] = [len(ids) for ids in rows], limit_B
+    program = self._program(loop.prefill, (B, p), slots=S)
+    return program(self.decoder, self.drafter, self.sampler, prompts_Bp, length_B, limits_B,
+                   np.int32(self.eos))
 
   def shape(self, rows: Sequence[np.ndarray], limit_B) -> tuple[int, int, int]:
-    """(B, p, S): rows, padded length of their prompts and of their caches."""
+    """(B, p, S): rows of the batch, padded length of prompts and of caches."""
     p = _padded(max(map(len, rows)))
-    return len(rows), p, max(p, _padded(max(limit_B) + self.drafter.depth))
+    return len(self.sampler.seed_B2), p, max(p, _padded(max(limit_B) + self.drafter.depth))
 
-  def decode_passes(self, state: DecodeState, passes: int = UNLIMITED) -> DecodeState:
+  def decode_passes(self, state: DecodeState, passes: int) -> DecodeState:
     """The state after so many passes, or fewer if all rows end before. state is donated."""
-    return loop.decode_passes(self.decoder, self.drafter, self.sampler, state, np.int32(self.eos),
-                              np.int32(passes), self.pass_costs, lengths=self.lengths)
+    program = self._program(loop.decode_passes, state.tokens_BS.shape, ('state',), lengths=self.lengths)
+    return program(self.decoder, self.drafter, self.sampler, state, np.int32(self.eos),
+                   np.int32(passes), self.pass_costs)
 
-  def measure_pass_seconds(self, rows, limit_B, passes: int = 4) -> np.ndarray:
-    """Seconds of a pass with each of `lengths`, on the shapes of rows and limit_B: float32.
+  def key(self, rows: Sequence[np.ndarray], limit_B) -> tuple:
+    """What the time of a pass depends on: equal for requests of one shape."""
+    return self._structure, self.lengths, self.shape(rows, limit_B)
 
-    The least of three measurements of so many passes, after one that compiles.
-    """
-    choices = range(len(self.lengths))
-    return np.array([self._pass_seconds(i, rows, limit_B, passes) for i in choices], np.float32)
+  @functools.cached_property
+  def _structure(self):
+    """All that is static in decoder, drafter and sampler."""
+    return jax.tree.structure((self.decoder, self.drafter, self.sampler))
 
-  def _pass_seconds(self, i: int, rows, limit_B, passes: int) -> float:
-    """Seconds of a pass when every pass takes the i-th of `lengths` and no row ends."""
-    costs = np.ones(len(self.lengths), np.float32)
-    costs[i] = 1e-9  # so that it is always chosen
-    engine = dataclasses.replace(self, eos=-1, pass_costs=costs if len(costs) > 1 else None)
-    seconds = []
-    for _ in range(4):
-      unlimited_B, not_done_B = jnp.full(len(rows), UNLIMITED), jnp.zeros(len(rows), bool)
-      state = engine.prefill(rows, limit_B)
-      state = dataclasses.replace(state, limit_B=unlimited_B, done_B=not_done_B)
-      jax.block_until_ready(state)
-      start = time.perf_counter()
-      jax.block_until_ready(engine.decode_passes(state, passes))
-      seconds.append((time.perf_counter() - start) / passes)
-    return min(seconds[1:])
+  def _program(self, function: Callable, shape: tuple[int, ...], donated: tuple[str, ...] = (), **static):
+    return _compiled(function, donated, tuple(static.items()), shape, self._structure)
 
-  def _run_with_text(self, state: DecodeState, rows, texts, stream):
-    """(the state, tokens of each row that count); the host reads the tokens every few passes."""
-    read_B = np.array([len(ids) for ids in rows])
-    while True:
-      tokens_BS, length_B, done_B = jax.device_get((state.tokens_BS, state.length_B, state.done_B))
-      for b, text in enumerate(texts):
-        ids, new_text = text.add(tokens_BS[b, read_B[b]:length_B[b]].tolist(), last=bool(done_B[b]))
-        read_B[b] += len(ids)
-        if stream and (ids or new_text):
-          stream(b, ids, new_text)
-      done_B = done_B | [text.stopped for text in texts]
-      if done_B.all():
-        return state, read_B
-      state = dataclasses.replace(state, done_B=jnp.asarray(done_B))
-      state = self.decode_passes(state, PASSES_BETWEEN_READS)
+  def of_each_length(self) -> list['Engine']:
+    """For each of `lengths` this engine, taking it in every pass, by the same program."""
+    costs = np.where(np.eye(len(self.lengths), dtype=bool), np.float32(1e-9), np.float32(1))
+    several = len(self.lengths) > 1
+    return [dataclasses.replace(self, pass_costs=pass_costs if several else None) for pass_costs in costs]
+
+  def seconds_of(self, rows, limit_B, passes: int) -> float:
+    """Seconds of so many passes in which no row ends, on the shapes of rows and limit_B."""
+    state = self.prefill(rows, limit_B)
+    like = lambda x_B, value: jax.device_put(np.full(x_B.shape, value, x_B.dtype), x_B.sharding)
+    state = dataclasses.replace(state, limit_B=like(state.limit_B, UNLIMITED),
+                                done_B=like(state.done_B, False))
+    engine = dataclasses.replace(self, eos=-1)
+    jax.block_until_ready(state)
+    start = time.perf_counter()
+    jax.block_until_ready(engine.decode_passes(state, passes))
+    return time.perf_counter() - start
+
+
+def measure_pass_seconds(engines: Sequence[Engine], rows, limit_B, passes: int = 4,
+                         repeats: int = 3) -> np.ndarray:
+  """Seconds of a pass of each engine: float32.
+
+  They are timed in alternation, so that what slows the machine down slows all of them: the least of
+  so many measurements of so many passes, after one that compiles.
+  """
+  seconds = [[engine.seconds_of(rows, limit_B, passes) for engine in engines]
+             for _ in range(1 + repeats)]
+  return np.min(seconds[1:], 0).astype(np.float32) / passes
+
+
+def tally(depth_n, drafted_n, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """What the passes that generated a row's tokens did, from the tokens alone.
+
+  A pass generates accepted drafts, of depths 1, 2, ..., then a token of the model's own, of depth 0.
+
+  Args:
+    depth_n, drafted_n: of each new token, as in `DecodeState`.
+    most: drafts in a pass at most.
+
+  Returns:
+    (passes by draft length 0..most; by depth, passes in which all drafts before were accepted and
+    this one was within the limit; passes in which it was accepted too)
+  """
+  before_n = np.concatenate([[0], depth_n])[:len(depth_n)]  # 0 where a pass begins
+  index_n = np.where(depth_n > 0, depth_n - 1, before_n)  # within its pass
+  return (np.bincount(drafted_n[before_n == 0], minlength=most + 1),
+          np.bincount(index_n[index_n < drafted_n], minlength=most),
+          np.bincount(depth_n[depth_n > 0] - 1, minlength=most))
+
+
+def batch_size(rows: int) -> int:
+  """The rows that a batch of so many is filled up to: 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
+  power = 1 << (rows - 1).bit_length()
+  return power * 3 // 4 if rows <= power * 3 // 4 else power
+
+
+@functools.lru_cache(maxsize=PROGRAMS)
+def _compiled(function: Callable, donated: tuple[str, ...], static: tuple, *shape):
+  """The function for one shape. XLA's program is dropped with it, since no other has its partial."""
+  return jax.jit(functools.partial(function, **dict(static)), donate_argnames=donated)
+
+
+def _read(state: DecodeState, end_B, texts: Sequence[Detokenizer], stream: Stream | None) -> DecodeState:
+  """The state in which rows with a stop string have ended. end_B, texts: advanced in place."""
+  tokens_BS, length_B, done_B = jax.device_get((state.tokens_BS, state.length_B, state.done_B))
+  for b, text in enumerate(texts):
+    ids, new_text = text.add(tokens_BS[b, end_B[b]:length_B[b]].tolist(), last=bool(done_B[b]))
+    end_B[b] += len(ids)
+    if stream and (ids or new_text):
+      stream(b, ids, new_text)
+  stopped_B = np.array([text.stopped for text in texts])
+  stopped_B = np.pad(stopped_B, (0, len(done_B) - len(stopped_B)))
+  return dataclasses.replace(state, done_B=jax.device_put(done_B | stopped_B, state.done_B.sharding))
 
 
 def _padded(length) -> int:

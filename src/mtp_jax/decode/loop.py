@@ -13,8 +13,8 @@ autoregression. Greedily, and with `same_seed`, the text does not depend on the 
 token, in float32 (in bfloat16 a pass over several tokens may round two nearly equal logits
 differently than a pass over one). Otherwise the distribution of the text does not depend on it.
 
-Prompts are left-aligned: slot s of a row's cache holds position s. `decode_passes` donates its
-state to the next one, caches included, which are updated in place.
+Prompts are left-aligned: slot s of a row's cache holds position s. Both functions are compiled by
+`engine`, `decode_passes` with its state donated, so that caches are updated in place.
 """
 import dataclasses
 import functools
@@ -38,31 +38,24 @@ class DecodeState:
     memory: the drafter's.
     tokens_BS: int32, prompts and generated tokens.
     depth_BS: 0 for a token of the model's own, m for an accepted m-th draft.
+    drafted_BS: drafts of the pass that generated the token; 0 in the pass over the prompts.
     length_B: known tokens of each row.
     limit_B: the most tokens of each row, prompt included.
     done_B: rows that have ended.
-    forwards_B: passes in which the row took part, prefill included.
-    offered_Bk: passes in which all drafts before this one were accepted and it was within the
-      limit.
-    accepted_Bk: passes in which it was accepted too.
-    passes_by_length: passes of the batch, by draft length 0..k.
-    recent_2k: offered and accepted drafts of the whole batch, with weights that decay.
+    recent_2k: offered and accepted drafts of the whole batch, with weights that decay. A draft is
+      offered where all drafts before it were accepted and it is within the limit.
   """
   caches: tuple
   memory: object
   tokens_BS: jax.Array
   depth_BS: jax.Array
+  drafted_BS: jax.Array
   length_B: jax.Array
   limit_B: jax.Array
   done_B: jax.Array
-  forwards_B: jax.Array
-  offered_Bk: jax.Array
-  accepted_Bk: jax.Array
-  passes_by_length: jax.Array
   recent_2k: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames='slots')
 def prefill(decoder: Decoder, drafter: Drafter, sampler: Sampler,
             prompts_Bp, length_B, limit_B, eos, *, slots: int) -> DecodeState:
   """The state after the pass over the prompts, which generates the first token of each row.
@@ -80,20 +73,16 @@ def prefill(decoder: Decoder, drafter: Drafter, sampler: Sampler,
   forward, caches = decoder.forward(prompts_Bp, positions_Bp, decoder.caches(B, p))  # needs no more slots
   caches = tuple(cache and cache.grown(slots) for cache in caches)
   memory = drafter.begin(decoder, forward, prompts_Bp, positions_Bp, last_B1, slots)
-  zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
-  no_drafts_Bk = zeros(B, 0)
+  no_drafts_Bk = jnp.zeros((B, 0), jnp.int32)
   state = DecodeState(
       caches=caches,
       memory=memory,
       tokens_BS=jnp.pad(prompts_Bp, ((0, 0), (0, slots - p))),
-      depth_BS=zeros(B, slots),
+      depth_BS=jnp.zeros((B, slots), jnp.int32),
+      drafted_BS=jnp.zeros((B, slots), jnp.int32),
       length_B=length_B,
       limit_B=limit_B,
       done_B=length_B >= limit_B,
-      forwards_B=zeros(B),
-      offered_Bk=zeros(B, k),
-      accepted_Bk=zeros(B, k),
-      passes_by_length=zeros(k + 1),
       recent_2k=jnp.zeros((2, k)))
   next_B1D = jnp.take_along_axis(forward.next_BiD, last_B1[..., None], 1)
   logits_B1V, q_BkV = decoder.logits(next_B1D), sampler.one_hot(no_drafts_Bk)
@@ -101,13 +90,11 @@ def prefill(decoder: Decoder, drafter: Drafter, sampler: Sampler,
   return _append(state, no_drafts_Bk, accepted_B, token_B, eos)
 
 
-@functools.partial(jax.jit, static_argnames='lengths', donate_argnames='state')
 def decode_passes(decoder: Decoder, drafter: Drafter, sampler: Sampler, state: DecodeState,
                   eos, passes, pass_costs=None, *, lengths: tuple[int, ...]) -> DecodeState:
   """The state after `passes` more passes, or fewer if all rows end before.
 
   Args:
-    state: donated.
     passes: int32.
     lengths: numbers of drafts to choose from. Each pass takes the one that promises most tokens for
       its cost (`best_length`).
@@ -190,10 +177,7 @@ def _append(state: DecodeState, drafts_Bk, accepted_B, token_B, eos) -> DecodeSt
       state,
       tokens_BS=write(state.tokens_BS, new_Bi, written_Bi),
       depth_BS=write(state.depth_BS, jnp.where(is_draft_Bi, index_i + 1, 0), written_Bi),
+      drafted_BS=write(state.drafted_BS, jnp.full_like(new_Bi, k), written_Bi),
       length_B=length_B,
       done_B=done_B,
-      forwards_B=state.forwards_B + ~state.done_B,
-      offered_Bk=state.offered_Bk.at[:, :k].add(offered_Bk),
-      accepted_Bk=state.accepted_Bk.at[:, :k].add(accepted_Bk),
-      passes_by_length=state.passes_by_length.at[k].add(1),
       recent_2k=(0.95 * state.recent_2k).at[:, :k].add(counts_2k))

@@ -55,20 +55,23 @@ EXACT = Criterion()
 
 def sampling_parameters(rows: int, temperature=0.0, seed=0, top_k=0,
                         top_p=1.0) -> tuple[np.ndarray, ...]:
-  """(temperature_B, seed_B, top_k_B, top_p_B), checked; see `LanguageModel.generate`.
+  """(temperature_B, seed_B2, top_k_B, top_p_B), checked; see `LanguageModel.generate`.
+
+  A row's random numbers come from its pair seed_B2: one seed of all rows and the row's number, or
+  the row's own seed and 0.
 
   Raises:
     BadInput: a number is out of range.
   """
   seed_B = per_row('seed', seed, rows, 0, 2**31 - 1, np.uint32)
-  if np.ndim(seed) == 0:
-    seed_B = seed_B + np.arange(rows, dtype=np.uint32)
+  number_B = np.arange(rows) if np.ndim(seed) == 0 else np.zeros(rows)
+  seed_B2 = np.stack([seed_B, number_B.astype(np.uint32)], 1)
   least, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
   temperature_B = per_row('temperature', temperature, rows, 0, most, np.float32,
                           '0 (greedy) or a positive number')
   top_k_B = per_row('top_k', top_k, rows, 0, 2**31 - 1, allowed='at least 1, or 0 for all')
   top_p_B = per_row('top_p', top_p, rows, least, 1, np.float32, 'above 0 and at most 1')
-  return temperature_B, seed_B, top_k_B, top_p_B
+  return temperature_B, seed_B2, top_k_B, top_p_B
 
 
 def lengths_after_decoding(length_B: np.ndarray, max_tokens, max_length: int) -> np.ndarray:

@@ -12,8 +12,8 @@ The generated tokens then follow p exactly, whatever q is. At temperature 0 a di
 one-hot, and the same rules are greedy blockwise parallel decoding (Stern et al. 2018,
 arXiv:1811.03115).
 
-Random numbers depend on a row's seed and on the position of the token, not on the batch or the
-number of passes. With `same_seed`, drafts and tokens share one Gumbel noise instead: a token is
+Random numbers depend on a row's seed and number and on the position of the token, not on the other
+rows or the number of passes. With `same_seed`, drafts and tokens share one Gumbel noise instead: a token is
 argmax(log p + noise), a draft argmax(log q + noise), and the draft is accepted if they are equal.
 The text is then that of plain sampling with the same seed, whatever the drafts. Fewer drafts are
 accepted: with probability at least overlap / (2 - overlap), where overlap = sum_x min(p(x), q(x)).
@@ -111,13 +111,14 @@ class Sampler:
   """How each row of a batch chooses its tokens.
 
   Attributes:
-    seed_B, temperature_B, top_k_B, top_p_B: one number a row; seeds are uint32.
+    seed_B2: uint32, the seed of each row and a number that tells rows of one seed apart.
+    temperature_B, top_k_B, top_p_B: one number a row.
     allowed_V: bool, ids that may be generated.
     greedy: all temperatures are 0, so no probabilities are needed.
     truncated: some row has a top_k or a top_p.
     same_seed, criterion: see the head of this module.
   """
-  seed_B: jax.Array
+  seed_B2: jax.Array
   temperature_B: jax.Array
   top_k_B: jax.Array
   top_p_B: jax.Array
@@ -194,11 +195,14 @@ class Sampler:
     return _argmax(jnp.log(p_BiV) + self._random(gumbel, positions_Bi, stream))
 
   def _random(self, draw, positions_Bi, stream: int):
-    """draw(key) for every position; its key is made of the row's seed, position and stream."""
-    def one(seed, position):
-      return draw(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), position), stream))
+    """draw(key) for every position; its key is made of seed, row, position and stream."""
+    def one(seed_2, position):
+      key = jax.random.key(seed_2[0])
+      for number in (seed_2[1], position, stream):
+        key = jax.random.fold_in(key, number)
+      return draw(key)
 
-    return jax.vmap(jax.vmap(one, (None, 0)))(self.seed_B, positions_Bi)
+    return jax.vmap(jax.vmap(one, (None, 0)))(self.seed_B2, positions_Bi)
 
 
 def _argmax(x_BiV):
