@@ -279,7 +279,7 @@ class LanguageModel:
     """Seconds of a greedy pass of one row on this machine, by draft length 0..M-1, timed in
     alternation.
     """
-    prompt = self.corpus.sources[0].validation.document(0)[:prompt_tokens]
+    prompt = self.corpus.validation[0].document(0)[:prompt_tokens]
     sampler = self.sampler(*sampling_parameters(1))
     engines = [self.engine(self.drafter(draft=draft), sampler, (draft,))
                for draft in range(self.config.model.futures)]
@@ -325,7 +325,7 @@ class LanguageModel:
       BadInput: there are fewer such documents.
     """
     prompts = []
-    for stream in (source.validation for source in self.corpus.sources):
+    for stream in self.corpus.validation:
       for i in range(stream.documents):
         document = stream.document(i)
         if len(document) >= 2 * length:

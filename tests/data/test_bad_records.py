@@ -8,14 +8,21 @@ from mtp_jax.config import BadInput
 from mtp_jax.data.parts import Preparation
 from mtp_jax.data.records import Reading
 
-GOOD = b'{"text": "good"}\n'
-TEN_LINES = GOOD * 6 + b'{"text": \n' + b'{"text": ""}\n' + b'{"text": "a\\u0000"}\n' + GOOD
+BAD = b'{"text": \n' + b'{"text": ""}\n' + b'{"text": "a\\u0000"}\n'
+
+
+def good(*numbers: int) -> bytes:
+  """A line for each number, no two alike."""
+  return b''.join(b'{"text": "%d"}\n' % number for number in numbers)
+
+
+LINES = b''.join(good(*range(i, i + 6)) + BAD + good(i + 6) for i in range(0, 210, 7))  # thirty times ten lines
 BAD_LINES = {'broken_json': 7, 'empty': 8, 'nul': 9}
 
 
 @pytest.mark.parametrize('keep', [(), ('nul',)])
 def test_bad_records_are_counted_and_listed_with_file_and_line(tmp_path, keep):
-  (tmp_path / 'in.jsonl').write_bytes(TEN_LINES * 30)
+  (tmp_path / 'in.jsonl').write_bytes(LINES)
   prepared = prepare_bytes(tmp_path / 'in.jsonl', tmp_path / 'set', shard_bytes=1000, reading=Reading(keep=keep))
   lines = (tmp_path / 'set' / 'bad_records.jsonl').read_text().splitlines()
   assert [json.loads(line) for line in lines] == [
@@ -28,7 +35,7 @@ def test_bad_records_are_counted_and_listed_with_file_and_line(tmp_path, keep):
 
 
 def test_too_many_bad_records_stop_the_work_which_continues_when_more_are_allowed(tmp_path, monkeypatch):
-  (tmp_path / 'in.jsonl').write_bytes(TEN_LINES * 30)
+  (tmp_path / 'in.jsonl').write_bytes(LINES)
   message = (r'^--input: 90 of 300 records are bad \(30 broken_json, 30 empty, 30 nul\), '
              'more than --bad_share=0.29; the first is broken_json in in.jsonl, line 7; '
              'all are listed in .*/set/bad_records.jsonl; fix them, or allow more and run again$')
@@ -57,6 +64,6 @@ def test_hopeless_inputs_stop_early(tmp_path, workers):
 
 
 def test_bad_records_all_in_one_place_do_not_stop_the_work_while_they_are_few_of_all(tmp_path):
-  (tmp_path / 'in.jsonl').write_bytes(b'no JSON\n' * 40 + b'{"text": "x"}\n' * 1000)
+  (tmp_path / 'in.jsonl').write_bytes(b'no JSON\n' * 40 + good(*range(1000)))
   prepared = prepare_bytes(tmp_path / 'in.jsonl', tmp_path / 'set', bad_share=0.05, shard_bytes=300)
   assert prepared.index['bad'] == {'broken_json': {'skipped': 40, 'kept': 0}}

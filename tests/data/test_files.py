@@ -9,6 +9,7 @@ import pytest
 
 from mtp_jax.config import BadInput
 from mtp_jax.data.files import digest, files, name_hash
+from mtp_jax.data.kinds import recognized
 from mtp_jax.data.records import Document, Piece, Reader, Reading
 
 
@@ -27,7 +28,6 @@ def test_files_and_directories_are_found_once_and_hidden_ones_are_not(tmp_path, 
   tree(tmp_path, 'a/one.txt', 'a/deep/two.bin', 'a/.hidden', 'a/.git/config', 'a/empty.txt',
        'b/a/one.txt', 'single.txt', '.given/x.txt')
   os.mkfifo(tmp_path / 'a/pipe')
-  os.symlink(tmp_path / 'nowhere', tmp_path / 'a/broken')
   os.symlink(tmp_path / 'single.txt', tmp_path / 'a/link.txt')
   monkeypatch.setenv('HOME', str(tmp_path))
   given = ('~/a', str(tmp_path / 'a/one.txt'), str(tmp_path / 'single.txt'), '~/b/a', '~/.given')
@@ -61,6 +61,29 @@ def test_paths_without_files_are_refused(tmp_path, given):
     files((str(tmp_path / given),), '--input')
 
 
+def test_a_file_is_named_as_it_was_given_wherever_links_lead(tmp_path):
+  """As in a cache of downloads: links with names to files without, in folders that are links too."""
+  tree(tmp_path, 'blobs/4f2a', 'blobs/9c1b', 'else/where/deep.txt')
+  (tmp_path / 'snapshot').mkdir()
+  (tmp_path / 'snapshot/a.jsonl').symlink_to('../blobs/4f2a')
+  (tmp_path / 'snapshot/more').symlink_to('../else/where')
+  (tmp_path / 'else/where/up').symlink_to('../../snapshot')  # a circle
+  (tmp_path / 'latest').symlink_to('snapshot')
+  for url in ('', 'file://', 'local://'):
+    given = url + str(tmp_path)
+    assert names((f'{given}/latest',)) == ['latest/a.jsonl', 'latest/more/deep.txt']
+    assert names((f'{given}/snapshot/*.jsonl',)) == ['snapshot/a.jsonl']
+    assert names((f'{given}/snapshot/a.jsonl', f'{given}/blobs')) == ['a.jsonl', 'blobs/9c1b']
+
+
+@pytest.mark.parametrize('url', ['', 'file://'])
+def test_a_link_to_nowhere_is_named_rather_than_left_out(tmp_path, url):
+  tree(tmp_path, 'in/a.txt')
+  (tmp_path / 'in/b.txt').symlink_to('../annex/8d1f')
+  with pytest.raises(BadInput, match=r"^--input: '.*/in/b.txt' is a link to '../annex/8d1f', where nothing is; fetch"):
+    files((f'{url}{tmp_path}/in',), '--input')
+
+
 def test_names_that_are_not_utf8_do_no_harm(tmp_path):
   with open(os.fsencode(tmp_path) + b'/\xff.txt', 'wb') as file:
     file.write(b'x')
@@ -86,7 +109,8 @@ def test_files_elsewhere_are_found_and_read_through_fsspec(memory):
   assert names(('memory://bucket/c',)) == ['c/1.jsonl', 'c/4.txt.gz', 'c/deep/2.txt']
   assert names(('memory://bucket/c/*.jsonl',)) == ['c/1.jsonl']
   assert names(('memory://bucket/c/deep/2.txt',)) == ['2.txt']
-  read = {file.name: list(Reader(Piece(file), Reading(), '')) for file in files(('memory://bucket/c',), '')}
+  inputs = recognized(files(('memory://bucket/c',), ''), Reading(), '')
+  read = {file.name: list(Reader(Piece(file), Reading(), '')) for file in inputs}
   assert read['c/1.jsonl'] == [Document('c/1.jsonl@0', b'x')]
   assert read['c/4.txt.gz'] == [Document('c/4.txt.gz', b'packed')]
   with pytest.raises(BadInput, match='holds no file'):

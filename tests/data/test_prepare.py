@@ -12,7 +12,7 @@ from experiments import all_texts, prepare_bytes, texts
 from mtp_jax import tokenizer
 from mtp_jax.config import BadInput
 from mtp_jax.data import prepare as preparing
-from mtp_jax.data.files import files, name_hash
+from mtp_jax.data.files import files
 from mtp_jax.data.folder import Folder
 from mtp_jax.data.parts import Options
 from mtp_jax.data.prepare import prepare, prepare_once
@@ -53,41 +53,11 @@ def test_nor_does_the_place_of_the_corpus(corpus, tmp_path):
   assert kills.contents(tmp_path / 'one') == kills.contents(tmp_path / 'other')
 
 
-def test_a_document_is_held_out_if_the_hash_of_its_name_is_small(tmp_path):
-  folder = tmp_path / 'corpus'
-  folder.mkdir()
-  for i in range(100):
-    (folder / f'{i}.txt').write_text(str(i))
-  prepared = prepare_bytes(folder, tmp_path / 'set')
-  order = sorted(range(100), key=lambda i: name_hash(f'corpus/{i}.txt'))
-  is_held_out = [name_hash(f'corpus/{i}.txt') < 0.2 * 2**64 for i in order]
-  held_out = [str(i).encode() for i, held in zip(order, is_held_out) if held]
-  assert texts(prepared.validation) == held_out and len(held_out) > 10
-  assert texts(prepared.train) == [str(i).encode() for i, held in zip(order, is_held_out) if not held]
-  (folder / 'other.txt').write_text('other')
-  assert set(texts(prepare_bytes(folder, tmp_path / 'more').validation)) - {b'other'} == set(held_out)
-
-
-@pytest.mark.parametrize('kind', ['text', 'lines'])
-def test_the_very_first_document_is_held_out_however_small_the_share(tmp_path, kind):
-  folder = tmp_path / 'in'
-  folder.mkdir()
-  for i in range(5):
-    if kind == 'text':
-      (folder / f'{i}').write_text(str(i))
-    else:
-      (folder / f'{i}.jsonl').write_text(f'{{"text": "{i}a"}}\n{{"text": "{i}b"}}\n')
-  prepared = prepare_bytes(folder, tmp_path / 'set', validation_share=1e-9)
-  first = min((file.hash, file.name) for file in files((str(folder),), ''))[1]
-  assert texts(prepared.validation) == [first.removeprefix('in/').replace('.jsonl', 'a').encode()]
-  assert prepared.train.documents == (4 if kind == 'text' else 9)
-
-
 @pytest.mark.parametrize('records, share', [(0, 0.2), (1, 0.2), (9, 1 - 1e-9)])
 def test_an_empty_split_is_one_line(tmp_path, records, share):
   (tmp_path / 'in.jsonl').write_text('{"text": "one"}\n' * records)
   message = (f'^--input: of {records} records none is left for the train split; '
-             f'give at least two documents, and check --validation_share={share}$')
+             f'give at least two different documents, and check --validation_share={share}$')
   with pytest.raises(BadInput, match=message):
     prepare_bytes(tmp_path / 'in.jsonl', tmp_path / 'set', validation_share=share)
 

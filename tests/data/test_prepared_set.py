@@ -100,7 +100,7 @@ def test_a_shard_in_place_of_another_is_found_by_its_blocks(prepared):
 @pytest.mark.parametrize('identity, version', [({'layout': 99}, '99'), ({}, 'None')])
 def test_another_layout_is_refused(prepared, identity, version):
   prepared_set.write_index(prepared.folder, prepared.index | {'identity': identity})
-  message = f'has layout {version}, this version reads 3; prepare it again, in another folder'
+  message = f'has layout {version}, this version reads 4; prepare it again, in another folder'
   with pytest.raises(BadInput, match=message):
     open_set(Folder(prepared.folder.url, '--data'), '')
 

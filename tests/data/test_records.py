@@ -1,7 +1,9 @@
 """Which documents a file holds, and what is wrong with its other records."""
+import bz2
 import gzip
 import hashlib
 import json
+import lzma
 import random
 
 import pyarrow
@@ -10,6 +12,7 @@ import pytest
 
 from mtp_jax.config import BadInput
 from mtp_jax.data.files import File
+from mtp_jax.data.kinds import recognized
 from mtp_jax.data.records import Document, Fault, Piece, Reader, Reading
 
 
@@ -17,7 +20,8 @@ def read(tmp_path, content: bytes, name: str = 'x.jsonl', **reading):
   """The documents and faults of a file, and its reader."""
   path = tmp_path / name
   path.write_bytes(content)
-  reader = Reader(Piece(File(name, str(path), len(content))), Reading(**reading), '--input')
+  file, = recognized([File(name, str(path), len(content))], Reading(**reading), '--input')
+  reader = Reader(Piece(file), Reading(**reading), '--input')
   return list(reader), reader
 
 
@@ -95,7 +99,7 @@ def test_another_field_may_hold_the_text(tmp_path):
     (b'', 'empty'), (b'a\0', 'nul'), (b'\xff', 'invalid_utf8'), (b'\xed\xa0\x80', 'lone_surrogate'),
     (b'x' * 101, 'too_long'), (b'{"text": 1}', None)])
 def test_a_text_file_is_a_document_whatever_is_in_it(tmp_path, content, fault):
-  records, reader = read(tmp_path, content, 'x.py', max_document_bytes=LIMIT)
+  records, reader = read(tmp_path, content, 'x.py', max_document_bytes=LIMIT, format='text')
   assert records == ([Fault(fault, 'x.py', 0, False)] if fault else [Document('x.py', content)])
   assert reader.sha256 == hashlib.sha256(content).hexdigest()
   if fault in ('nul', 'invalid_utf8', 'lone_surrogate'):
@@ -109,7 +113,7 @@ def test_pieces_of_a_file_hold_each_line_once_wherever_it_is_cut(tmp_path, ends)
   content = b'\n'.join(lines) + b'\n' * (ends == 'with')
   path = tmp_path / 'x.jsonl'
   path.write_bytes(content)
-  file = File('x.jsonl', str(path), len(content))
+  file = File('x.jsonl', str(path), len(content), format='jsonl')
   whole = list(Reader(Piece(file), Reading(), ''))
   for step in range(1, len(content)):
     cuts = [*range(0, len(content), step), -1]
@@ -125,7 +129,7 @@ def zstd(content: bytes) -> bytes:
   return sink.getvalue().to_pybytes()
 
 
-COMPRESS = {'gz': gzip.compress, 'zst': zstd}
+COMPRESS = {'gz': gzip.compress, 'zst': zstd, 'bz2': bz2.compress, 'xz': lzma.compress}
 
 
 @pytest.mark.parametrize('end', COMPRESS)
@@ -135,15 +139,19 @@ def test_compressed_files_are_read_through_all_their_frames(tmp_path, end):
   documents, reader = read(tmp_path, packed, f'x.json.{end}')
   assert [document.text for document in documents] == [b'%d' % i for i in range(2000)]
   assert reader.lines == 2000 and reader.sha256 == hashlib.sha256(packed).hexdigest()
-  assert read(tmp_path, packed, f'x.txt.{end}')[0] == [Document(f'x.txt.{end}', content)]
+  assert read(tmp_path, packed, f'x.txt.{end}', format='text')[0] == [Document(f'x.txt.{end}', content)]
 
 
 # Frames of zstd need not hold a checksum, so a flipped bit may stay unnoticed in them.
-@pytest.mark.parametrize('end, harm', [('gz', 'cut'), ('zst', 'cut'), ('gz', 'flipped')])
+@pytest.mark.parametrize('end, harm', [
+    *((end, 'cut') for end in COMPRESS), ('gz', 'flipped'), ('bz2', 'flipped'), ('xz', 'flipped'),
+    *((end, 'followed by other bytes') for end in COMPRESS)])
 def test_a_damaged_compressed_file_is_named_never_read_in_part(tmp_path, end, harm):
   packed = bytearray(COMPRESS[end](random.Random(0).randbytes(30_000).hex().encode() + b'\n'))
   if harm == 'cut':
     del packed[-20:]
+  elif harm == 'followed by other bytes':
+    packed += b'other bytes'
   else:
     packed[len(packed) // 2] ^= 16
   with pytest.raises(BadInput, match=rf"x.txt.{end}' is damaged or cut off .*; fetch it again"):
@@ -176,8 +184,56 @@ def test_parquet_columns_are_read_by_row(tmp_path):
   with pytest.raises(BadInput, match=r"--field=n: that column of '.*x\.parquet' holds int64, not text"):
     read(tmp_path, content, 'x.parquet', field='n')
   for damaged in (content[:-20], content[:40], b'', content[:30] + bytes(30) + content[60:]):
-    with pytest.raises(BadInput, match=r"x\.parquet' is damaged or cut off"):
+    with pytest.raises(BadInput, match=r"x\.parquet('? is damaged or cut off| is no Parquet file)"):
       read(tmp_path, damaged, 'x.parquet')
+
+
+def test_text_in_parquet_is_text_however_it_is_stored_and_nulls_are_missing(tmp_path):
+  values = ['a', None, 'b', 'a']
+  table = pyarrow.table({'text': pyarrow.array(values).dictionary_encode(),
+                         'view': pyarrow.array(values, pyarrow.string_view()),
+                         'raw': pyarrow.array([b'a', None, b'b', b'a']).dictionary_encode(),
+                         'nothing': pyarrow.nulls(4)})
+  pyarrow.parquet.write_table(table, tmp_path / 'y')
+  content = (tmp_path / 'y').read_bytes()
+  for field in ('text', 'view', 'raw'):
+    records, _ = read(tmp_path, content, 'x.parquet', field=field)
+    assert [getattr(record, 'text', None) for record in records] == [b'a', None, b'b', b'a']
+  records, _ = read(tmp_path, content, 'x.parquet', field='nothing')
+  assert [record.kind for record in records] == 4 * ['missing_field']
+
+
+STORIES = [b'Once.', b'Twice\nupon.', b'\xc3\xa9', b'x' * 40, b'End.']
+
+
+@pytest.mark.parametrize('content', [
+    b'<|e|>'.join(STORIES), b'\n<|e|>\n'.join(STORIES) + b'\n<|e|>\n', b'<|e|>\r\n<|e|>'.join(STORIES),
+    b'\xef\xbb\xbf' + b'<|e|>'.join(STORIES)])
+@pytest.mark.parametrize('end', ['', *COMPRESS])
+def test_a_separator_parts_the_documents_of_a_text_file(tmp_path, content, end):
+  packed = COMPRESS[end](content) if end else content
+  records, reader = read(tmp_path, packed, f'x.txt.{end}' if end else 'x.txt', separator='<|e|>')
+  assert [record.text for record in records] == STORIES
+  assert reader.sha256 == hashlib.sha256(packed).hexdigest() and reader.bytes == len(packed)
+  if end:
+    return
+  file = File('x.txt', str(tmp_path / 'x.txt'), len(content))
+  for step in range(6, len(content)):
+    cuts = [*range(0, len(content), step), -1]
+    readers = [Reader(Piece(file, a, b), Reading(separator='<|e|>'), '') for a, b in zip(cuts, cuts[1:])]
+    assert [record.text for reader in readers for record in reader] == STORIES
+    assert sum(reader.bytes for reader in readers) == len(content)
+  faults = read(tmp_path, content, 'x.txt', separator='<|e|>', max_document_bytes=39)[0]
+  assert [(fault.kind, fault.line) for fault in faults if isinstance(fault, Fault)] == [
+      ('too_long', 1 + content[:content.index(b'xx')].count(b'<|e|>'))]
+
+
+@pytest.mark.parametrize('name, content', [
+    ('x.txt', b'\xef\xbb\xbfa'), ('x.jsonl', b'\xef\xbb\xbf{"text": "a"}\n'), ('x.jsonl', b'{"text": "\\ufeffa"}'),
+    ('x', b'\xef\xbb\xbf{"text": "a"}'), ('x.txt.gz', gzip.compress(b'\xef\xbb\xbfa'))])
+def test_a_byte_order_mark_belongs_to_no_document(tmp_path, name, content):
+  document, = read(tmp_path, content, name)[0]
+  assert document.text == b'a'
 
 
 @pytest.mark.parametrize('format, text', [('auto', b'y'), ('jsonl', b'y'), ('text', b'{"text": "y"}')])

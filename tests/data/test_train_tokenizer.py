@@ -8,12 +8,14 @@ import pytest
 from mtp_jax import tokenizer
 from mtp_jax.config import BadInput
 from mtp_jax.data.files import files, name_hash
+from mtp_jax.data.kinds import recognized
 from mtp_jax.data.records import Reading
+from mtp_jax.data.split import content_hash
 from mtp_jax.data.train_tokenizer import sample, train_tokenizer
 
 
 def test_a_sample_is_from_all_over_the_inputs(corpus):
-  inputs = files((str(corpus[0]),), '')
+  inputs = recognized(files((str(corpus[0]),), ''), Reading(), '')
   whole = [record.text for record in sample(inputs, Reading(), 10**9, '')]
   some = [record.text for record in sample(inputs, Reading(), 5000, '')]
   assert sorted(whole) == corpus[1]
@@ -24,7 +26,7 @@ def test_a_sample_takes_no_more_of_a_file_than_its_share(tmp_path):
   for i in range(4):
     lines = b'{"text": "%d%s"}\n' % (i, b'x' * 1000) * 200
     (tmp_path / f'{i}.jsonl.gz').write_bytes(gzip.compress(lines))
-  inputs = files((str(tmp_path),), '')
+  inputs = recognized(files((str(tmp_path),), ''), Reading(), '')
   firsts = [record.text[:1] for record in sample(inputs, Reading(), 300_000, '')]
   assert [firsts.count(b'%d' % i) for i in range(4)] == [75, 75, 75, 75]
 
@@ -45,7 +47,8 @@ def test_a_tokenizer_is_measured_on_the_documents_it_was_not_trained_on(words):
   trained = train_tokenizer(files((str(words),), ''), Reading(), 300, '--input', note=lines.append)
   held_out, used = {}, {}
   for path in words.iterdir():
-    (used if name_hash(f'words/{path.name}') % 10 else held_out)[path.name] = path.read_bytes()
+    text = path.read_bytes()
+    (held_out if content_hash(text) < 0.1 * 2**64 else used)[path.name] = text
   model = tokenizer.SentencePiece(trained.model)
   assert 5 < len(held_out) == trained.held_out_documents < 40
   assert trained.held_out_bytes == sum(map(len, held_out.values()))
@@ -56,6 +59,13 @@ def test_a_tokenizer_is_measured_on_the_documents_it_was_not_trained_on(words):
   assert trained.model == tokenizer.train([used[name] for name in in_order], 300)
   size = sum(map(len, used.values())) / 1e6
   assert lines == [f'training bpe on {len(used)} documents, {size:.1f} MB']
+
+
+def test_one_long_document_is_enough(tmp_path):
+  text = ''.join(f'alpha beta gamma {i}\n' for i in range(999))
+  (tmp_path / 'book.txt').write_text(text)
+  trained = train_tokenizer(files((str(tmp_path / 'book.txt'),), ''), Reading(), 300, '--input')
+  assert trained.held_out_documents == 1 and 0.08 < trained.held_out_bytes / len(text) <= 0.1
 
 
 def test_too_few_documents_for_a_tokenizer_are_one_line(tmp_path):

@@ -1,4 +1,5 @@
 """prepare, train-tokenizer, inspect-data: from text to token shards."""
+import collections
 import os
 import sys
 
@@ -7,11 +8,13 @@ from mtp_jax.config import BadInput, Config, DataConfig
 
 INPUT = (
     ('input', None,
-     'files, directories or globs, separated by commas; text, .jsonl, .parquet, also .gz and .zst; '
+     'files, directories or globs, separated by commas; text, JSON lines, Parquet, also compressed; '
      'gs:// and s3:// too'),
-    ('format', 'auto', 'text (one document per file), jsonl, parquet, or auto: by the extension'),
+    ('format', 'auto', 'text (one document per file), jsonl, parquet, or auto: by content and name'),
     ('field', 'text',
      'key of the JSON objects, or column of the Parquet files, that holds the text'),
+    ('separator', '',
+     "what stands between the documents of a text file, such as '<|endoftext|>'; none: a file is one"),
     ('keep', '',
      'bad records to keep as they are, separated by commas: invalid_utf8, lone_surrogate, nul; '
      'others are skipped'),
@@ -38,14 +41,16 @@ def prepare(flags) -> int:
   tokens = tokenizer.load(flags.tokenizer, '--tokenizer')
   workers = os.cpu_count() if flags.workers < 0 else flags.workers
   try:
-    prepared = prepare(files(_inputs(flags), '--input'), tokens, options, flags.output, workers,
-                       '--input', print_stderr, Meter)
+    validation = files(_names(flags, 'validation'), '--validation') if flags.validation else ()
+    prepared = prepare(files(_names(flags, 'input'), '--input'), tokens, options, flags.output, workers,
+                       '--input', print_stderr, Meter, validation=validation)
   except KeyboardInterrupt:
     print('mtp_jax: interrupted; run the same command to continue', file=sys.stderr)
     return 130
   bad = prepared.index['bad']
   splits = {'train': prepared.train.counts, 'validation': prepared.validation.counts}
-  lines = [f'{split}: {_counts(n)}, {n["shards"]} shards' for split, n in splits.items()]
+  lines = [_read_as(prepared)]
+  lines += [f'{split}: {_counts(n)}, {n["shards"]} shards' for split, n in splits.items()]
   lines += [f'bad records: {kind} {n["skipped"]:,} skipped, {n["kept"]:,} kept'
             for kind, n in bad.items()]
   if bad:
@@ -54,8 +59,8 @@ def prepare(flags) -> int:
   train_on_it = f"train on it with: --config.data.sources=\"('{flags.output}',)\""
   if flags.tokenizer != 'bytes':
     train_on_it += f' --config.data.tokenizer={flags.tokenizer} --config.model.vocab={tokens.size}'
-  values = {'fingerprint': prepared.fingerprint, 'records': prepared.index['records'], 'bad': bad,
-            **splits}
+  values = {'fingerprint': prepared.fingerprint, 'records': prepared.index['records'], 'bad': bad, **splits,
+            'kinds': dict(collections.Counter(file['kind'] for file in prepared.index['inputs']))}
   print_result(flags, values, [*lines, train_on_it])
   return 0
 
@@ -75,7 +80,7 @@ def train_tokenizer(flags) -> int:
   from mtp_jax.data.files import files
   from mtp_jax.data.train_tokenizer import train_tokenizer
   from mtp_jax.report.display import print_stderr
-  inputs = files(_inputs(flags), '--input')
+  inputs = files(_names(flags, 'input'), '--input')
   trained = train_tokenizer(inputs, _reading(flags), flags.vocab, '--input', flags.kind,
                             flags.sample_bytes,
                             flags.bad_share, print_stderr)
@@ -119,7 +124,7 @@ def inspect_data(flags) -> int:
     inspection.plot(values, flags.plot)
   bad = ''.join(f'; {kind}: {n["skipped"]:,} skipped, {n["kept"]:,} kept'
                 for kind, n in values['bad'].items())
-  lines = [f'fingerprint {prepared.fingerprint}; {values["records"]:,} records{bad}']
+  lines = [f'fingerprint {prepared.fingerprint}; {values["records"]:,} records{bad}', _read_as(prepared)]
   for split in ('train', 'validation'):
     n = values[split]
     density = f'{n["bytes_per_token"]:.3f} bytes per token'
@@ -136,22 +141,29 @@ def inspect_data(flags) -> int:
   return 1 if damaged else 0
 
 
+def _read_as(prepared) -> str:
+  from mtp_jax.data.kinds import read_as
+  return read_as({file['name']: file['kind'] for file in prepared.index['inputs']})
+
+
 def _counts(n: dict) -> str:
   return f'{n["documents"]:,} documents, {n["tokens"]:,} tokens, {n["bytes"]:,} bytes'
 
 
-def _inputs(flags) -> tuple[str, ...]:
-  names = tuple(flags.input.split(','))
+def _names(flags, flag: str) -> tuple[str, ...]:
+  given = getattr(flags, flag)
+  names = tuple(given.split(','))
   if not all(names):
-    raise BadInput(f'--input={flags.input}: holds an empty name; write files, directories or '
+    raise BadInput(f'--{flag}={given}: holds an empty name; write files, directories or '
                    'globs, separated by commas')
   return names
 
 
 def _check_outside_inputs(flags) -> None:
   """Raises BadInput if the output is within an input, which would then be read as well."""
-  output = os.path.realpath(flags.output)
-  for name in _inputs(flags):
+  from mtp_jax.data.files import local_path
+  output = os.path.realpath(local_path(flags.output))
+  for name in map(local_path, _names(flags, 'input')):
     if os.path.isdir(name) and output.startswith(os.path.realpath(name) + os.sep):
       raise BadInput(f'--output={flags.output}: is within the input {name} and would be read; '
                      'choose another folder')
@@ -161,7 +173,7 @@ def _reading(flags):
   """How inputs are read, as `mtp_jax.data.records.Reading`."""
   from mtp_jax.data.records import Reading
   kept = tuple(kind for kind in flags.keep.split(',') if kind)
-  return Reading(flags.format, flags.field, kept, flags.max_document_bytes)
+  return Reading(flags.format, flags.field, flags.separator, kept, flags.max_document_bytes)
 
 
 COMMANDS = {
@@ -172,7 +184,8 @@ COMMANDS = {
          ('output', None,
           'folder of the prepared set; empty, or of an interrupted run of the same command'),
          ('validation_share', 0.01,
-          'fraction of the documents held out, chosen by a hash of their names'),
+          'fraction held out: of the documents, by a hash of their content; of few long ones the end'),
+         ('validation', '', 'files, directories or globs to hold out instead of a share of the input'),
          ('workers', -1, 'processes; -1: one per core, 0: only this process'),
          ('shard_bytes', 0, 'bytes of input per shard; 0: 1/64 of all, between 4 and 256 MiB'),
          JSON),

@@ -143,8 +143,11 @@ class DataConfig:
   weights: tuple[float, ...] = _field(
       (), 'rows from each source, as ratios; (): in proportion to their tokens')
   paths: tuple[str, ...] = _field(
-      (), "without sources: text files, one document each, or directories of them; (): the "
-          "Python standard library's source")
+      (), "without sources: text files, one document each, JSON lines, Parquet, or directories of "
+          "them, read as prepare reads them; (): the Python standard library's source")
+  validation: tuple[str, ...] = _field(
+      (), 'what to hold out instead of a share: beside sources folders that `prepare` wrote, else '
+          'files or directories')
   tokenizer: str = _field('bytes', 'bytes, or the path of a SentencePiece model file')
   length: int = _field(
       256, 'L: input tokens of a row; M more follow, so that every future has a target')
@@ -153,7 +156,8 @@ class DataConfig:
   boundary: str = _field(
       'within', 'within: attention and futures end with the document; across: they do not')
   validation_share: float = _field(
-      0.05, 'of paths: fraction of the documents held out, chosen by a hash of their path')
+      0.05, 'of paths: fraction held out: of the documents, chosen by a hash of their content; of '
+            'few long ones the end of each')
   seed: int = _field(0, 'of the order of rows, which differs in each epoch')
   on_damage: str = _field(
       'stop', 'damaged data: stop the run, or quarantine: their rows become padding and are '

@@ -5,6 +5,7 @@ them.
 what has changed.
 """
 import dataclasses
+from collections.abc import Sequence
 
 from mtp_jax import tokenizer as tokenizers
 from mtp_jax.config import BadInput, DataConfig
@@ -23,10 +24,21 @@ COUNTS = ('files', 'documents', 'tokens', 'held_out_documents')
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """One prepared set for each of config.sources, or that of config.paths."""
+  """One prepared set for each of config.sources, or that of config.paths.
+
+  validation_sets: those of config.validation, beside sources.
+  """
   config: DataConfig
   tokenizer: Tokenizer
   sources: tuple[Prepared, ...]
+  validation_sets: tuple[Prepared, ...] = ()
+
+  @property
+  def validation(self) -> tuple[Stream, ...]:
+    """What is held out: all of the validation sets, or else the held-out documents of each source."""
+    if self.validation_sets:
+      return tuple(stream for s in self.validation_sets for stream in (s.train, s.validation) if stream.tokens)
+    return tuple(source.validation for source in self.sources)
 
   @property
   def identity(self) -> dict:
@@ -60,11 +72,26 @@ class Corpus:
 
   def held_out(self, futures: int, note=quiet) -> SourceRows:
     """Rows of the held-out documents, packed consecutively, so that both packings are compared alike."""
-    streams = [source.validation for source in self.sources]
-    packings = [Consecutive(stream, self.config.length) for stream in streams]
-    return self._source_rows(streams, packings, futures, note)
+    packings = [Consecutive(stream, self.config.length) for stream in self.validation]
+    return self._source_rows(self.validation, packings, futures, note)
 
-  def _source_rows(self, streams: list[Stream], packings: list, futures: int, note) -> SourceRows:
+  def sides(self) -> str:
+    """The documents and tokens to train on, and those held out, as a line.
+
+    Raises:
+      BadInput: one side has less than a row.
+    """
+    L, counts = self.config.length, []
+    for side, streams in (('train', [source.train for source in self.sources]), ('held out', self.validation)):
+      tokens, documents = sum(s.tokens for s in streams), sum(s.documents for s in streams)
+      counts.append(f'{side}: {documents:,} documents, {tokens:,} tokens')
+      if tokens < L:
+        fix = 'give more text' if side == 'train' else ('give more text, raise config.data.validation_share, or name '
+                                                        'a set of your own: config.data.validation')
+        raise BadInput(f'config.data: {"; ".join(counts)}: less than a row of config.data.length={L} tokens; {fix}')
+    return '; '.join(counts)
+
+  def _source_rows(self, streams: Sequence[Stream], packings: list, futures: int, note) -> SourceRows:
     c, t = self.config, self.tokenizer
     across, quarantine = c.boundary == 'across', c.on_damage == 'quarantine'
     return SourceRows([
@@ -103,18 +130,24 @@ def open_corpus(config: DataConfig, tokenizer: Tokenizer, note=quiet, progress=N
   """
   if not config.sources:
     source = prepare_once(config.paths, tokenizer, config.validation_share, config.cache, 'config.data.paths',
-                          note, progress)
+                          note, progress, config.validation)
     return Corpus(config, tokenizer, (source,))
+  return Corpus(config, tokenizer, _open_sets(config, tokenizer, 'sources', note),
+                _open_sets(config, tokenizer, 'validation', note))
+
+
+def _open_sets(config: DataConfig, tokenizer: Tokenizer, field: str, note) -> tuple[Prepared, ...]:
+  """The prepared sets that config.sources or config.validation names."""
   quarantine = note if config.on_damage == 'quarantine' else None
-  folders = [Folder(url, 'config.data.sources') for url in config.sources]
+  folders = [Folder(url, f'config.data.{field}') for url in getattr(config, field)]
   sources = tuple(open_set(folder, config.cache, quarantine) for folder in folders)
   for source in sources:
     if source.index['identity']['tokenizer'] != tokenizer.digest:
       name = source.index['tokenizer']
       fitting = name if name == 'bytes' else source.folder.path(name)
-      raise BadInput(f'config.data.sources: {source.folder.url!r} was prepared with another tokenizer than '
+      raise BadInput(f'config.data.{field}: {source.folder.url!r} was prepared with another tokenizer than '
                      f'config.data.tokenizer={config.tokenizer!r}; set config.data.tokenizer={fitting!r}')
-  return Corpus(config, tokenizer, sources)
+  return sources
 
 
 def tokenizer_of(source: Prepared) -> Tokenizer:

@@ -1,7 +1,8 @@
 """Paths, directories and globs to files, on this machine or anywhere fsspec reaches.
 
-A file's name, 'folder/file', does not depend on where a corpus is stored. Files are ordered by a
-hash of their names, so that any consecutive files are a random sample.
+A file's name, 'folder/file', is as the user gave it: it depends neither on where a corpus is stored
+nor on where links lead. Files are ordered by a hash of their names, so that any consecutive files
+are a random sample.
 """
 import contextlib
 import dataclasses
@@ -12,14 +13,13 @@ import os
 import pathlib
 import re
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 
 import fsspec
 
 from mtp_jax.config import BadInput
 
-_JSONL = re.compile(r'\.(jsonl|ndjson|json(?=\.(gz|zst)$))(\.gz|\.zst)?$', re.IGNORECASE)
-_COMPRESSED = {'.gz': 'gzip', '.zst': 'zstd'}
 # Keys of fsspec's file systems.
 _MODIFIED = ('mtime', 'updated', 'LastModified', 'last_modified', 'etag', 'ETag', 'created')
 _WILDCARD = re.compile(r'[*?\[]')
@@ -31,24 +31,14 @@ class File:
 
   modified: time or tag of the last change, where the file system knows it; interrupted work resumes
     only if it is equal.
+  format, compression: how it is read; `recognized` in kinds.py sets them.
   """
   name: str
   url: str
   bytes: int
   modified: str = ''
-
-  def kind(self, format: str) -> str:
-    """'text', 'jsonl' or 'parquet': the given format; for 'auto' by the end of the name."""
-    if format != 'auto':
-      return format
-    if _JSONL.search(self.name):
-      return 'jsonl'
-    return 'parquet' if self.name.lower().endswith('.parquet') else 'text'
-
-  @property
-  def compression(self) -> str | None:
-    """'gzip', 'zstd' or None, by the end of the name."""
-    return _COMPRESSED.get(os.path.splitext(self.name)[1].lower())
+  format: str = 'text'
+  compression: str = ''
 
   @functools.cached_property
   def hash(self) -> int:
@@ -63,27 +53,28 @@ def name_hash(name: str) -> int:
 def files(paths: Iterable[str], where: str) -> list[File]:
   """The files of paths, directories and globs, ordered by the hashes of their names.
 
-  Directories are walked recursively, without hidden files and folders, and without links to
-  directories. A name begins with the directory given, or with the last folder before the first
-  wildcard of a glob. A file reached twice is listed once; a different file of the same name gets a
-  '~'.
+  Directories are walked recursively, without hidden files and folders. Links are followed, to files
+  and to directories, each directory once. A name begins with the directory given, or with the last
+  folder before the first wildcard of a glob. A file reached twice is listed once; a different file
+  of the same name gets a '~'.
 
   Args:
     paths: () is the Python source of the running interpreter's standard library.
     where: the flag or field that gave them, for messages.
 
   Raises:
-    BadInput: there is no file, or a directory cannot be listed.
+    BadInput: there is no file, a directory cannot be listed, or a link leads nowhere.
   """
-  by_url, names = {}, set()
+  by_place, names = {}, set()
   entries = (entry for path in paths for entry in _entries(path, where)) if paths else _library()
   for name, url, size, modified in entries:
-    if url not in by_url:
+    place = url if '://' in url else os.path.realpath(url)
+    if place not in by_place:
       while name in names:
         name += '~'
       names.add(name)
-      by_url[url] = File(name, url, size, modified)
-  return sorted(by_url.values(), key=lambda file: (file.hash, file.name))
+      by_place[place] = File(name, url, size, modified)
+  return sorted(by_place.values(), key=lambda file: (file.hash, file.name))
 
 
 def _library() -> Iterator[tuple]:
@@ -96,6 +87,7 @@ def _library() -> Iterator[tuple]:
 
 def _entries(path: str, where: str) -> Iterator[tuple]:
   """(name, url, bytes, modified) of each file of a path, directory, glob or URL."""
+  path = local_path(path)
   entries = _remote(path, where) if '://' in path else _local(path, where)
   if not entries:
     raise BadInput(f'{where}: {path!r} holds no file; give text files, JSON lines, Parquet, '
@@ -103,38 +95,63 @@ def _entries(path: str, where: str) -> Iterator[tuple]:
   yield from entries
 
 
+def local_path(path: str) -> str:
+  """The path of a file:// or local:// address; anything else as it is."""
+  return re.sub('^(file|local)://', '', path)
+
+
 def _local(given: str, where: str) -> list[tuple]:
-  root = os.path.realpath(os.path.expanduser(given))
+  root = os.path.abspath(os.path.expanduser(given))
   if os.path.isdir(root):
-    paths = [path for path in _walk(root, _hidden, where) if not _hidden(os.path.basename(path))]
+    paths = list(_walk(root, _hidden, where))
   elif os.path.isfile(root):  # before globs, since a file may have wildcards in its name
     paths = [root]
   else:
     pattern = os.path.expanduser(given)
     fixed = _before_wildcards(pattern) or '.'
-    root = os.path.realpath(fixed)
-    matches = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+    root = os.path.abspath(fixed)
+    matches = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     paths = [os.path.join(root, os.path.relpath(path, fixed)) for path in matches]
-  return [(_name(path, os.path.dirname(root)), os.path.realpath(path), *_size(path)) for path in paths]
+  return [(_name(path, os.path.dirname(root)), path, *_size(path)) for path in paths]
 
 
 def _remote(url: str, where: str) -> list[tuple]:
   fs, path = filesystem(url, where)
-  is_glob = _WILDCARD.search(path)
-  try:
-    infos = fs.glob(path, detail=True) if is_glob else fs.find(path, detail=True)
-  except OSError as error:
-    raise BadInput(f'{where}: cannot list {url!r} ({error}); '
-                   'check the address and the credentials') from error
-  root = (_before_wildcards(path) if is_glob else path).rstrip('/')
-  above = root.rpartition('/')[0]
+  with _named(f'{where}: cannot list {url!r}'):
+    if is_file := not path.endswith('/') and fs.isfile(path):  # before globs: a '?' may be part of an address
+      infos = {path: fs.info(path)}
+    else:
+      infos = fs.glob(path, detail=True) if _WILDCARD.search(path) else fs.find(path, detail=True)
+  root = (_before_wildcards(path) if _WILDCARD.search(path) and not is_file else path).rstrip('/')
+  above = root.partition('?')[0].rpartition('/')[0]
   entries = []
   for path, info in sorted(infos.items()):
     name = path[len(above):].lstrip('/')
-    if info['type'] == 'file' and not any(_hidden(part) for part in name.split('/')[1:]):
-      modified = next((info[key] for key in _MODIFIED if info.get(key)), '')
-      entries.append((name, fs.unstrip_protocol(path), info['size'], str(modified)))
+    if info['type'] != 'file' or any(_hidden(part) for part in name.split('/')[1:]):
+      continue
+    if info.get('size') is None:
+      raise BadInput(f'{where}: {path!r}: its server does not say how large it is; fetch it, and name the copy')
+    if _is_web(path):
+      name = name.partition('?')[0]
+    modified = next((info[key] for key in _MODIFIED if info.get(key)), '')
+    entries.append((name, fs.unstrip_protocol(path), info['size'], str(modified)))
   return entries
+
+
+def _is_web(url: str) -> bool:
+  return url.startswith(('http://', 'https://'))
+
+
+@contextlib.contextmanager
+def _named(what: str):
+  """Errors of a remote file system, of whatever class, become one line that begins with `what`."""
+  try:
+    yield
+  except (BadInput, MemoryError):
+    raise
+  except Exception as error:
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    raise BadInput(f'{what} ({reason}); check the address and the credentials') from error
 
 
 def _hidden(name: str) -> bool:
@@ -162,10 +179,20 @@ def _walk(root: str, skip: Callable[[str], bool], where: str) -> Iterator[str]:
   """Regular files, sorted, without those in folders that are skipped."""
   def refuse(error):
     raise _unreadable(error.filename, error, where)
-  for folder, folders, names in os.walk(root, onerror=refuse):
+  walked = set()
+  for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+    place = os.path.realpath(folder)
+    if place in walked:  # links may lead in a circle
+      folders.clear()
+      continue
+    walked.add(place)
     folders[:] = sorted(f for f in folders if not skip(f))
-    paths = [os.path.join(folder, name) for name in sorted(names)]
-    yield from (path for path in paths if os.path.isfile(path))
+    for path in (os.path.join(folder, name) for name in sorted(names) if not _hidden(name)):
+      if os.path.isfile(path):
+        yield path
+      elif not os.path.exists(path):
+        raise BadInput(f'{where}: {path!r} is a link to {os.readlink(path)!r}, where nothing is; '
+                       'fetch what it stands for, or leave it out')
 
 
 def _size(path: str) -> tuple[int, str]:
@@ -191,19 +218,37 @@ def digest(file: File, where: str) -> str:
 
 
 @contextlib.contextmanager
-def open_file(file: File, where: str):
-  """The open file, binary.
+def open_file(file: File, where: str, only_head: bool = False):
+  """The open file, binary. What a web server holds is first copied to a temporary file, since many
+  servers cannot send from the middle.
+
+  Args:
+    only_head: nothing but its beginning will be read.
 
   Raises:
     BadInput: it cannot be opened.
   """
-  try:
-    if '://' in file.url:
-      fs, path = filesystem(file.url, where)
-      stream = fs.open(path, 'rb')
-    else:
+  if '://' not in file.url:
+    try:
       stream = open(file.url, 'rb')
-  except OSError as error:
-    raise _unreadable(file.url, error, where) from error
+    except OSError as error:
+      raise _unreadable(file.url, error, where) from error
+  else:
+    fs, path = filesystem(file.url, where)
+    with _named(f'{where}: cannot read {file.url!r}'):
+      if not _is_web(file.url):
+        stream = fs.open(path, 'rb')
+      elif only_head:
+        stream = fs.open(path, 'rb', block_size=0)
+      else:
+        stream = tempfile.TemporaryFile()
+        fs.get_file(path, stream)
+        stream.seek(0)
   with stream:
     yield stream
+
+
+def head(file: File, size: int, where: str) -> bytes:
+  """Its first `size` bytes, or all if there are fewer."""
+  with open_file(file, where, only_head=True) as stream:
+    return stream.read(size) if file.bytes else b''

@@ -1,11 +1,12 @@
 """Inputs to a prepared set: read once, tokenized in parallel; the same bytes however often it was
 interrupted.
 
-The inputs, in order, are cut into parts of about `shard_bytes`; the cuts depend on names and sizes
-alone. A part becomes one shard of each split, so the result depends neither on the number of
-workers nor on interruptions:
+The inputs, in order, are cut into parts of about `shard_bytes`; the cuts depend on names, kinds and
+sizes alone. A part becomes one shard of each split, so the result depends neither on the number of
+workers nor on interruptions. If the split by content turns out to be a bad one, all parts are made
+again with a better one (see split.py); only sets of few documents need that.
 
-    plan.json            inputs and options; deleted when the set is complete
+    plan.json            inputs, options and split; deleted when the set is complete
     parts/00007.json     report of part 7, written after its shards; deleted when the set is complete
     train-00007.array_record, validation-00007.array_record
     tokenizer.model      of SentencePiece
@@ -21,15 +22,17 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mtp_jax.config import BadInput
 from mtp_jax.data.files import File, digest, files
 from mtp_jax.data.folder import UNFINISHED, Folder
+from mtp_jax.data.kinds import kind, read_as, recognized
 from mtp_jax.data.parts import PARTS, Options, Preparation, cut_into_parts
 from mtp_jax.data.prepared_set import FORMAT, INDEX, PLAN, Prepared, open_set, write_index
 from mtp_jax.data.progress import NoMeter, quiet
 from mtp_jax.data.records import MAY_BE_KEPT, Reading
+from mtp_jax.data.split import Split, better_split
 from mtp_jax.data.workers import tokenize_parts
 from mtp_jax.tokenizer import Tokenizer
 
@@ -38,7 +41,7 @@ MODEL = 'tokenizer.model'
 
 
 def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, workers: int, where: str,
-            note=quiet, progress=NoMeter, cache: str = '') -> Prepared:
+            note=quiet, progress=NoMeter, cache: str = '', validation: Sequence[File] = ()) -> Prepared:
   """Prepares a set, resumes an interrupted preparation, or finds the set complete.
 
   Args:
@@ -49,25 +52,40 @@ def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, 
     where: the flag or field that names the inputs, for messages.
     note, progress: see data/progress.py.
     cache: folder on this machine for copies of the shards of a remote set.
+    validation: from `files`: what is held out, instead of a share of the inputs; those of the inputs
+      that are among them are not trained on.
 
   Raises:
-    BadInput: an input is damaged or missing, too many records are bad, a split is empty, or the
-      folder holds something else.
+    BadInput: an input is damaged, missing or of no kind that can be read, too many records are bad,
+      a split is empty or absurd, or the folder holds something else.
     ChildProcessError: a worker was killed.
     OSError: the folder cannot be written.
   """
   folder = Folder(output, '--output')
-  size = sum(file.bytes for file in inputs)
+  inputs, validation = _recognized(inputs, validation, options.reading, where)
+  size = sum(file.bytes for file in (*inputs, *validation))
   if not options.shard_bytes:
     options = dataclasses.replace(options, shard_bytes=min(max(size // 64, 4 * 2**20), 256 * 2**20))
-  parts = cut_into_parts(inputs, options.reading.format, options.shard_bytes)
-  preparation = Preparation(folder, tokenizer, options, parts, where)
+  parts, held_out = (cut_into_parts(files, options.reading.separator, options.shard_bytes)
+                     for files in (inputs, validation))
+  inputs = [*inputs, *validation]
+  first_split = Split.by_content(options.validation_share)
+  preparation = Preparation(folder, tokenizer, options, parts + held_out, where, first_split, len(held_out))
   with _locked(folder, note):
     if _begin_or_resume(preparation, inputs):
       note(f'{folder.url} is complete already, by names, sizes and options; nothing is written')
     else:
+      note(read_as({file.name: kind(file) for file in inputs}))
       try:
+        preparation = dataclasses.replace(preparation, split=Split(**json.loads(folder.read(PLAN))['split']))
         _tokenize_missing(preparation, size, workers, note, progress)
+        if preparation.split == first_split and not validation:
+          split = better_split(first_split, map(preparation.report, range(len(preparation.parts))))
+          if split != first_split:
+            how = 'the end of each long one is held out' if split.by_position else 'one is held out'
+            note(f'few documents: {how}; all are read again')
+            preparation = _start_over(preparation, inputs, split)
+            _tokenize_missing(preparation, size, workers, note, progress)
         _finish(preparation, inputs)
       except ChildProcessError:
         raise
@@ -77,27 +95,44 @@ def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, 
     return open_set(folder, cache)
 
 
+def _recognized(inputs: list[File], validation: Sequence[File], reading: Reading,
+                where: str) -> tuple[list[File], list[File]]:
+  """Both with their kinds; a file of both is only in the second, whose names begin with 'validation:'."""
+  held_out = {os.path.realpath(file.url) for file in validation}
+  inputs = [file for file in inputs if os.path.realpath(file.url) not in held_out]
+  validation = [dataclasses.replace(file, name=f'validation:{file.name}') for file in validation]
+  files = recognized([*inputs, *validation], reading, where)
+  return files[:len(inputs)], files[len(inputs):]
+
+
 def prepare_once(paths: tuple[str, ...], tokenizer: Tokenizer, validation_share: float, cache: str,
-                 where: str, note=quiet, progress=NoMeter) -> Prepared:
-  """The set of some text files, a document each, prepared once in a folder of `cache`.
+                 where: str, note=quiet, progress=NoMeter, validation: tuple[str, ...] = ()) -> Prepared:
+  """The set of some files, prepared once in a folder of `cache`.
 
   The name of that folder depends on names and contents of the files, the tokenizer and
-  validation_share. Meant for moderate sizes. Only empty files are skipped.
+  validation_share. Meant for moderate sizes. Files are read as `prepare` reads them by default;
+  empty ones are left out. Of the standard library (no paths) everything is read as it is.
+
+  Args:
+    validation: paths of what is held out, instead of a share.
 
   Raises:
     BadInput: as `prepare`.
   """
-  inputs = [dataclasses.replace(file, modified='') for file in files(paths, where)]
-  reading = Reading('text', keep=MAY_BE_KEPT, max_document_bytes=2**62)
-  options = Options(reading, validation_share, bad_share=1)
-  contents = [(file.name, file.bytes, digest(file, where)) for file in inputs]
-  key = json.dumps([FORMAT, tokenizer.digest, validation_share, contents])
+  inputs, held_out = ([dataclasses.replace(file, modified='') for file in found if file.bytes] for found in (
+      files(paths, where), files(validation, 'config.data.validation') if validation else []))
+  if paths:
+    options = Options(Reading(), validation_share)
+  else:
+    options = Options(Reading('text', keep=MAY_BE_KEPT, max_document_bytes=2**62), validation_share, bad_share=1)
+  contents = [[(file.name, file.bytes, digest(file, where)) for file in found] for found in (inputs, held_out)]
+  key = json.dumps([FORMAT, tokenizer.digest, validation_share, bool(paths), contents])
   directory = pathlib.Path(cache).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
   try:
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / INDEX).exists():
       return open_set(Folder(directory, 'config.data.cache'), cache)
-    return prepare(inputs, tokenizer, options, directory, 0, where, note, progress, cache)
+    return prepare(inputs, tokenizer, options, directory, 0, where, note, progress, cache, held_out)
   except OSError as error:
     raise BadInput(f'config.data.cache={cache!r}: cannot write there ({error}); '
                    'give a folder with space') from error
@@ -136,7 +171,7 @@ def _begin_or_resume(preparation: Preparation, inputs: list[File]) -> bool:
     BadInput: the folder holds another set, or other files.
   """
   folder = preparation.folder
-  plan = {**preparation.identity, 'inputs': [[file.name, file.bytes, file.modified] for file in inputs]}
+  plan = _plan(preparation, inputs)
   names = folder.sizes().keys()
   unfinished = {name for name in names if name.startswith(UNFINISHED)}
   folder.remove(*unfinished)
@@ -153,8 +188,27 @@ def _begin_or_resume(preparation: Preparation, inputs: list[File]) -> bool:
     raise BadInput(f'--output={folder.url}: holds files that are no prepared set, such as {min(names)}; '
                    'choose an empty folder')
   else:
-    folder.write(PLAN, json.dumps(plan).encode())
+    _write_plan(preparation, inputs)
   return False
+
+
+def _plan(preparation: Preparation, inputs: list[File]) -> dict:
+  return {**preparation.identity, 'inputs': [[file.name, file.bytes, file.modified] for file in inputs]}
+
+
+def _write_plan(preparation: Preparation, inputs: list[File]) -> None:
+  plan = _plan(preparation, inputs) | {'split': dataclasses.asdict(preparation.split)}
+  preparation.folder.write(PLAN, json.dumps(plan).encode())
+
+
+def _start_over(preparation: Preparation, inputs: list[File], split: Split) -> Preparation:
+  """The same work with another split, in a folder without parts. Killed at any point, it is done again."""
+  folder = preparation.folder
+  folder.remove(PARTS)
+  folder.remove(*(name for name in folder.sizes() if name.endswith('.array_record')))
+  preparation = dataclasses.replace(preparation, split=split)
+  _write_plan(preparation, inputs)
+  return preparation
 
 
 def _check_same(plan: dict, old: dict, folder: Folder, what: str) -> None:
@@ -205,11 +259,14 @@ def _check_bad_share(preparation: Preparation, records: int, skipped: int, expec
   first = bad[0]
   line = f', line {first["line"]}' if first['line'] else ''
   detail = f' ({first["detail"]}; --field={options.reading.field})' if first['detail'] else ''
+  fix = 'fix them, or allow more and run again'
+  if not preparation.where.startswith('--'):
+    fix = 'fix them, or use the command prepare, which has such options, and config.data.sources'
   raise BadInput(f'{preparation.where}: {skipped:,} of {records:,} records are bad ({kinds}), '
                  f'more than --bad_share={options.bad_share}; '
                  f'the first is {first["kind"]} in {first["file"]}{line}{detail}; '
                  f'all are listed in {preparation.folder.url}/{BAD_RECORDS}; '
-                 'fix them, or allow more and run again')
+                 f'{fix}')
 
 
 def _faults(preparation: Preparation) -> Iterator[dict]:
@@ -242,7 +299,7 @@ def _finish(preparation: Preparation, inputs: list[File]) -> None:
   """Writes the list of faults, the tokenizer and the index, from the reports of all parts."""
   folder, model = preparation.folder, preparation.tokenizer.model
   splits, records = {'train': [], 'validation': []}, 0
-  digests, sizes = {file.name: [] for file in inputs}, collections.Counter()
+  digests, sizes, lines = {file.name: [] for file in inputs}, collections.Counter(), collections.Counter()
   for number in range(len(preparation.parts)):
     report = preparation.report(number)
     records += report['records']
@@ -251,16 +308,25 @@ def _finish(preparation: Preparation, inputs: list[File]) -> None:
     for piece in report['pieces']:
       digests[piece['file']].append(piece['sha256'])
       sizes[piece['file']] += piece['bytes']
+      lines[piece['file']] += piece['lines']
   for file in inputs:
     if sizes[file.name] != file.bytes:
       raise BadInput(f'{preparation.where}: {file.url!r} had {file.bytes:,} bytes, and '
                      f'{sizes[file.name]:,} when it was read; delete {folder.url} and run again '
                      'when nothing writes to that file')
+  separator = preparation.options.reading.separator
+  if separator and all(lines[file.name] <= 1 for file in inputs if file.format == 'text'):
+    raise BadInput(f'--separator={separator}: occurs in no text file; give what does stand between the documents '
+                   "(in bash a line break is $'\\n'), or leave it out")
   for split, entries in splits.items():
     if not entries:
       share = preparation.options.validation_share
       raise BadInput(f'{preparation.where}: of {records:,} records none is left for the {split} split; '
-                     f'give at least two documents, and check --validation_share={share}')
+                     f'give at least two different documents, and check --validation_share={share}')
+  train, held_out = (sum(entry['tokens'] for entry in splits[split]) for split in ('train', 'validation'))
+  if held_out > train and preparation.options.validation_share < 0.5 and not preparation.validation_parts:
+    raise BadInput(f'{preparation.where}: {train:,} tokens would be left to train on, and {held_out:,} be held out; '
+                   'give more documents, or a validation set of their own')
   bad = {}
   for fault in _write_faults(preparation):
     counts = bad.setdefault(fault['kind'], {'skipped': 0, 'kept': 0})
@@ -268,7 +334,7 @@ def _finish(preparation: Preparation, inputs: list[File]) -> None:
   if model:
     folder.write(MODEL, model)
   identity = preparation.identity
-  listed = [{'name': f.name, 'bytes': f.bytes, 'sha256': digests[f.name]} for f in inputs]
+  listed = [{'name': f.name, 'bytes': f.bytes, 'sha256': digests[f.name], 'kind': kind(f)} for f in inputs]
   write_index(folder, {
       'fingerprint': hashlib.sha256(json.dumps([identity, listed]).encode()).hexdigest(),
       'identity': identity, 'dtype': preparation.dtype, 'tokenizer': MODEL if model else 'bytes',

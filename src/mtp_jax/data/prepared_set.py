@@ -13,7 +13,7 @@ from mtp_jax.config import BadInput
 from mtp_jax.data.folder import RESTORE, Damaged, Folder
 from mtp_jax.data.shards import REMEDY, Shard, Stream
 
-FORMAT = 3  # version of the layout, BLOCK included
+FORMAT = 4  # version of the layout, BLOCK included
 INDEX = 'index.json'  # of a complete set
 PLAN = 'plan.json'  # of an unfinished one
 

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from mtp_jax import tokenizer
 from mtp_jax.config import BadInput
 from mtp_jax.data.files import File, name_hash
+from mtp_jax.data.kinds import recognized
 from mtp_jax.data.parts import cut_into_parts
 from mtp_jax.data.progress import quiet
 from mtp_jax.data.records import Document, Fault, Reader, Reading
+from mtp_jax.data.split import Split, content_hash
 
-HELD_OUT = 10  # one of so many documents of the sample, by the hash of its name
+HELD_OUT = Split.by_content(0.1)  # of the sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +57,12 @@ def train_tokenizer(inputs: list[File], reading: Reading, vocab: int, where: str
     a vocabulary of that size.
   """
   documents, held_out, skipped = [], [], []
-  for record in sample(inputs, reading, sample_bytes, where):
+  for record in sample(recognized(inputs, reading, where), reading, sample_bytes, where):
     if isinstance(record, Document):
-      (held_out if name_hash(record.name) % HELD_OUT == 0 else documents).append(record.text)
+      documents.append(record.text)
     elif not record.kept:
       skipped.append(record)
+  documents, held_out = _sides(documents, HELD_OUT)
   _check_sample(documents, held_out, skipped, reading, bad_share, where)
   note(f'training {kind} on {len(documents):,} documents, {sum(map(len, documents)) / 1e6:,.1f} MB')
   model = tokenizer.train(documents, vocab, kind)
@@ -68,6 +71,17 @@ def train_tokenizer(inputs: list[File], reading: Reading, vocab: int, where: str
   tokens = sum(len(trained.encode(text)) for text in held_out)
   seconds = time.perf_counter() - start
   return TrainedTokenizer(model, trained, len(held_out), sum(map(len, held_out)), tokens, seconds)
+
+
+def _sides(documents: list[bytes], split: Split) -> tuple[list[bytes], list[bytes]]:
+  """Documents to train on, and held-out ones; by position where a side would have none."""
+  sides = {'train': [], 'validation': []}
+  for text in documents:
+    for side, part in split.sides(text, content_hash(text)):
+      sides[side].append(part)
+  if not all(sides.values()) and not split.by_position:
+    return _sides(documents, dataclasses.replace(split, by_position=True))
+  return sides['train'], sides['validation']
 
 
 def _check_sample(documents: list[bytes], held_out: list[bytes], skipped: list[Fault],
@@ -89,7 +103,7 @@ def sample(inputs: list[File], reading: Reading, size: int, where: str) -> Itera
   They are the beginnings of files, and of every MiB of uncompressed JSON lines, in the order of the
   hashes of those places.
   """
-  pieces = [piece for part in cut_into_parts(inputs, reading.format, 2**20) for piece in part]
+  pieces = [piece for part in cut_into_parts(inputs, reading.separator, 2**20) for piece in part]
   bytes_a_piece = max(2**16, size // len(pieces))
   for piece in sorted(pieces, key=lambda piece: name_hash(f'{piece.file.name}@{piece.start}')):
     left = min(bytes_a_piece, size)

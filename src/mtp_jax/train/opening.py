@@ -51,6 +51,7 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None])
     check_tokenizer(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record,
                     'use the same tokenizer, or another --workdir')
   corpus = open_corpus(config.data, tokens, print_stderr, Meter)
+  corpus.sides()  # raises where one has less than a row
   if record:
     changes += _check_data(config, corpus, record, workdir) + rate_change(config, record)
   changes += corpus.left_out(config.train.steps * config.train.batch)
