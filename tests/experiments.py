@@ -42,7 +42,7 @@ def experiment(folder, **sections) -> Config:
       'model': ModelConfig(width=16, layers=3, heads=2, kv_heads=2, head_width=8, feed_forward=24,
                            futures=2),
       'objective': ObjectiveConfig(weights=(1.0, 0.5), chunk=8),
-      'data': DataConfig(paths=(str(documents),), length=16, validation_share=0.2,
+      'data': DataConfig(paths=(str(documents),), length=16, validation_share=0.3,
                          cache=str(folder / 'cache')),
       'optimizer': OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
       'train': TrainConfig(steps=6, batch=8, accumulate=2, log_every=1, evaluate_every=2,

@@ -7,7 +7,7 @@ import shutil
 import kills
 import numpy as np
 import pytest
-from experiments import all_texts, prepare_bytes, texts
+from experiments import all_texts, prepare_bytes
 
 from mtp_jax import tokenizer
 from mtp_jax.config import BadInput

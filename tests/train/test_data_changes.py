@@ -74,7 +74,7 @@ def damaged_set(tmp_path):
                              'evaluate_every': 4})
   (tmp_path / 'in').mkdir()
   for i in range(1500):
-    (tmp_path / 'in' / f'{i}.txt').write_text('x' * 150)
+    (tmp_path / 'in' / f'{i}.txt').write_text(f'{i:05}' + 'x' * 145)
   source = prepare(files((str(tmp_path / 'in'),), ''), tokenizer.load('bytes'),
                    Options(validation_share=0.2), tmp_path / 'set', 0, '', note=print)
 
