@@ -88,7 +88,7 @@ BAD = {
         'config.train.steps=2: the checkpoint in'),
     'resume other documents': (
         f'{RESUME} --config.data.paths=others/documents --config.train.batch=16',
-        'was trained on: source 0: tokens '),
+        'was trained on: source 0: '),
     'resume without documents': (
         f'{RESUME} --config.data.paths=nowhere',
         "config.data.paths: 'nowhere' holds no file"),

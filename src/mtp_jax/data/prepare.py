@@ -75,7 +75,6 @@ def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, 
     if _begin_or_resume(preparation, inputs):
       note(f'{folder.url} is complete already, by names, sizes and options; nothing is written')
     else:
-      note(read_as({file.name: kind(file) for file in inputs}))
       try:
         preparation = dataclasses.replace(preparation, split=Split(**json.loads(folder.read(PLAN))['split']))
         _tokenize_missing(preparation, size, workers, note, progress)
@@ -87,6 +86,7 @@ def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, 
             preparation = _start_over(preparation, inputs, split)
             _tokenize_missing(preparation, size, workers, note, progress)
         _finish(preparation, inputs)
+        note(read_as({file.name: kind(file) for file in inputs}))
       except ChildProcessError:
         raise
       except OSError as error:
