@@ -19,7 +19,7 @@ time         at least 4.9 days for 7b,4 on v5p:4x4x4
 expect       not measured
 command      python -m mtp_jax plan --config=configs/gloeckle.py:7b,4 --topology=v5p:4x4x4
 """
-from mtp_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from mtp_jax.config import BadInput, Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 SHAPES = {  # width, layers, heads, steps, warm-up
     '0.3b': (1024, 18, 16, 10_850, 1000),
@@ -32,7 +32,10 @@ SHAPES = {  # width, layers, heads, steps, warm-up
 
 
 def get_config(which: str = '0.3b,4'):
-  size, futures = which.split(',')
+  size, _, futures = which.partition(',')
+  if size.removesuffix('_bytes') not in SHAPES or not futures.isdecimal():
+    raise BadInput(f'{which!r}: must be a size and a number of futures, such as 7b,4 or 7b_bytes,8; '
+                   f'sizes: {", ".join(SHAPES)}')
   of_bytes = size.endswith('_bytes')
   width, layers, heads, steps, warmup = SHAPES[size.removesuffix('_bytes')]
   vocab, length, batch = (264, 8192, 1536) if of_bytes else (32_000, 4096, 2048)

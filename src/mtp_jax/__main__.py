@@ -1,7 +1,12 @@
 """python -m mtp_jax COMMAND; see mtp_jax.cli."""
+import signal
 import sys
 
-from mtp_jax.cli.main import main
-
 if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))
+  try:
+    from mtp_jax.cli.main import main
+    code = main(sys.argv[1:])
+  except KeyboardInterrupt:  # during the imports
+    code = 130
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # one more Ctrl-C ends at once, without a traceback
+  sys.exit(code)

@@ -1,91 +1,51 @@
 """A trained language model, for notebooks and the command line: load it, generate, evaluate."""
 import dataclasses
 import functools
-import math
 import pathlib
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from mtp_jax import tokenizer
 from mtp_jax.checkpoint import store
-from mtp_jax.checkpoint.record import check_conventions, check_tokenizer, read_record
-from mtp_jax.config import BadInput, Config, MeshConfig
-from mtp_jax.data.corpus import Corpus, open_corpus
+from mtp_jax.checkpoint.record import TOKENIZER, check_conventions, check_tokenizer, locate, read_record
+from mtp_jax.config import BadInput, Config, DataConfig, MeshConfig
+from mtp_jax.data.corpus import Corpus, load_tokenizer, open_corpus
+from mtp_jax.data.folder import Folder
+from mtp_jax.data.prepared_set import INDEX
 from mtp_jax.data.rows import validation_batches
 from mtp_jax.decode.decoder import Decoder
 from mtp_jax.decode.detokenizer import Detokenizer
 from mtp_jax.decode.drafters import Drafter, DraftModel, NoDrafts, PromptLookup, futures
 from mtp_jax.decode.engine import Engine, Stream, batch_size, measure_pass_seconds, tally
+from mtp_jax.decode.generation import Generation
 from mtp_jax.decode.requests import (
-    EXACT,
-    Criterion,
-    lengths_after_decoding,
-    per_row,
-    sampling_parameters,
-    stop_strings,
+  EXACT,
+  Criterion,
+  check_is,
+  lengths_after_decoding,
+  number,
+  one_or_several,
+  prompt_ids,
+  sampling_parameters,
+  stop_strings,
 )
 from mtp_jax.decode.verify import Sampler
 from mtp_jax.evaluation.held_out import evaluate
 from mtp_jax.mesh import make_mesh, process_share
 from mtp_jax.model.model import Model, conventions
 from mtp_jax.report.display import Meter, print_stderr
-from mtp_jax.tokenizer import byte_lengths, decodable
+from mtp_jax.tokenizer import Tokenizer, byte_lengths, decodable
 from mtp_jax.train import step as training
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-  """What `LanguageModel.generate` returns.
-
-  Attributes:
-    ids: new tokens of each prompt; the last one may be the end of the document or complete a stop
-      string.
-    depths: for each of these tokens 0 if it is the model's own, m if it was an accepted m-th draft.
-    text: the new tokens of each prompt as text, up to the stop string.
-    tokens: number of new tokens.
-    forwards: passes that generated these tokens, summed over the rows. The pass over the prompt
-      counts: it gives the first token.
-    offered: by draft depth, those in which all drafts before it were accepted and it was within
-      the limit.
-    accepted: by draft depth, those in which it was accepted too.
-    passes: of the batch, by draft length.
-    lossless: whether the text follows the model's distribution.
-    seconds: wall-clock time, including compilation on the first call with a shape.
-  """
-  ids: list[list[int]]
-  depths: list[list[int]]
-  text: list[str]
-  tokens: int
-  forwards: int
-  offered: list[int]
-  accepted: list[int]
-  passes: list[int]
-  lossless: bool
-  seconds: float
-
-  @property
-  def acceptance(self) -> list[float]:
-    """By draft depth, given that all drafts before it were accepted; nan where none was offered."""
-    return [a / n if n else math.nan for a, n in zip(self.accepted, self.offered)]
-
-  @property
-  def tokens_per_forward(self) -> float:
-    return self.tokens / max(1, self.forwards)
-
-  @property
-  def mean_draft(self) -> float:
-    """Mean number of drafts in a pass, without the pass over the prompt, which has none."""
-    return sum(k * n for k, n in enumerate(self.passes)) / max(1, sum(self.passes) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
   """A loaded checkpoint: config, tokenizer, model (the parameters), step, record saved with it."""
   config: Config
-  tokenizer: tokenizer.Tokenizer
+  tokenizer: Tokenizer
   model: Model
   step: int
   record: dict
@@ -102,7 +62,7 @@ class LanguageModel:
                adaptive: bool = False,
                same_seed: bool = False,
                criterion: Criterion = EXACT,
-               stop: str | Sequence[str] = (),
+               stop: str | bytes | Sequence[str | bytes] | None = (),
                max_length: int | None = None,
                stream: Stream | None = None) -> Generation:
     """Continues one prompt or several, on one device.
@@ -129,7 +89,7 @@ class LanguageModel:
         the drafts, in float32; fewer drafts are accepted.
       criterion: what accepts a draft. All but the exact one are lossy: the text then depends on the
         drafts.
-      stop: strings that end a row.
+      stop: strings that end a row, text or bytes; None or () for none.
       max_length: tokens of a row, `bos` and prompt included. By default the row length of training.
       stream: called with (row, new ids, new text) while a row grows.
 
@@ -137,14 +97,16 @@ class LanguageModel:
       BadInput: an argument is out of range.
       KeyboardInterrupt: soon after Ctrl-C, between passes.
     """
-    prompts = [prompts] if isinstance(prompts, (str, bytes)) else prompts
-    rows = [self.row(prompt) for prompt in prompts]
+    rows = [self.row(prompt) for prompt in one_or_several('prompts', prompts, (str, bytes))]
+    check_is((bool, np.bool_), adaptive=adaptive, same_seed=same_seed)
+    check_is(Criterion, criterion=criterion)
+    check_is((Callable, types.NoneType), stream=stream)
     if not rows:
       raise BadInput('prompts=[]: pass at least one')
     if max_length is None:
       max_length = self.config.data.length
     else:
-      max_length = int(per_row('max_length', max_length, 1, 2, 2**24)[0])
+      max_length = number('max_length', max_length, 2, 2**24)
     length_B = np.array([len(row) for row in rows], np.int32)
     limit_B = lengths_after_decoding(length_B, max_tokens, max_length)
     parameters = sampling_parameters(len(rows), temperature, seed, top_k, top_p)
@@ -226,13 +188,14 @@ class LanguageModel:
       BadInput: it cannot make so many drafts, or not for this model.
     """
     if draft is not None:
-      draft = int(per_row('draft', draft, 1, 0, 256)[0])
+      draft = number('draft', draft, 0, 256)
     if draft == 0:
       return NoDrafts()
-    if drafter == 'futures':
+    name = drafter if isinstance(drafter, str) else ''
+    if name == 'futures':
       return self._futures_drafter(draft)
     draft = 4 if draft is None else draft
-    if drafter == 'lookup':
+    if name == 'lookup':
       return PromptLookup(draft)
     if not isinstance(drafter, LanguageModel):
       raise BadInput(f"drafter={drafter!r}: must be 'futures', 'lookup', or another model")
@@ -262,6 +225,7 @@ class LanguageModel:
     Among them nats, accuracy and count of each future, bits_per_byte of future 0,
     tokens_per_forward_greedy and tokens_per_forward_sampled by draft length.
     """
+    rows = None if rows is None else number('rows', rows, 1, 2**31 - 1)
     with jax.set_mesh(self.mesh):
       held_out = self.corpus.held_out(self.config.model.futures, print_stderr)
       rows = len(held_out) if rows is None else min(rows, len(held_out))
@@ -279,6 +243,7 @@ class LanguageModel:
     """Seconds of a greedy pass of one row on this machine, by draft length 0..M-1, timed in
     alternation.
     """
+    prompt_tokens = number('prompt_tokens', prompt_tokens, 1, 2**24)
     prompt = self.corpus.validation[0].document(0)[:prompt_tokens]
     sampler = self.sampler(*sampling_parameters(1))
     engines = [self.engine(self.drafter(draft=draft), sampler, (draft,))
@@ -294,11 +259,16 @@ class LanguageModel:
     Args:
       evaluation: what `evaluate` returned; evaluated now if not given.
 
+    Raises:
+      BadInput: the evaluation is something else.
+
     Returns:
       speed_up_greedy, speed_up_sampled (speculative sampling at temperature 1), and
       seconds_per_forward, measured on one prompt.
     """
     evaluation = self.evaluate() if evaluation is None else evaluation
+    if not (isinstance(evaluation, dict) and 'tokens_per_forward_sampled' in evaluation):
+      raise BadInput(f'evaluation={evaluation!r}: must be what evaluate() returned')
     seconds = self.seconds_per_forward()
     speed_ups = {}
     for choice in ('greedy', 'sampled'):
@@ -324,6 +294,7 @@ class LanguageModel:
     Raises:
       BadInput: there are fewer such documents.
     """
+    n, length = number('n', n, 1, 2**31 - 1), number('length', length, 1, 2**31 - 1)
     prompts = []
     for stream in self.corpus.validation:
       for i in range(stream.documents):
@@ -341,36 +312,41 @@ class LanguageModel:
     Raises:
       BadInput: the prompt is empty, or neither text nor ids.
     """
-    is_text, size = isinstance(prompt, (str, bytes)), self.tokenizer.size
-    ids = self.tokenizer.encode(prompt) if is_text else np.asarray(prompt)
-    whole = not ids.size or np.issubdtype(ids.dtype, np.integer)
-    if ids.ndim != 1 or not whole or ids.size and (ids.min() < 0 or ids.max() >= size):
-      raise BadInput(f'prompts: {prompt!r} is neither text nor a sequence of ids '
-                     f'from 0 to {size - 1}')
-    if not ids.size:
-      raise BadInput('prompt: empty; pass the text to continue')
+    ids = prompt_ids(prompt, self.tokenizer)
     return np.concatenate([[self.tokenizer.bos], ids]).astype(np.int32)
 
 
-def load(workdir, step: int | None = None) -> LanguageModel:
+def load(workdir, step: int | None = None, *, tokenizer: str | None = None,
+         data: str | Sequence[str] | None = None) -> LanguageModel:
   """The model of a checkpoint, whatever the number of devices that saved it.
 
   The parameters are placed on the config's mesh if there are enough devices, else on one device.
 
   Args:
-    workdir: of a training run.
+    workdir: of a training run, or a path inside it, such as that of one checkpoint.
     step: by default the newest checkpoint.
+    tokenizer: a SentencePiece model file; by default the one that the workdir keeps.
+    data: what `corpus` and `evaluate` read instead of the documents of the training run: prepared
+      sets, or text files and folders of them.
 
   Raises:
     BadInput: there is no such checkpoint, or its record and its arrays disagree.
   """
-  workdir = pathlib.Path(workdir).expanduser().absolute()
+  workdir, step = locate(workdir, step, 'workdir')
+  workdir = workdir.absolute()
   record = read_record(workdir, step)
   config = Config.from_dict(record['config'])
   check_conventions(conventions(config.model), record, workdir)
-  tokens = tokenizer.load(config.data.tokenizer)
-  check_tokenizer(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record,
-                  'put the original file back')
+  name = config.data.tokenizer
+  if tokenizer is None and name != 'bytes' and (workdir / TOKENIZER).exists():
+    name = str(workdir / TOKENIZER)
+  where = 'config.data.tokenizer' if tokenizer is None else 'tokenizer'
+  check_is((str, pathlib.Path, types.NoneType), tokenizer=tokenizer)
+  tokens = load_tokenizer(name if tokenizer is None else str(tokenizer), where)
+  check_tokenizer(f'{where}={name if tokenizer is None else tokenizer}', tokens.digest, record,
+                  'give the original file as tokenizer')
+  if data is not None:
+    config = dataclasses.replace(config, data=_other_data(config.data, data))
   try:
     mesh = make_mesh(config.mesh)
   except BadInput:
@@ -379,3 +355,14 @@ def load(workdir, step: int | None = None) -> LanguageModel:
     parameters = training.abstract(config, mesh).model
     model = store.restore(workdir, record['step'], parameters=parameters)['parameters']
   return LanguageModel(config, tokens, model, record['step'], record, mesh)
+
+
+def _other_data(config: DataConfig, data) -> DataConfig:
+  """The config with other documents: prepared sets if one of them is such, else text."""
+  names = tuple(map(str, one_or_several('data', data, (str, pathlib.Path))))
+  if not all(names):
+    raise BadInput(f'data={data!r}: holds an empty name; give prepared sets, or text files and folders')
+  if not any(INDEX in Folder(name, 'data').sizes() for name in names):
+    return dataclasses.replace(config, paths=names, sources=(), weights=())
+  weights = config.weights if len(names) == len(config.sources) else ()
+  return dataclasses.replace(config, sources=names, paths=(), weights=weights)

@@ -129,7 +129,7 @@ class Bytes:
     return (np.arange(self.size) < 256).astype(np.int32)
 
   def encode(self, text: str | bytes) -> np.ndarray:
-    return np.frombuffer(_bytes(text), np.uint8).astype(np.int32)
+    return np.frombuffer(as_bytes(text), np.uint8).astype(np.int32)
 
   def decode(self, ids: Sequence[int]) -> bytes:
     ids = np.asarray(ids, np.int64)
@@ -188,7 +188,7 @@ class SentencePiece:
     self.digest = hashlib.sha256(model + special_ids.encode()).hexdigest()
 
   def encode(self, text: str | bytes) -> np.ndarray:
-    text = _bytes(text).decode('utf-8', errors='surrogateescape')
+    text = as_bytes(text).decode('utf-8', errors='surrogateescape')
     parts = [text] if text.isascii() else _FOREIGN.split(text)
     ids = []
     for i, part in enumerate(parts):
@@ -207,7 +207,7 @@ class SentencePiece:
     """The model's ids; if the model changed the text after all, those of its bytes."""
     ids = self._model.encode(text)
     intact = b''.join(map(self._strings.__getitem__, ids)) == text.encode()
-    return ids if intact else self._encode_bytes(text)
+    return ids if intact else self._encodeas_bytes(text)
 
   def _encode_bytes(self, text: str) -> list[int]:
     return [self._byte_ids[b] for b in text.encode('utf-8', errors='surrogateescape')]
@@ -225,7 +225,8 @@ _FOREIGN = re.compile('([\u2581\udc80-\udcff]+)')
 _NO_NORMALISER = bytes([3 << 3 | 2, 6, 2 << 3 | 2, 0, 3 << 3, 0, 4 << 3, 0])
 
 
-def _bytes(text: str | bytes) -> bytes:
+def as_bytes(text: str | bytes) -> bytes:
+  """UTF-8 of a text, lone surrogates included; bytes as they are."""
   return text.encode('utf-8', errors='surrogatepass') if isinstance(text, str) else bytes(text)
 
 

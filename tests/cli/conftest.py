@@ -22,6 +22,8 @@ def place(tmp_path_factory):
             f'  return Config.from_dict({config.to_dict()!r}).to_config_dict()\n')
   files = {'tiny.py': source,
            'raises.py': 'def get_config():\n  return 1 / 0\n',
+           'refuses.py': 'from mtp_jax.config import BadInput\n\ndef get_config(size):\n'
+                         '  raise BadInput(f"{size}: sizes are 1b and 2b")\n',
            'syntax.py': 'def get_config(:\n',
            'lacks.py': 'def get_configuration():\n  pass\n',
            'forgets.py': source.replace('.to_config_dict()', ''),

@@ -24,7 +24,7 @@ BAD = {
     'stray word': (f'{TRAIN} faster', 'faster: not expected here; flags are written --name=value'),
     'no config': ('train --workdir=new', '--config: missing'),
     'no workdir': ('train --config=tiny.py', '--workdir: missing'),
-    'no prompt': ('generate --workdir=run', '--prompt: missing'),
+    'no prompt': ('generate --workdir=run', '--prompt: give either --prompt='),
     'neither to inspect': ('inspect', 'inspect: pass either --workdir=DIR or --config=FILE'),
     'both to inspect': ('inspect --workdir=run --config=tiny.py', 'inspect: pass either'),
     'field misspelt': (
@@ -54,13 +54,36 @@ BAD = {
         "--config=tony.py: no such file; did you mean './tiny.py'?"),
     'config that raises': (
         'train --config=raises.py --workdir=new',
-        '--config=raises.py: ZeroDivisionError: division by zero'),
+        '--config=raises.py: ZeroDivisionError: division by zero (line 2)'),
+    'config that refuses its argument': (
+        'train --config=refuses.py:3b --workdir=new',
+        'mtp_jax: --config=refuses.py:3b: 3b: sizes are 1b and 2b'),
+    'config without its argument': (
+        'train --config=refuses.py --workdir=new',
+        'get_config(size) needs an argument; write refuses.py:ARGUMENT'),
+    'config with an argument too many': (
+        'train --config=tiny.py:4b --workdir=new',
+        'get_config() takes no argument; write tiny.py'),
+    'empty workdir': ('generate --workdir= --prompt=a', '--workdir=: empty; give a path'),
+    'empty output': ('prepare --input=documents --output=', '--output=: empty; give a path'),
+    'home of nobody': (
+        'evaluate --workdir=~nobody-here/run',
+        '--workdir=~nobody-here/run: there is no home directory for ~nobody-here here'),
+    'prompt and file': (f'{GENERATE} --prompt_file=tiny.py', '--prompt_file: not together with --prompt'),
+    'prompt file that is not there': (
+        'generate --workdir=run --prompt_file=nowhere', '--prompt_file=nowhere: No such file or directory'),
+    'empty prompt file': ('generate --workdir=run --prompt_file=/dev/null', '--prompt_file: empty'),
+    'escape of no kind': (f"{GENERATE} --escapes '--stop=\\q'", 'no such escape'),
+    'resume inside a checkpoint': (
+        'train --config=tiny.py --workdir=run/checkpoints/3', 'is inside the run'),
+    'another step than that of the path: nothing': (
+        'evaluate --workdir=run/checkpoints/3 --step=2', 'is step 3, not 2'),
     'config that is no Python': (
         'train --config=syntax.py --workdir=new',
         '--config=syntax.py: SyntaxError: invalid syntax (syntax.py, line 1)'),
     'config without get_config': (
         'train --config=lacks.py --workdir=new',
-        "has no attribute 'get_config'"),
+        '--config=lacks.py: has no function get_config'),
     'config not converted': (
         'train --config=forgets.py --workdir=new',
         'get_config() returned Config, but must return Config(...).to_config_dict()'),

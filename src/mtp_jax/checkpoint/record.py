@@ -12,9 +12,10 @@ Nothing here imports JAX or Orbax.
 import json
 import pathlib
 
-from mtp_jax.config import BadInput, Config
+from mtp_jax.config import BadInput, Config, local_path
 
 FOLDER = 'checkpoints'
+TOKENIZER = 'tokenizer.model'  # a copy in the workdir, so that the run can be moved
 # Files of Orbax in a complete checkpoint.
 METADATA, COMMITTED = '_CHECKPOINT_METADATA', 'commit_success.txt'
 TYPES = {'step': int, 'config': dict, 'conventions': dict, 'tokenizer': str, 'identity': dict,
@@ -33,6 +34,25 @@ def _is_complete(path: pathlib.Path) -> bool:
   return (path / COMMITTED).exists() and (path / METADATA).exists()
 
 
+def locate(path, step: int | None = None, where: str = '--workdir') -> tuple[pathlib.Path, int | None]:
+  """(workdir, step) of a workdir, or of a path inside one: runs/tiny/checkpoints/700 is step 700 of
+  runs/tiny.
+
+  Raises:
+    BadInput: the path is none, or it names another step than the one given.
+  """
+  path = local_path(path, where)
+  for workdir in path.absolute().parents:
+    inside = path.absolute().relative_to(workdir).parts
+    if not steps(path) and (inside[0] == FOLDER or path.is_file()) and steps(workdir):
+      if len(inside) < 2 or not inside[1].isdecimal():
+        return workdir, step
+      if step not in (None, int(inside[1])):
+        raise BadInput(f'{where}={path}: is step {int(inside[1])}, not {step}; give {workdir}')
+      return workdir, int(inside[1])
+  return path, step
+
+
 def read_record(workdir: pathlib.Path, step: int | None = None) -> dict:
   """The record of a checkpoint: the newest one unless a step is given.
 
@@ -43,7 +63,7 @@ def read_record(workdir: pathlib.Path, step: int | None = None) -> dict:
   if not available:
     raise BadInput(f'--workdir={workdir}: holds no checkpoint; '
                    f'train one with: python -m mtp_jax train --config=configs/tiny.py --workdir={workdir}')
-  if step is not None and step not in available:
+  if step is not None and not (type(step) is int and step in available):
     raise BadInput(f'step {step}: {workdir} holds the steps {", ".join(map(str, available))}')
   chosen = available[-1] if step is None else step
   path = pathlib.Path(workdir) / FOLDER / str(chosen) / METADATA

@@ -4,16 +4,23 @@ import time
 STARTED = time.perf_counter()
 
 import dataclasses
+import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from mtp_jax.config import BadInput, Config, files
+from mtp_jax.config.errors import explain
 
 CONFIG = ('config', None,
           'the experiment, such as configs/tiny.py; --config.section.field=value changes a field')
 WORKDIR = ('workdir', None, 'folder of the run')
+TOKENIZER = ('tokenizer', '', "a SentencePiece model file; '': the one that --workdir keeps")
+DATA = ('data', '', "prepared sets, or text files and folders of them, separated by commas; '': those of the "
+                    'training run')
+PATHS = {'workdir', 'tokenizer', 'data', 'output', 'plot', 'drafter', 'prompt_file'}  # where ~ is the home
 STEP = ('step', -1, 'step of the checkpoint; -1 is the newest')
 JSON = ('json', False, 'print one JSON object on the last line')
 
@@ -32,18 +39,43 @@ class Command:
 
 
 def exit_code_of(run: Callable[[], int]) -> int:
-  """The exit code that `run` returns; an error that a user can fix is printed as one line."""
+  """The exit code that `run` returns; an error that a user or the machine has caused is printed as
+  one line, and raised under `python -X dev`.
+  """
   try:
     return run()
-  except BadInput as error:
-    print(f'mtp_jax: {error}', file=sys.stderr)
-    return 2
-  except OSError as error:
-    print(f'mtp_jax: {error}', file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print('mtp_jax: interrupted', file=sys.stderr)
-    return 130
+  except BrokenPipeError:  # nobody reads what is printed
+    _drop_stdout()
+    return 128 + signal.SIGPIPE
+  except (Exception, KeyboardInterrupt) as error:
+    explained = explain(error)
+    if explained is None or sys.flags.dev_mode:
+      raise
+    line, code = explained
+    from mtp_jax.report.display import print_stderr
+    print_stderr(f'mtp_jax: {line}')
+    return code
+
+
+def open_standard_streams() -> None:
+  """Makes stdout print any character, and opens what the process was started without: the next file
+  would take its place, and be written to.
+  """
+  for descriptor, name in enumerate(('stdin', 'stdout', 'stderr')):
+    try:
+      os.fstat(descriptor)
+    except OSError:
+      os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, this one
+      setattr(sys, name, open(descriptor, 'r' if name == 'stdin' else 'w', closefd=False))
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='backslashreplace')
+
+
+def _drop_stdout() -> None:
+  """What is printed from now on, and what waits in the buffer, goes nowhere."""
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  os.dup2(nowhere, sys.stdout.fileno())
+  os.close(nowhere)
 
 
 def need(flags, name: str) -> None:
@@ -69,11 +101,12 @@ def model_of(flags):
   """The `LanguageModel` of --workdir and --step."""
   need(flags, 'workdir')
   need_at_least(flags, step=-1)
-  step = None if flags.step < 0 else flags.step
-  from mtp_jax.checkpoint.record import read_record
-  read_record(flags.workdir, step)  # refuses a wrong folder before JAX starts
+  from mtp_jax.checkpoint.record import locate, read_record
+  workdir, step = locate(flags.workdir, None if flags.step < 0 else flags.step)
+  read_record(workdir, step)  # refuses a wrong folder before JAX starts
   from mtp_jax.lm import load
-  return load(flags.workdir, step)
+  data = tuple(flags.data.split(',')) if 'data' in flags and flags.data else None
+  return load(workdir, step, tokenizer=flags.tokenizer or None, data=data)
 
 
 def use_cpu_devices(count: int) -> None:
@@ -84,9 +117,12 @@ def use_cpu_devices(count: int) -> None:
 
 
 def print_result(flags, values: dict, lines: Iterable[str]) -> None:
-  """Prints `values` as one JSON object with --json, else the lines."""
+  """Prints `values` as one JSON object with --json, else the lines; if anybody reads them."""
   from mtp_jax.report.log import finite
-  print(json.dumps(finite(values)) if flags.json else '\n'.join(lines))
+  try:
+    print(json.dumps(finite(values)) if flags.json else '\n'.join(lines), flush=True)
+  except BrokenPipeError:  # the work is done, whoever reads of it
+    _drop_stdout()
 
 
 def table(head: Sequence, rows: Iterable[Sequence]) -> list[str]:

@@ -1,7 +1,8 @@
 """python -m mtp_jax COMMAND: train, evaluate, generate, inspect and measure.
 
 Exit codes: 0 done; 1 the run failed, or another process of its job did; 2 bad input, one line says
-what to fix; 130 and 143 interrupted by Ctrl-C or SIGTERM, after saving a checkpoint to resume from.
+what to fix; 129, 130 and 143 interrupted by SIGHUP, Ctrl-C or SIGTERM, after saving a checkpoint to
+resume from; 141 nobody reads what is printed. `python -X dev -m mtp_jax` shows a traceback as well.
 """
 import dataclasses
 import typing
@@ -9,8 +10,8 @@ import typing
 from absl import flags as absl_flags
 
 from mtp_jax.cli import data, measure, run
-from mtp_jax.cli.command import Command, exit_code_of, table
-from mtp_jax.config import BadInput, Config, files, nearest
+from mtp_jax.cli.command import PATHS, Command, exit_code_of, open_standard_streams, table
+from mtp_jax.config import BadInput, Config, expanded, files, nearest
 
 COMMANDS = {**run.COMMANDS, **data.COMMANDS, **measure.COMMANDS}
 
@@ -20,6 +21,7 @@ DEFINE = {bool: absl_flags.DEFINE_boolean, int: absl_flags.DEFINE_integer,
 
 def main(arguments: list[str]) -> int:
   """Runs a command and returns its exit code; `arguments` are those after `python -m mtp_jax`."""
+  open_standard_streams()
   return exit_code_of(lambda: _run(arguments))
 
 
@@ -60,6 +62,11 @@ def _parse(name: str, command: Command, arguments: list[str]) -> absl_flags.Flag
     raise BadInput(f'{words[0]}: not expected here; flags are written --name=value')
   if config_arguments:
     values.config = config_arguments
+  for flag in PATHS & defaults.keys():
+    if values[flag].value == '' and defaults[flag] != '':
+      raise BadInput(f'--{flag}=: empty; give a path')
+    if values[flag].value:
+      values[flag].value = expanded(values[flag].value, f'--{flag}')
   return values
 
 

@@ -4,9 +4,11 @@ import os
 
 from mtp_jax.cli.command import (
     CONFIG,
+    DATA,
     JSON,
     STARTED,
     STEP,
+    TOKENIZER,
     WORKDIR,
     Command,
     config_of,
@@ -262,7 +264,7 @@ def _decode_lines(flags, values: dict) -> list[str]:
 COMMANDS = {
     'inspect': Command(
         inspect, 'parameters, FLOPs, conventions, digest',
-        (WORKDIR, STEP, CONFIG, JSON),
+        (WORKDIR, STEP, TOKENIZER, CONFIG, JSON),
         'inspect --config=configs/tiny.py'),
     'certify': Command(
         certify, 'check gradients, leakage and FLOPs of a small float32 twin of a config',
@@ -296,7 +298,7 @@ COMMANDS = {
         'benchmark train --config=configs/small.py'),
     'benchmark decode': Command(
         benchmark_decode, 'speed-up by draft length',
-        (WORKDIR, STEP,
+        (WORKDIR, STEP, TOKENIZER, DATA,
          ('prompts', 8, 'held-out prompts'),
          ('prompt_tokens', 128, 'tokens of each prompt'),
          ('max_tokens', 128, 'new tokens of each'),

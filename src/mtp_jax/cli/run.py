@@ -1,11 +1,14 @@
 """train, evaluate, generate, goodput: what is done with a workdir."""
 import dataclasses
+import re
 import sys
 
 from mtp_jax.cli.command import (
     CONFIG,
+    DATA,
     JSON,
     STEP,
+    TOKENIZER,
     WORKDIR,
     Command,
     config_of,
@@ -98,31 +101,29 @@ def _drafts_table(results: dict) -> list[str]:
 
 
 def generate(flags) -> int:
-  """Continues --prompt.
+  """Continues --prompt, or the content of --prompt_file, byte for byte.
 
   Greedily, or with --same_seed, the text does not depend on the drafts, in float32; otherwise its
   distribution does not.
   """
-  if flags.prompt is None:
-    raise BadInput("--prompt: missing; such as --prompt='def main():'")
-  if not flags.prompt:
-    raise BadInput('--prompt: empty; pass the text to continue')
+  prompt, stop = _prompt(flags), _bytes_of(flags, 'stop')
   need_at_least(flags, draft=-1, max_tokens=0, max_length=0)
   from mtp_jax.decode.requests import Criterion, sampling_parameters
   sampling_parameters(1, flags.temperature, flags.seed, flags.top_k, flags.top_p)
   criterion = Criterion(flags.criterion, flags.threshold, flags.min_block)
   lm = model_of(flags)
-  unprinted = [flags.prompt]  # printed with the first new text, so that an error comes before it
+  prompt_text = prompt.decode(errors='replace')
+  unprinted = [prompt_text]  # printed with the first new text, so that an error comes before it
 
   def stream(row, ids, text):
     print((unprinted.pop() if unprinted else '') + text, end='', flush=True)
 
   streams = flags.stream and not flags.json
   generation = lm.generate(
-      flags.prompt, flags.max_tokens or None, None if flags.draft < 0 else flags.draft,
+      prompt, flags.max_tokens or None, None if flags.draft < 0 else flags.draft,
       flags.temperature, flags.seed, top_k=flags.top_k, top_p=flags.top_p,
       drafter=drafter_of(flags, lm), adaptive=flags.adaptive, same_seed=flags.same_seed,
-      criterion=criterion, stop=flags.stop or (), max_length=flags.max_length or None,
+      criterion=criterion, stop=stop or (), max_length=flags.max_length or None,
       stream=stream if streams else None)
   names = ('tokens', 'forwards', 'tokens_per_forward', 'seconds', 'acceptance', 'mean_draft',
            'lossless')
@@ -130,8 +131,52 @@ def generate(flags) -> int:
             'criterion': dataclasses.asdict(criterion)}
   trained_depth = lm.config.model.futures - 1
   lines = ['', *_generation_lines(flags, generation, criterion, trained_depth)]
-  print_result(flags, values, lines if streams else [flags.prompt + generation.text[0], *lines])
+  print_result(flags, values, lines if streams else [prompt_text + generation.text[0], *lines])
   return 0
+
+
+def _prompt(flags) -> bytes:
+  """--prompt, or the content of --prompt_file."""
+  if (flags.prompt is None) == (flags.prompt_file is None):
+    raise BadInput("--prompt: give either --prompt='def main():' or --prompt_file=FILE"
+                   if flags.prompt is None else '--prompt_file: not together with --prompt')
+  if flags.prompt_file is None:
+    prompt = _bytes_of(flags, 'prompt')
+  elif flags.prompt_file == '-':
+    prompt = sys.stdin.buffer.read()
+  else:
+    try:
+      with open(flags.prompt_file, 'rb') as file:
+        prompt = file.read()
+    except OSError as error:
+      raise BadInput(f'--prompt_file={flags.prompt_file}: {error.strerror}') from None
+  if not prompt:
+    raise BadInput(f'--{"prompt" if flags.prompt_file is None else "prompt_file"}: empty; '
+                   'pass the text to continue')
+  return prompt
+
+
+_ESCAPE = re.compile(rb'\\(x[0-9a-fA-F]{2}|[0-7]{1,3}|.?)', re.DOTALL)
+_ESCAPED = {b'n': b'\n', b't': b'\t', b'r': b'\r', b'a': b'\a', b'b': b'\b', b'f': b'\f', b'v': b'\v',
+            **{mark: mark for mark in (b'\\', b"'", b'"')}}
+
+
+def _bytes_of(flags, name: str) -> bytes:
+  """The bytes that were typed as a flag, which need not be UTF-8; C escapes count with --escapes."""
+  typed = flags[name].value.encode('utf-8', errors='surrogateescape')
+
+  def replace(match) -> bytes:
+    escape = match[1]
+    if escape[:1] == b'x' and len(escape) == 3:
+      return bytes.fromhex(escape[1:].decode())
+    if escape.isdigit() and int(escape, 8) < 256:
+      return bytes([int(escape, 8)])
+    if escape not in _ESCAPED:
+      raise BadInput(f'--{name}={flags[name].value}: no such escape: {match[0].decode(errors="replace")}; write '
+                     r'\n, \t, \xHH, \OOO or \\, or leave out --escapes')
+    return _ESCAPED[escape]
+
+  return _ESCAPE.sub(replace, typed) if flags.escapes else typed
 
 
 def _generation_lines(flags, generation, criterion, trained_depth: int) -> list[str]:
@@ -159,9 +204,10 @@ def goodput(flags) -> int:
   Goodput is the fraction of the time spent in steps that were kept.
   """
   need(flags, 'workdir')
+  from mtp_jax.checkpoint.record import locate
   from mtp_jax.report import goodput
   from mtp_jax.report.events import read_events
-  events = read_events(flags.workdir)
+  events = read_events(locate(flags.workdir)[0])
   account = goodput.account(events)
   if flags.plot:
     goodput.plot(events, flags.plot)
@@ -183,10 +229,10 @@ def drafter_of(flags, lm):
   """
   if flags.drafter in ('futures', 'lookup'):
     return flags.drafter
-  from mtp_jax.checkpoint.record import check_tokenizer, read_record
+  from mtp_jax.checkpoint.record import check_tokenizer, locate, read_record
   from mtp_jax.lm import load
   try:
-    record = read_record(flags.drafter)
+    record = read_record(*locate(flags.drafter, where='--drafter'))
   except BadInput as error:
     raise BadInput(f"--drafter={flags.drafter}: neither 'futures' nor 'lookup', nor the workdir of "
                    f'a model: {error}') from None
@@ -204,15 +250,17 @@ COMMANDS = {
         'train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=200'),
     'evaluate': Command(
         evaluate, 'held-out nats, accuracy, bits per byte',
-        (WORKDIR, STEP,
+        (WORKDIR, STEP, TOKENIZER, DATA,
          ('rows', 0, 'number of rows, evenly spaced; 0: all'),
          ('speed', True, 'time a forward of each draft length, for the expected speed-up'),
          JSON),
         'evaluate --workdir=runs/tiny'),
     'generate': Command(
         generate, 'continue a prompt, drafting ahead',
-        (WORKDIR, STEP,
+        (WORKDIR, STEP, TOKENIZER,
          ('prompt', None, 'text to continue'),
+         ('prompt_file', None, 'a file that holds it; -: stdin'),
+         ('escapes', False, r'read \n, \t, \xHH and such in --prompt and --stop as in C'),
          ('max_tokens', 0, 'largest number of new tokens; 0: what --max_length leaves, up to 256'),
          ('max_length', 0, 'tokens of prompt and new text; 0: as many as the training rows had'),
          ('drafter', 'futures',

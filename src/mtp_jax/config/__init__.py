@@ -2,11 +2,12 @@
 
     schema.py    the sections and fields;          checks.py   which values are valid
     weights.py   weights as paths in words;        files.py    config files and --config.section.field=value
-    errors.py    BadInput: what the user can fix
+    errors.py    BadInput: what the user can fix;  paths.py    paths, with ~
 
 Only this folder imports ml_collections.
 """
 from mtp_jax.config.errors import BadInput, nearest
+from mtp_jax.config.paths import expanded, local_path
 from mtp_jax.config.schema import (
     SECTIONS,
     Config,
@@ -22,5 +23,5 @@ from mtp_jax.config.weights import forward_curriculum, reverse_curriculum, weigh
 
 __all__ = [
     'SECTIONS', 'BadInput', 'Config', 'DataConfig', 'MeshConfig', 'ModelConfig', 'ObjectiveConfig',
-    'OptimizerConfig', 'TrainConfig', 'check_name', 'forward_curriculum', 'nearest',
-    'reverse_curriculum', 'weight_at']
+    'OptimizerConfig', 'TrainConfig', 'check_name', 'expanded', 'forward_curriculum', 'local_path',
+    'nearest', 'reverse_curriculum', 'weight_at']

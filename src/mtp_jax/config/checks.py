@@ -53,7 +53,7 @@ def _require(config, field: str, ok: bool, fix: str) -> None:
 def _require_multiple(config, field: str, divisor_field: str) -> None:
   value, divisor = _value(config, field), _value(config, divisor_field)
   _require(config, field, value % divisor == 0,
-           f'must be a multiple of config.{divisor_field}={divisor}, such as {max(1, value // divisor) * divisor}')
+           f'must be a multiple of config.{divisor_field}={divisor}, such as {-(-value // divisor) * divisor}')
 
 
 def _check_values(c) -> None:

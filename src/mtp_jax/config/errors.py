@@ -1,5 +1,6 @@
-"""Errors that the user can fix, each reported in one line."""
+"""Errors, each reported in one line."""
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -7,6 +8,39 @@ class BadInput(ValueError):
   """What a user can fix: one line with the field or file, its value and the fix. The command line
   exits with code 2.
   """
+
+  def __init__(self, text: str):
+    super().__init__(text if len(str(text).splitlines()) == 1 else one_line(text))
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+  """(one line, the exit code) of an error that a user or the machine has caused; None of any other
+  one, whose traceback tells more.
+
+  What JAX, Orbax and other packages raise when the machine is at fault becomes a line here and
+  nowhere else.
+  """
+  if isinstance(error, BadInput):
+    return one_line(error), 2
+  if isinstance(error, KeyboardInterrupt):
+    return 'interrupted', 128 + signal.SIGINT
+  text = one_line(error) or type(error).__name__
+  if isinstance(error, RuntimeError) and 'initialize backend' in text:
+    return f'JAX_PLATFORMS: {text}', 2
+  if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text:
+    return f'out of memory: {text}', 1
+  by_the_machine = isinstance(error, (OSError, ImportError, RuntimeError))
+  if not by_the_machine or isinstance(error, (NotImplementedError, RecursionError)):
+    return None
+  return text if isinstance(error, OSError) else f'{type(error).__name__}: {text}', 1
+
+
+def one_line(text) -> str:
+  """The text, or that of an error, with its whitespace merged, and without its middle if it is very
+  long.
+  """
+  line = ' '.join(str(text).split())
+  return line if len(line) <= 1000 else f'{line[:600]} ... {line[-390:]}'
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -5,7 +5,12 @@
 
 With schema.py the door to ml_collections.
 """
+import importlib.machinery
+import importlib.util
+import inspect
 import os
+import sys
+import traceback
 import typing
 from collections.abc import Sequence
 
@@ -13,7 +18,8 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from mtp_jax.config.errors import BadInput, nearest
+from mtp_jax.config.errors import BadInput, nearest, one_line
+from mtp_jax.config.paths import expanded
 from mtp_jax.config.schema import SECTIONS, Config, check_name
 
 
@@ -69,23 +75,59 @@ def load(arguments: Sequence[str], flag: str = 'config') -> Config:
     BadInput: there is no such file, it fails or returns something else, or a value does not fit its
     field.
   """
-  where = f'--{flag}={path(arguments)}'
-  _check_exists(flag, path(arguments))
+  config = _run_file(flag, path(arguments))
+  overrides = [argument for argument in arguments if _name(argument) != 'config']
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file('config', None, '', flag_values=values, lock_config=True,
-                                  sys_argv=['', *arguments])
+  config_flags.DEFINE_config_dict('config', config, flag_values=values, lock_config=True,
+                                  sys_argv=['', *overrides])
   try:
-    values(['', *arguments])
-    config = values.config
-  except flags.Error as error:  # names the flag itself
-    raise BadInput(_one_line(error)) from None
-  except Exception as error:  # whatever a config file, which is a program, may raise
-    raise BadInput(_one_line(f'{where}: {type(error).__name__}: {error}')) from None
+    values(['', *overrides])
+  except Exception as error:  # names the flag itself
+    raise BadInput(one_line(error)) from None
+  return Config.from_dict(values.config.to_dict())
+
+
+def _run_file(flag: str, value: str) -> ml_collections.ConfigDict:
+  """What get_config of FILE[:ARGUMENT] returns.
+
+  Raises:
+    BadInput: the file, which is a program, fails, has no get_config, or one that does not take the
+      argument; or it returns something else.
+  """
+  where, file = f'--{flag}={value}', _check_exists(flag, value)
+  loader = importlib.machinery.SourceFileLoader('mtp_jax_config_file', file)
+  spec = importlib.util.spec_from_file_location(loader.name, file, loader=loader)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[loader.name] = module
+  try:
+    loader.exec_module(module)
+    if not callable(getattr(module, 'get_config', None)):
+      raise BadInput('has no function get_config')
+    config = module.get_config(*_argument(value, module.get_config))
+  except BadInput as error:
+    raise BadInput(f'{where}: {error}') from None
+  except (Exception, SystemExit) as error:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    line = f' (line {lines[-1]})' if lines else ''
+    raise BadInput(one_line(f'{where}: {type(error).__name__}: {error}{line}')) from None
   if not isinstance(config, ml_collections.ConfigDict):
     returned = type(config).__name__
     raise BadInput(f'{where}: get_config() returned {returned}, but must return '
                    'Config(...).to_config_dict()')
-  return Config.from_dict(config.to_dict())
+  return config
+
+
+def _argument(value: str, get_config) -> list[str]:
+  """ARGUMENT of FILE:ARGUMENT, [] without one. Raises BadInput if get_config does not take it."""
+  file, colon, argument = value.partition(':')
+  arguments = [argument] if colon else []
+  try:
+    inspect.signature(get_config).bind(*arguments)
+  except TypeError:
+    signature = f'get_config{inspect.signature(get_config)}'
+    fix = f'takes no argument; write {file}' if colon else f'needs an argument; write {file}:ARGUMENT'
+    raise BadInput(f'{signature} {fix}') from None
+  return arguments
 
 
 def path(arguments: Sequence[str]) -> str:
@@ -110,16 +152,13 @@ def _is_about_config(argument: str) -> bool:
                                        or name.removeprefix('no').startswith('config.'))
 
 
-def _check_exists(flag: str, value: str) -> None:
-  file = value.partition(':')[0]
+def _check_exists(flag: str, value: str) -> str:
+  """The path of the file of FILE[:ARGUMENT]. Raises BadInput if there is none."""
+  file = expanded(value.partition(':')[0], f'--{flag}')
   if os.path.isfile(file):
-    return
+    return file
   folder = os.path.dirname(file) or '.'
   names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
   configs = [os.path.join(folder, name) for name in names if name.endswith('.py')]
   raise BadInput(f'--{flag}={file}: no such file'
                  + (f'; {nearest(file, configs)}' if configs else ''))
-
-
-def _one_line(text) -> str:
-  return ' '.join(str(text).split())

@@ -250,9 +250,11 @@ class Config:
     """From a dict, a `ConfigDict`, or JSON, whose lists become tuples. Fields that are missing
     keep their defaults.
     """
+    if not isinstance(values, (Mapping, ml_collections.ConfigDict)):
+      raise BadInput(f'config={values!r}: must hold the sections {", ".join(SECTIONS)}')
     for name in values:
       if name not in SECTIONS:
-        raise _no_such_section(name)
+        raise _no_such_section(str(name))
     return cls(**{name: _section(name, values.get(name, {})) for name in SECTIONS})
 
 
@@ -297,8 +299,10 @@ def _typed(kind, value, where: str):
     if not isinstance(value, (tuple, list)):
       raise BadInput(f'{where}={value!r}: must be a tuple, such as ({value!r},)')
     return tuple(_typed(typing.get_args(kind)[0], item, where) for item in value)
-  if kind is float and type(value) is int:
+  if kind is float and type(value) is int and abs(value) < 2**63:
     return float(value)
   if type(value) is not kind:
     raise BadInput(f'{where}={value!r}: must be of type {kind.__name__}, not {type(value).__name__}')
+  if kind is int and abs(value) >= 2**63:
+    raise BadInput(f'{where}={value}: must be below 2**63')
   return value

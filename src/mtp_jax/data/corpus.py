@@ -144,10 +144,25 @@ def _open_sets(config: DataConfig, tokenizer: Tokenizer, field: str, note) -> tu
   for source in sources:
     if source.index['identity']['tokenizer'] != tokenizer.digest:
       name = source.index['tokenizer']
-      fitting = name if name == 'bytes' else source.folder.path(name)
+      fitting = name if name == 'bytes' else f'{source.folder.url}/{name}'
       raise BadInput(f'config.data.{field}: {source.folder.url!r} was prepared with another tokenizer than '
                      f'config.data.tokenizer={config.tokenizer!r}; set config.data.tokenizer={fitting!r}')
   return sources
+
+
+def load_tokenizer(name: str, where: str = 'config.data.tokenizer') -> Tokenizer:
+  """The tokenizer of a name: 'bytes', or the path or address of a SentencePiece model file.
+
+  Raises:
+    BadInput: as `tokenizer.load`.
+  """
+  if '://' not in name:
+    return tokenizers.load(name, where)
+  folder, _, file = name.rpartition('/')
+  try:
+    return tokenizers.SentencePiece(Folder(folder, where).read(file))
+  except (OSError, BadInput) as error:
+    raise BadInput(f'{where}={name!r}: {error}') from error
 
 
 def tokenizer_of(source: Prepared) -> Tokenizer:

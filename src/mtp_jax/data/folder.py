@@ -5,7 +5,7 @@ import os
 import pathlib
 import tempfile
 
-from mtp_jax.config import BadInput
+from mtp_jax.config import BadInput, local_path
 from mtp_jax.data.files import filesystem
 
 UNFINISHED = '.unfinished-'  # begins the names of files that are being written
@@ -34,7 +34,7 @@ class Folder:
 
   def __init__(self, url, where: str):
     self.where, self.is_local = where, '://' not in str(url)
-    self.url = str(pathlib.Path(url).expanduser().absolute()) if self.is_local else str(url).rstrip('/')
+    self.url = str(local_path(url, where).absolute()) if self.is_local else str(url).rstrip('/')
     self._fs, self._path = filesystem(self.url, where)
 
   def path(self, name: str) -> str:

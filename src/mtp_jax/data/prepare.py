@@ -21,10 +21,9 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 
-from mtp_jax.config import BadInput
+from mtp_jax.config import BadInput, local_path
 from mtp_jax.data.files import File, digest, files
 from mtp_jax.data.folder import UNFINISHED, Folder
 from mtp_jax.data.kinds import kind, read_as, recognized
@@ -127,7 +126,7 @@ def prepare_once(paths: tuple[str, ...], tokenizer: Tokenizer, validation_share:
     options = Options(Reading('text', keep=MAY_BE_KEPT, max_document_bytes=2**62), validation_share, bad_share=1)
   contents = [[(file.name, file.bytes, digest(file, where)) for file in found] for found in (inputs, held_out)]
   key = json.dumps([FORMAT, tokenizer.digest, validation_share, bool(paths), contents])
-  directory = pathlib.Path(cache).expanduser() / hashlib.sha256(key.encode()).hexdigest()[:16]
+  directory = local_path(cache, 'config.data.cache') / hashlib.sha256(key.encode()).hexdigest()[:16]
   try:
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / INDEX).exists():

@@ -2,7 +2,7 @@
 import codecs
 from collections.abc import Sequence
 
-from mtp_jax.tokenizer import Tokenizer
+from mtp_jax.tokenizer import Tokenizer, as_bytes
 
 
 class Detokenizer:
@@ -12,10 +12,10 @@ class Detokenizer:
   stopped: a stop string is complete.
   """
 
-  def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+  def __init__(self, tokenizer: Tokenizer, stop: Sequence[str | bytes]):
     self.stopped = False
     self._tokenizer = tokenizer
-    self._stop = [string.encode('utf-8', errors='surrogatepass') for string in stop]
+    self._stop = [as_bytes(string) for string in stop]
     self._bytes = b''  # all of the row, up to the stop string
     self._returned = 0  # of those bytes
     self._characters = codecs.getincrementaldecoder('utf-8')(errors='replace')

@@ -1,6 +1,6 @@
 """What `LanguageModel.generate` accepts: checks of its arguments. Nothing here imports JAX."""
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Set
 
 import numpy as np
 
@@ -32,8 +32,11 @@ class Criterion:
   min_block: int = 1
 
   def __post_init__(self):
-    if self.name not in CRITERIA:
-      raise BadInput(f'criterion={self.name}: no such criterion; {nearest(self.name, CRITERIA)}')
+    if not (isinstance(self.name, str) and self.name in CRITERIA):
+      raise BadInput(f'criterion={self.name}: no such criterion; {nearest(str(self.name), CRITERIA)}')
+    most = float(np.finfo(np.float32).max)
+    threshold = per_row('threshold', self.threshold, 1, -most, most, np.float64)
+    object.__setattr__(self, 'threshold', threshold.item())
     valid, range_ = {
         'exact': (self.threshold == 0, '0, because the exact criterion has none'),
         'lossy_top_k': (self.threshold >= 1, 'at least 1, a number of likeliest tokens'),
@@ -42,15 +45,13 @@ class Criterion:
     }[self.name]
     if not valid:
       raise BadInput(f'threshold={self.threshold:g}: for {self.name} it must be {range_}')
-    if self.min_block < 1:
-      raise BadInput(f"min_block={self.min_block}: must be at least 1, the model's own token")
+    min_block = per_row('min_block', self.min_block, 1, 1, 2**31 - 1,
+                        allowed="at least 1, the model's own token")
+    object.__setattr__(self, 'min_block', min_block.item())
 
   @property
   def lossless(self) -> bool:
     return self.name == 'exact' and self.min_block == 1
-
-
-EXACT = Criterion()
 
 
 def sampling_parameters(rows: int, temperature=0.0, seed=0, top_k=0,
@@ -101,16 +102,67 @@ def lengths_after_decoding(length_B: np.ndarray, max_tokens, max_length: int) ->
   return length_B + new_B
 
 
-def stop_strings(stop: str | Sequence[str]) -> list[str]:
-  """One or several, as a list.
+def stop_strings(stop) -> list[str | bytes]:
+  """One or several, text or bytes, as a list; None are none.
 
   Raises:
-    BadInput: one is empty, or not a string.
+    BadInput: one is empty, or neither text nor bytes.
   """
-  strings = [stop] if isinstance(stop, str) else list(stop)
-  if not all(isinstance(string, str) and string for string in strings):
-    raise BadInput(f'stop={strings!r}: must be strings, none of them empty')
+  strings = one_or_several('stop', () if stop is None else stop, (str, bytes))
+  if not all(isinstance(string, (str, bytes)) and string for string in strings):
+    raise BadInput(f'stop={strings!r}: must be text or bytes, none of them empty')
   return strings
+
+
+def one_or_several(name: str, value, one: tuple[type, ...]) -> list:
+  """A list of a value of the types `one`, or of the entries of a sequence.
+
+  Raises:
+    BadInput: it is neither, such as None, a number or a set, which has no order.
+  """
+  if isinstance(value, one):
+    return [value]
+  try:
+    if isinstance(value, (Mapping, Set)):
+      raise TypeError
+    return list(value)
+  except TypeError:
+    kinds = ' or '.join(kind.__name__ for kind in one)
+    raise BadInput(f'{name}={value!r}: must be {kinds}, or a sequence of them') from None
+
+
+def prompt_ids(prompt, tokenizer) -> np.ndarray:
+  """The ids of a prompt: int32[n].
+
+  Raises:
+    BadInput: it is empty, or neither text nor ids.
+  """
+  try:
+    ids = tokenizer.encode(prompt) if isinstance(prompt, (str, bytes)) else np.asarray(prompt)
+    whole = not ids.size or np.issubdtype(ids.dtype, np.integer)
+    wrong = ids.ndim != 1 or not whole or ids.size and (ids.min() < 0 or ids.max() >= tokenizer.size)
+  except (ValueError, TypeError, OverflowError):  # such as rows of unequal length
+    wrong = True
+  if wrong:
+    raise BadInput(f'prompts: {prompt!r} is neither text nor a sequence of ids '
+                   f'from 0 to {tokenizer.size - 1}')
+  if not ids.size:
+    raise BadInput('prompt: empty; pass the text to continue')
+  return ids.astype(np.int32)
+
+
+def check_is(kind, **arguments) -> None:
+  """Raises BadInput for an argument that is not of the type, or of one of the types, `kind`."""
+  for name, value in arguments.items():
+    if not isinstance(value, kind):
+      kinds = kind if isinstance(kind, tuple) else (kind,)
+      expected = ' or '.join(k.__name__ for k in kinds)
+      raise BadInput(f'{name}={value!r}: must be of type {expected}, not {type(value).__name__}')
+
+
+def number(name: str, value, least: int, most: int) -> int:
+  """One whole number from least to most. Raises BadInput."""
+  return int(per_row(name, value, 1, least, most, np.int64)[0])
 
 
 def per_row(name: str, value, rows: int, least, most, dtype=np.int32,
@@ -127,8 +179,10 @@ def per_row(name: str, value, rows: int, least, most, dtype=np.int32,
     BadInput: it is no number, out of range, or not one a row.
   """
   try:
+    if value is None or isinstance(value, (Mapping, Set)):
+      raise TypeError
     values = np.asarray(value, np.float64)
-  except (TypeError, ValueError):
+  except (TypeError, ValueError, OverflowError):
     raise BadInput(f'{name}={value!r}: must be a number') from None
   if values.ndim == 0:
     values = np.broadcast_to(values, rows)
@@ -141,3 +195,6 @@ def per_row(name: str, value, rows: int, least, most, dtype=np.int32,
       kind = ', a whole number' if whole and x % 1 else ''
       raise BadInput(f'{name}={x:.12g}: must be {allowed}{kind}')
   return values.astype(dtype)
+
+
+EXACT = Criterion()

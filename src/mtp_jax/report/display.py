@@ -1,4 +1,10 @@
-"""Progress of a run on a terminal: bars of rich; elsewhere plain lines on stderr."""
+"""Progress of a run on a terminal: bars of rich; elsewhere plain lines on stderr.
+
+Telling never ends a run: what cannot be written, since stderr is closed, its reader has gone or the
+disk is full, is dropped.
+"""
+import contextlib
+import io
 import math
 import sys
 import time
@@ -15,9 +21,39 @@ from rich.progress import (
 from rich.table import Column
 
 
+class Stderr(io.TextIOBase):
+  """stderr, without the errors of writing to it."""
+
+  def __init__(self):
+    self._stream = sys.stderr  # None where the process was started without one
+
+  @property
+  def encoding(self) -> str:
+    return getattr(self._stream, 'encoding', None) or 'utf-8'
+
+  def isatty(self) -> bool:
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+      return self._stream.isatty()
+    return False
+
+  def fileno(self) -> int:
+    if self._stream is None:
+      raise io.UnsupportedOperation('fileno')
+    return self._stream.fileno()
+
+  def write(self, text: str) -> int:
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+      self._stream.write(text)
+    return len(text)
+
+  def flush(self) -> None:
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+      self._stream.flush()
+
+
 def print_stderr(line: str) -> None:
   """Prints a line to stderr; stdout holds only what a command returns."""
-  print(line, file=sys.stderr, flush=True)
+  print(line, file=Stderr(), flush=True)
 
 
 def format_numbers(values) -> str:
@@ -36,12 +72,13 @@ class Display:
 
   def __init__(self, steps: int, start: int, note, bar: bool = True):
     self.note, self.bar = note, None
-    if bar and sys.stderr.isatty():
+    stderr = Stderr()
+    if bar and stderr.isatty():
       # A narrow terminal cuts off the last column only.
       last = TextColumn('{task.description}',
                         table_column=Column(ratio=1, no_wrap=True, overflow='ellipsis'))
       columns = BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), last
-      self.bar = Progress(TextColumn('train'), *columns, console=Console(stderr=True), expand=True)
+      self.bar = Progress(TextColumn('train'), *columns, console=Console(file=stderr), expand=True)
       self.task = self.bar.add_task('', total=steps, completed=start)
       self.bar.start()
 
@@ -91,11 +128,11 @@ class Meter:
     self.total, self.ready, self.note = total, ready, note
     self.done = (0, 0, 0)  # bytes, documents, tokens
     self.start = self.last_shown = time.perf_counter()
-    self.bar = None
-    if sys.stderr.isatty():
+    self.bar, stderr = None, Stderr()
+    if stderr.isatty():
       columns = BarColumn(), DownloadColumn(), TimeRemainingColumn()
       self.bar = Progress(TextColumn('prepare'), *columns, TextColumn('{task.description}'),
-                          console=Console(stderr=True), transient=True)
+                          console=Console(file=stderr), transient=True)
       self.task = self.bar.add_task('', total=total, completed=ready)
 
   def __enter__(self) -> 'Meter':

@@ -10,13 +10,15 @@ import dataclasses
 import json
 import pathlib
 import time
+from collections.abc import Callable
 
 import jax
 
 from mtp_jax import chips
 from mtp_jax.checkpoint import store
-from mtp_jax.config import BadInput, Config
-from mtp_jax.data.folder import Damaged, Unreadable
+from mtp_jax.checkpoint.record import TOKENIZER
+from mtp_jax.config import BadInput, Config, local_path
+from mtp_jax.data.folder import Damaged, Folder, Unreadable
 from mtp_jax.data.progress import quiet
 from mtp_jax.data.rows import validation_batches
 from mtp_jax.evaluation.held_out import evaluate
@@ -53,7 +55,8 @@ class Outcome:
 def fit(config: Config, workdir, profile_steps: range = range(0), note=print_stderr) -> Outcome:
   """Trains to config.train.steps, from the newest checkpoint in workdir or from the beginning.
 
-  SIGTERM or Ctrl-C saves a checkpoint and returns. The metrics of every record are in
+  SIGTERM, SIGHUP or Ctrl-C saves a checkpoint and returns, also during a validation, which the next
+  run then repeats. The metrics of every record are in
   workdir/metrics.jsonl. Among several processes the first one writes there and calls `note`;
   every other one keeps its own log, events and evidence of bad steps in workdir/process-INDEX.
 
@@ -67,8 +70,12 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=print_std
     NotFinite: config.train.skipped_allowed steps in a row were not finite; their batches are in
       workdir/nonfinite.
   """
+  if not isinstance(config, Config):
+    raise BadInput(f'config={config!r}: must be a Config')
+  if not isinstance(profile_steps, range) or not callable(note):
+    raise BadInput(f'profile_steps={profile_steps!r}, note={note!r}: must be a range and a function of a line')
   started, t = time.time(), config.train
-  workdir = pathlib.Path(workdir).expanduser().absolute()
+  workdir = local_path(workdir, '--workdir').absolute()
   index = jax.process_index()
   note = quiet if index else note
   opened = open_run(config, workdir, note)
@@ -81,20 +88,25 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=print_std
   with (processes.interrupts() as interrupts, jax.set_mesh(mesh),
         contextlib.closing(Display(t.steps, opened.step, note, bar=index == 0)) as display,
         contextlib.closing(_Run(config, workdir, folder, opened, mesh, display, started)) as run):
+    def heard() -> int:
+      with watched(t.hang_seconds):
+        return processes.stop_signal(interrupts)
+
     stop_signal = 0
     try:
       # the run before may have ended between a checkpoint and its validation
       if opened.record and run.validation_due():
-        run.validate()
+        stop_signal = run.validate(heard)
       while run.step < t.steps and not stop_signal:
         run.profile(profile_steps)
         run.advance()
-        with watched(t.hang_seconds):
-          stop_signal = processes.stop_signal(interrupts, run.step)
+        stop_signal = heard()
         if stop_signal or run.step == t.steps or run.step % t.checkpoint_every == 0:
           run.save()
         if run.validation_due() and not stop_signal:
-          run.validate()
+          stop_signal = run.validate(heard)
+          if stop_signal:
+            run.save()
     except (Damaged, Unreadable):
       if jax.process_count() == 1:  # among several processes the others may be a step ahead
         run.save()
@@ -143,6 +155,8 @@ class _Run:
     self.recorder = Recorder(config, folder, self.step, chips.peak_flops() * mesh.size, self.events,
                              display, tensorboard=config.train.tensorboard and is_first)
     (folder / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
+    if is_first and opened.tokenizer.model:
+      Folder(folder, '--workdir').write(TOKENIZER, opened.tokenizer.model)
 
   def _first_state(self, workdir: pathlib.Path, opened: Opened) -> State:
     """A new state, or the checkpoint's, with the batches at its position in the data."""
@@ -198,17 +212,32 @@ class _Run:
     t = self.config.train
     return self.step == t.steps or (t.evaluate_every > 0 and self.step % t.evaluate_every == 0)
 
-  def validate(self) -> None:
-    """Evaluates config.train.evaluate_rows held-out rows, and records the metrics."""
+  def validate(self, heard: Callable[[], int]) -> int:
+    """Evaluates config.train.evaluate_rows held-out rows, and records the metrics; the signal that
+    ended it before its end, else 0.
+
+    heard: that signal, asked for after every batch.
+    """
     self.recorder.flush()
-    n = self.config.train.evaluate_rows
+    n, size = self.config.train.evaluate_rows, self.config.train.batch // self.config.train.accumulate
+    stopped = []
+
+    def batches():
+      for batch in validation_batches(self.held_out, min(n, size), n, *self.share):
+        yield batch
+        if signal := heard():
+          stopped.append(signal)
+          return
+
     with self.recorder.speed.paused('evaluation', self.step):
-      batches = validation_batches(self.held_out, n, n, *self.share)
-      metrics = evaluate(self.config, self.state.model, batches, self.byte_length_V,
+      metrics = evaluate(self.config, self.state.model, batches(), self.byte_length_V,
                          self.decodable_V, self.mesh)
+      if stopped:
+        return stopped[0]
       quarantined_rows = processes.total(self.held_out.quarantined)
     self.validation = metrics | {'quarantined_rows': quarantined_rows}
     self.recorder.validation(self.step, self.validation)
+    return 0
 
   def save(self) -> None:
     """Starts to write a checkpoint of the last step, unless it has one."""

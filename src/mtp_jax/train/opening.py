@@ -5,10 +5,18 @@ import dataclasses
 import pathlib
 from collections.abc import Callable
 
-from mtp_jax import tokenizer
-from mtp_jax.checkpoint.record import check_conventions, check_resumes, check_tokenizer, read_record, steps
+from mtp_jax.checkpoint.record import (
+    FOLDER,
+    TOKENIZER,
+    check_conventions,
+    check_resumes,
+    check_tokenizer,
+    locate,
+    read_record,
+    steps,
+)
 from mtp_jax.config import BadInput, Config
-from mtp_jax.data.corpus import Corpus, difference, open_corpus
+from mtp_jax.data.corpus import Corpus, difference, load_tokenizer, open_corpus
 from mtp_jax.data.prepared_set import INDEX
 from mtp_jax.model.model import conventions
 from mtp_jax.report.display import Meter, print_stderr
@@ -45,7 +53,7 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None])
   if record:
     changes += check_resumes(config, record, workdir)
     check_conventions(conventions(config.model), record, workdir)
-  tokens = tokenizer.load(config.data.tokenizer)
+  tokens = _tokenizer(config.data.tokenizer, workdir, note)
   check_vocabulary(config, tokens)
   if record:
     check_tokenizer(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record,
@@ -65,6 +73,20 @@ def _check_workdir(workdir: pathlib.Path) -> None:
     raise BadInput(f'--workdir={workdir}: cannot be a folder, it is a file; choose another')
   if (workdir / INDEX).exists():
     raise BadInput(f'--workdir={workdir}: holds a prepared set; choose another')
+  if FOLDER in workdir.parts and (run := locate(workdir)[0]) != workdir:
+    raise BadInput(f'--workdir={workdir}: is inside the run {run}; give that to go on with it')
+
+
+def _tokenizer(name: str, workdir: pathlib.Path, note: Callable[[str], None]) -> Tokenizer:
+  """The tokenizer of config.data.tokenizer; the copy in the workdir if that file is gone."""
+  kept = workdir / TOKENIZER
+  try:
+    return load_tokenizer(name)
+  except BadInput:
+    if not kept.exists():
+      raise
+  note(f'config.data.tokenizer={name}: cannot be read here; {kept} is used')
+  return load_tokenizer(str(kept))
 
 
 def _check_data(config: Config, corpus: Corpus, record: dict, workdir: pathlib.Path) -> list[str]:

@@ -9,7 +9,7 @@ The environment tells where a job runs; the first that applies is used:
 
 JAX aborts a process when another one of its job is gone. So each process does its work in a child
 process; the parent turns an abort into a message and exit code 1, and forwards signals. SIGTERM
-to any process stops all at the same step.
+or SIGHUP to any process stops all at the same step.
 """
 import contextlib
 import glob
@@ -24,11 +24,13 @@ from collections.abc import Callable, Mapping
 
 from mtp_jax.config import BadInput
 from mtp_jax.report.display import print_stderr
-from mtp_jax.train.watch import Interrupts
+from mtp_jax.train.watch import Interrupts, heard
 
 VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 WAIT_SECONDS = 300  # that processes wait for each other at the start, and at most at the end
-SAVED = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes after which nothing is lost
+SAY_AFTER_SECONDS = 10  # of waiting at the start, for whom
+STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # signals that save a checkpoint
+SAVED = (0, *(128 + number for number in STOPS))  # exit codes after which nothing is lost
 
 
 def environment(variables: Mapping[str, str], tpu: bool) -> str | None:
@@ -56,9 +58,27 @@ def environment(variables: Mapping[str, str], tpu: bool) -> str | None:
     return 'variables' if int(count) > 1 else None
   # not set in the batch script itself, which is no task
   in_slurm_step = 'SLURM_STEP_NODELIST' in variables
-  if in_slurm_step and int(variables.get('SLURM_NTASKS', 1)) > 1:
+  if in_slurm_step and _slurm_tasks(variables) > 1:
     return 'slurm'
   return 'tpu' if tpu and 'tpu' in variables.get('JAX_PLATFORMS', 'tpu') else None
+
+
+def _slurm_tasks(variables: Mapping[str, str]) -> int:
+  """Tasks of this step: one in the shell that `salloc` opens, whatever the size of its allocation."""
+  count = variables.get('SLURM_STEP_NUM_TASKS') or variables.get('SLURM_NTASKS') or '1'
+  return int(count) if count.isdecimal() else 1
+
+
+def awaited(where: str, variables: Mapping[str, str]) -> str:
+  """Who must start before this process of a job can go on, in words."""
+  if where == 'variables':
+    address, count, index = (variables[name] for name in VARIABLES)
+    others = f'process 0 at {address}' if index != '0' else f'{int(count) - 1} others to come to {address}'
+    return f'process {index} of {count} waits for {others}'
+  if where == 'slurm':
+    return (f'task {variables.get("SLURM_PROCID", "?")} of {_slurm_tasks(variables)} waits for the others, on '
+            f'{variables["SLURM_STEP_NODELIST"]}')
+  return 'waits for the other hosts of this TPU slice'
 
 
 def has_tpu() -> bool:
@@ -79,8 +99,7 @@ def run(work: Callable[[], int], heartbeat_seconds: int) -> int:
   where = environment(os.environ, has_tpu())
   if not where:
     return work()
-  sys.stdout.flush()
-  sys.stderr.flush()
+  _flush()
   parent_is_alive, held_by_parent = os.pipe()
   child = os.fork()
   if child:
@@ -98,11 +117,11 @@ def _supervise(child: int) -> int:
     with contextlib.suppress(ProcessLookupError):  # it has just ended
       os.kill(child, number)
 
-  for number in (signal.SIGTERM, signal.SIGINT):
+  for number in heard(STOPS):
     signal.signal(number, forward)
   code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-  if code == -signal.SIGTERM:  # it came before JAX handled it, so there is nothing to lose yet
-    return 128 + signal.SIGTERM
+  if code in (-signal.SIGTERM, -signal.SIGHUP):  # before JAX handled it, so there is nothing to lose yet
+    return 128 - code
   if code == -signal.SIGABRT:
     print_stderr('mtp_jax: another process of this job has ended or hangs, so this one ended too; '
                  'run the same command on all of them to resume')
@@ -133,46 +152,58 @@ def _work(work: Callable[[], int], where: str, heartbeat_seconds: int) -> int:
                'num_processes': int(os.environ['JAX_NUM_PROCESSES']),
                'process_id': int(os.environ['JAX_PROCESS_ID'])}
   code = 1
+  line = f'mtp_jax: {awaited(where, os.environ)}; gives up after {WAIT_SECONDS} seconds'
+  waiting = threading.Timer(SAY_AFTER_SECONDS, print_stderr, [line])
+  waiting.daemon = True
+  waiting.start()
   try:
     jax.distributed.initialize(**address, initialization_timeout=WAIT_SECONDS,
                                shutdown_timeout_seconds=WAIT_SECONDS,
                                heartbeat_timeout_seconds=heartbeat_seconds)
+    waiting.cancel()
     code = work()
     if code in SAVED:
       jax.distributed.shutdown()
   except jax.errors.JaxRuntimeError as error:
     print_stderr(f'mtp_jax: {str(error).splitlines()[0][:300]}')
+  except KeyboardInterrupt:
+    print_stderr('mtp_jax: interrupted')
+    code = 128 + signal.SIGINT
   except BaseException:
-    traceback.print_exc()
-  with contextlib.suppress(OSError):
-    sys.stdout.flush()
-    sys.stderr.flush()
+    print_stderr(traceback.format_exc())
+  waiting.cancel()
+  _flush()
   return code
 
 
+def _flush() -> None:
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or without a reader
+      stream.flush()
+
+
 def interrupts() -> Interrupts:
-  """Records SIGTERM and Ctrl-C of this process; among several processes JAX itself handles
+  """Records SIGTERM, SIGHUP and Ctrl-C of this process; among several processes JAX itself handles
   SIGTERM.
   """
   import jax
-  return Interrupts((signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1
-                    else (signal.SIGINT,))
+  return Interrupts(STOPS if jax.process_count() == 1 else (signal.SIGHUP, signal.SIGINT))
 
 
-def stop_signal(interrupts: Interrupts, step: int) -> int:
-  """The signal that stops the run at this step, 0 if none: the same step on all processes,
-  whichever got the signal.
+def stop_signal(interrupts: Interrupts) -> int:
+  """The signal that stops the run now, 0 if none: the same for all processes, whichever got it.
 
-  Every process must call it after every step.
+  Every process must call it equally often: after every step, and after every batch of a validation.
   """
   import jax
   from jax.experimental import multihost_utils
+  interrupts.asked += 1
   if jax.process_count() == 1:
     return interrupts.received
   if interrupts.received and not interrupts.forwarded:
     interrupts.forwarded = True
     signal.raise_signal(signal.SIGTERM)  # JAX tells the other processes
-  if not multihost_utils.reached_preemption_sync_point(step):
+  if not multihost_utils.reached_preemption_sync_point(interrupts.asked):
     return 0
   return interrupts.received or signal.SIGTERM
 

@@ -16,28 +16,33 @@ def watched(seconds: float) -> Iterator[None]:
   if not seconds:
     yield
     return
-  faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+  faulthandler.dump_traceback_later(seconds, exit=True, file=_stderr_descriptor())
   try:
     yield
   finally:
     faulthandler.cancel_dump_traceback_later()
 
 
+def _stderr_descriptor() -> int:
+  """That of the process: a notebook's sys.stderr has none, and a closed one is None."""
+  return sys.__stderr__.fileno() if sys.__stderr__ else 2
+
+
 class Interrupts:
-  """Records signals; a second Ctrl-C interrupts.
+  """Records signals; a second Ctrl-C interrupts. SIGHUP stays ignored where `nohup` had it ignored.
 
   received: the last signal, 0 if none. forwarded: whether the other processes of the job know of
-    it.
+    it. asked: how often this process has asked whether to stop.
   """
 
   def __init__(self, numbers: tuple[int, ...]):
     self.numbers = numbers
 
   def __enter__(self) -> 'Interrupts':
-    self.received, self.forwarded, self.old_handlers = 0, False, {}
+    self.received, self.forwarded, self.asked, self.old_handlers = 0, False, 0, {}
     # handlers can be set in the main thread only; some notebooks run in another
     with contextlib.suppress(ValueError):
-      self.old_handlers = {number: signal.signal(number, self._receive) for number in self.numbers}
+      self.old_handlers = {number: signal.signal(number, self._receive) for number in heard(self.numbers)}
     return self
 
   def _receive(self, number, frame) -> None:
@@ -48,3 +53,9 @@ class Interrupts:
   def __exit__(self, *_) -> None:
     for number, handler in self.old_handlers.items():
       signal.signal(number, handler)
+
+
+def heard(numbers: tuple[int, ...]) -> list[int]:
+  """Those of the signals that this process may handle: not a SIGHUP that `nohup` had ignored."""
+  return [number for number in numbers
+          if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]

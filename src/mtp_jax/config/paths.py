@@ -1,0 +1,42 @@
+"""Paths as people write them: in a flag, in a config, in a call."""
+import os
+import pathlib
+
+from mtp_jax.config.errors import BadInput
+
+
+def local_path(path, where: str) -> pathlib.Path:
+  """The path on this machine; ~ is the home directory.
+
+  Args:
+    path: a str or a `pathlib.Path`.
+    where: the flag, field or argument that gave it, for messages.
+
+  Raises:
+    BadInput: it is empty, no path, or begins with a ~ that stands for nothing here.
+  """
+  if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
+    raise BadInput(f'{where}={path!r}: must be a path, not {type(path).__name__}')
+  text = expanded(os.fspath(path), where)
+  if not text:
+    raise BadInput(f'{where}: empty; give a path')
+  return pathlib.Path(text)
+
+
+def expanded(text: str, where: str) -> str:
+  """The text with the home directory in place of a leading ~; addresses stay as they are.
+
+  Raises:
+    BadInput: no file can have that name, or ~ stands for nothing here.
+  """
+  try:
+    if b'\0' in os.fsencode(text):
+      raise ValueError
+  except ValueError:
+    raise BadInput(f'{where}={text!r}: no file can have such a name') from None
+  path = os.path.expanduser(text)
+  if text.startswith('~') and path == text:
+    name = text.partition('/')[0]
+    raise BadInput(f'{where}={text}: there is no home directory for {name} here; write the whole path, '
+                   f'or ./{name} for a folder of that name')
+  return path
