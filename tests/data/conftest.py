@@ -17,7 +17,7 @@ def corpus(tmp_path):
     documents.append(f'{i} '.encode() + bytes(rng.choices(range(32, 127), k=size)))
   lines = [json.dumps({'text': text.decode()}).encode() + b'\n' for text in documents]
   (folder / 'a.jsonl').write_bytes(b''.join(lines[:120]))
-  (folder / 'b.jsonl.gz').write_bytes(gzip.compress(b''.join(lines[120:180])))
+  (folder / 'b.jsonl.gz').write_bytes(gzip.compress(b''.join(lines[120:180]), mtime=0))
   for i, text in enumerate(documents[180:]):
     (folder / f'{i}.txt').write_bytes(text)
   return folder, sorted(documents)

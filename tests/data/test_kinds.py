@@ -51,7 +51,7 @@ def test_content_decides_where_the_name_says_nothing_or_something_else(tmp_path)
       'a.json': (LINES, 'JSON lines'), 'b.json': (b'\n ' + LINES, 'JSON lines'), 'one.json': (LINES[:14], 'JSON lines'),
       'blob': (LINES, 'JSON lines'), 'c.txt': (b'\xef\xbb\xbf' + LINES, 'JSON lines'),
       'wide': (b'{"text": "' + b'x' * 10**5 + b'"}\n' + LINES, 'JSON lines'),
-      'd.jsonl': (gzip.compress(LINES), 'JSON lines in gzip'),
+      'd.jsonl': (gzip.compress(LINES, mtime=0), 'JSON lines in gzip'),
       'e.jsonl.bz2': (bz2.compress(LINES), 'JSON lines in bz2'),
       'f.jsonl.xz': (lzma.compress(LINES), 'JSON lines in xz'), 'g.bz2': (lzma.compress(LINES), 'JSON lines in xz'),
       'h.jsonl.gz': (LINES, 'JSON lines'), 'large': (bz2.compress(LINES * 10**5), 'JSON lines in bz2'),
@@ -59,7 +59,7 @@ def test_content_decides_where_the_name_says_nothing_or_something_else(tmp_path)
       'p': (parquet(), 'Parquet'), 'q.parquet': (parquet(), 'Parquet'), 'r.bin': (parquet(), 'Parquet'),
       'code.py': (b'{"a": 1}\nx = 2\n', 'text'), 'pretty.json': (b'{\n "text": 1\n}\n', 'text'),
       'other.json': (b'{"name": "x"}\n', 'text'), 'empty': (b'', 'text'), 'latin': (b'caf\xe9 au lait\n' * 9, 'text'),
-      'text.gz': (gzip.compress(b'text'), 'text in gzip'), 'not.gz': (b'text', 'text'),
+      'text.gz': (gzip.compress(b'text', mtime=0), 'text in gzip'), 'not.gz': (b'text', 'text'),
       'brackets': (b'[{"text": "a"}]', 'text'), 'colour': (b'\x1b[1mtext\x1b[0m\x07', 'text'),
       'start': (b'BZh, ORC, Obj and PK begin this text', 'text')}
   found = kinds(tmp_path, {name: content for name, (content, _) in expected.items()})
@@ -69,7 +69,7 @@ def test_content_decides_where_the_name_says_nothing_or_something_else(tmp_path)
 @pytest.mark.parametrize('name, content, reason', [
     ('a.png', b'\x89PNG\r\n\x1a\n\0\0', 'is a PNG picture'), ('a', b'\xff\xd8\xff\xe0\0', 'is a JPEG picture'),
     ('a.jsonl', b'%PDF-1.7\n\x80', 'is PDF'), ('a.txt', zipped(), 'is a ZIP archive, or a document like .docx'),
-    ('a.tar', tar(), 'is a tar archive'), ('a.txt.gz', gzip.compress(tar()), 'is a tar archive'),
+    ('a.tar', tar(), 'is a tar archive'), ('a.txt.gz', gzip.compress(tar(), mtime=0), 'is a tar archive'),
     ('a.so', b'\x7fELF\2\1\1\0', 'is an ELF program'), ('a.txt', 'text'.encode('utf-16'), 'is UTF-16 text'),
     ('a.txt', 'text'.encode('utf-32'), 'is UTF-32 text'), ('a.bin', b'ab\0c' * 99, 'is binary: neither text'),
     ('a.dat', bytes(range(1, 256)) * 9, 'is binary: neither text'), ('a.jsonl', LINES + bytes(512), 'is binary'),
@@ -80,7 +80,7 @@ def test_content_decides_where_the_name_says_nothing_or_something_else(tmp_path)
     ('a.parquet', b'', 'is no Parquet file: it is damaged'), ('a.parquet', b'<html>', 'is no Parquet file'),
     ('a.parquet', b'version https://git-lfs.github.com/spec/v1\n', 'no Parquet file: it is a Git LFS pointer'),
     ('a.jsonl', b'version https://git-lfs.github.com/spec/v1\n', 'is a Git LFS pointer'),
-    ('a.parquet.gz', gzip.compress(parquet()), 'is Parquet in gzip; decompress it'),
+    ('a.parquet.gz', gzip.compress(parquet(), mtime=0), 'is Parquet in gzip; decompress it'),
     ('a.json', b' [ {"text": "a"},\n{"text": "b"}]', 'is one JSON array; write an object a line'),
     ('a.arrow', b'ARROW1\0\0', 'is an Arrow file'), ('a.npy', b'\x93NUMPY\1\0', 'is a NumPy array')])
 def test_what_cannot_be_read_is_refused_with_its_name_and_what_it_is(tmp_path, name, content, reason):
@@ -98,7 +98,7 @@ def test_many_refused_files_are_counted_and_three_are_named(tmp_path):
 @pytest.mark.parametrize('format', ['text', 'jsonl'])
 def test_a_format_that_is_given_holds_for_all_files_but_for_those_that_are_something_else_for_certain(tmp_path, format):
   what = {'text': 'text', 'jsonl': 'JSON lines'}[format]
-  contents = {'a.txt': b'a', 'b.jsonl': LINES, 'c': b'a\0', 'd.gz': gzip.compress(b'a')}
+  contents = {'a.txt': b'a', 'b.jsonl': LINES, 'c': b'a\0', 'd.gz': gzip.compress(b'a', mtime=0)}
   assert set(kinds(tmp_path, contents, format=format).values()) == {what, f'{what} in gzip'}
   for content, reason in ((parquet(), 'is Parquet; leave out --format'), (b'\x89PNG', 'is a PNG picture')):
     with pytest.raises(BadInput, match=reason):
