@@ -59,7 +59,8 @@ CASES = {
     'bz2 beside plain ones': ({'a.jsonl': FIFTY, 'b.jsonl.bz2': bz2.compress(lines(*range(50, 99)))}, '',
          '99 documents'),
     'xz': ({'a.jsonl.xz': lzma.compress(FIFTY)}, '', 'read as JSON lines in xz: 1 file; 50 documents'),
-    'gzip without its suffix': ({'a.jsonl': gzip.compress(FIFTY, mtime=0)}, '', 'JSON lines in gzip: 1 file; 50 documents'),
+    'gzip without its suffix': (
+        {'a.jsonl': gzip.compress(FIFTY, mtime=0)}, '', 'JSON lines in gzip: 1 file; 50 documents'),
     'plain, named .gz': ({'a.jsonl.gz': FIFTY}, '', 'read as JSON lines: 1 file; 50 documents'),
     'an empty .gz': ({'a.jsonl.gz': b'', 'b.jsonl': FIFTY}, '', 'is named .gz, but does not begin like gzip'),
     'gzip cut off': ({'a.jsonl.gz': gzip.compress(FIFTY, mtime=0)[:-9]}, '', 'is damaged or cut off after line'),
