@@ -90,6 +90,8 @@ CASES = {
     'notes and a book': ({'notes': b'some notes of mine', 'book.txt': BOOK}, '', '3 documents'),
     'one book': ({'book.txt': BOOK}, '--validation_share=0.01', '2 documents'),
     'stories in one file': ({'s.txt': stories(50)}, '--separator=<|endoftext|>', '50 documents'),
+    'one story a file': ({f'{i}.txt': b'story %d<|endoftext|>' % i for i in range(50)}, '--separator=<|endoftext|>',
+                         '50 documents'),
     'a separator that is not there': ({'s.txt': BOOK}, '--separator=<eot>',
          '--separator=<eot>: occurs in no text file'),
     'a separator for JSON lines': ({'a.jsonl': FIFTY}, '--separator=<eot>', '--separator=<eot>: has no effect'),

@@ -283,7 +283,8 @@ class LanguageModel:
     of the training run.
     """
     corpus = open_corpus(self.config.data, self.tokenizer, print_stderr, Meter)
-    if corpus.identity['sources'] != self.record['identity'].get('sources'):
+    ours, theirs = corpus.identity, {'validation': []} | self.record['identity']
+    if any(ours[key] != theirs.get(key) for key in ('sources', 'validation')):
       print_stderr('note: the documents here differ from those of the training run, so some held-out '
                    'ones may have been trained on')
     return corpus
@@ -363,6 +364,6 @@ def _other_data(config: DataConfig, data) -> DataConfig:
   if not all(names):
     raise BadInput(f'data={data!r}: holds an empty name; give prepared sets, or text files and folders')
   if not any(INDEX in Folder(name, 'data').sizes() for name in names):
-    return dataclasses.replace(config, paths=names, sources=(), weights=())
+    return dataclasses.replace(config, paths=names, sources=(), validation=(), weights=())
   weights = config.weights if len(names) == len(config.sources) else ()
-  return dataclasses.replace(config, sources=names, paths=(), weights=weights)
+  return dataclasses.replace(config, sources=names, paths=(), validation=(), weights=weights)

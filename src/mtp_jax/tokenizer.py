@@ -207,7 +207,7 @@ class SentencePiece:
     """The model's ids; if the model changed the text after all, those of its bytes."""
     ids = self._model.encode(text)
     intact = b''.join(map(self._strings.__getitem__, ids)) == text.encode()
-    return ids if intact else self._encodeas_bytes(text)
+    return ids if intact else self._encode_bytes(text)
 
   def _encode_bytes(self, text: str) -> list[int]:
     return [self._byte_ids[b] for b in text.encode('utf-8', errors='surrogateescape')]

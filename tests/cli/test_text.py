@@ -63,3 +63,9 @@ def test_text_and_bytes_are_the_same_stop_string():
     text = Detokenizer(tokenizer.load('bytes'), [stop])
     text.add(list('aébc'.encode()), last=True)
     assert text.stopped and text.text == 'a'
+
+
+@pytest.mark.parametrize('escape', [r'\8', r'\9', r'\q', '\\', r'\x4', r'\777'])
+def test_an_escape_that_is_none_is_one_line(run, escape):
+  code, _, err = run(f"generate --workdir=run --escapes --prompt='{escape}'")
+  assert code == 2 and len(err) == 1 and 'no such escape' in err[0]

@@ -169,3 +169,18 @@ def test_a_source_that_is_no_set_is_one_line(config, tmp_path):
              'make one with: python -m mtp_jax prepare')
   with pytest.raises(BadInput, match=message):
     open_corpus(dataclasses.replace(config, sources=(str(tmp_path / 'a'),)), BYTES)
+
+
+def test_every_set_of_ones_own_for_validation_is_held_out_whole(config, sets):
+  for chosen, own in ((sets[:1], sets[1:]), (sets[1:], sets), (sets, sets[:1])):
+    corpus = open_corpus(dataclasses.replace(config, sources=tuple(chosen), validation=tuple(own)), BYTES)
+    streams = [stream for s in corpus.validation_sets for stream in (s.train, s.validation)]
+    assert sum(stream.tokens for stream in streams) == sum(stream.tokens for stream in corpus.validation)
+    assert len(corpus.held_out(2)) == sum(-(-stream.tokens // 16) for stream in streams)
+    assert difference(corpus.identity, open_corpus(dataclasses.replace(config, sources=tuple(chosen)), BYTES).identity)
+
+
+@pytest.mark.parametrize('field', ['paths', 'validation'])
+def test_an_empty_name_is_refused(config, field):
+  with pytest.raises(BadInput, match=f'config.data.{field}: holds an empty name'):
+    open_corpus(dataclasses.replace(config, **{'sources': (), 'paths': ('tests',), field: ('',)}), BYTES)

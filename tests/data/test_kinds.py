@@ -129,3 +129,10 @@ def test_the_summary_names_few_files_beside_others():
   assert read_as({**many, 'README.md': 'text', 'LICENSE': 'text'}) == (
       'read as Parquet: 1,200 files; as text: README.md, LICENSE')
   assert read_as({'a': 'text'}) == 'read as text: 1 file'
+
+
+@pytest.mark.parametrize('first', [b'{"text": "broken', b'no JSON', b'[]'])
+def test_a_faulty_first_line_does_not_make_json_lines_text(tmp_path, first):
+  (tmp_path / 'a.json').write_bytes(first + b'\n' + LINES * 3)
+  file, = recognized(files((str(tmp_path / 'a.json'),), ''), Reading(), '')
+  assert file.format == 'jsonl'

@@ -163,7 +163,9 @@ def _check_outside_inputs(flags) -> None:
   """Raises BadInput if the output is within an input, which would then be read as well."""
   from mtp_jax.data.files import local_path
   output = os.path.realpath(local_path(flags.output))
-  for name in map(local_path, _names(flags, 'input')):
+  validation = _names(flags, 'validation') if flags.validation else ()
+  for name in map(local_path, [*_names(flags, 'input'), *validation]):
+    name = os.path.expanduser(name)
     if os.path.isdir(name) and output.startswith(os.path.realpath(name) + os.sep):
       raise BadInput(f'--output={flags.output}: is within the input {name} and would be read; '
                      'choose another folder')

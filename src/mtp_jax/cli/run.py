@@ -169,7 +169,7 @@ def _bytes_of(flags, name: str) -> bytes:
     escape = match[1]
     if escape[:1] == b'x' and len(escape) == 3:
       return bytes.fromhex(escape[1:].decode())
-    if escape.isdigit() and int(escape, 8) < 256:
+    if re.fullmatch(b'[0-7]+', escape) and int(escape, 8) < 256:
       return bytes([int(escape, 8)])
     if escape not in _ESCAPED:
       raise BadInput(f'--{name}={flags[name].value}: no such escape: {match[0].decode(errors="replace")}; write '

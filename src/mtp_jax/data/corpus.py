@@ -45,7 +45,8 @@ class Corpus:
     """What a checkpoint keeps of the data, as JSON: runs of equal identity get the same batches."""
     c = self.config
     sources = [_source_identity(source) for source in self.sources]
-    return {'sources': sources, 'weights': list(c.weights), 'length': c.length, 'packing': c.packing,
+    return {'sources': sources, 'validation': [s.fingerprint[:16] for s in self.validation_sets],
+            'weights': list(c.weights), 'length': c.length, 'packing': c.packing,
             'boundary': c.boundary, 'seed': c.seed, 'order': ORDER}
 
   @property
@@ -68,12 +69,12 @@ class Corpus:
       note('best_fit: ' + ', '.join(sizes))
     else:
       packings = [Consecutive(stream, c.length) for stream in streams]
-    return self._source_rows(streams, packings, futures, note)
+    return self._source_rows([s.fingerprint[:16] for s in self.sources], streams, packings, futures, note)
 
   def held_out(self, futures: int, note=quiet) -> SourceRows:
     """Rows of the held-out documents, packed consecutively, so that both packings are compared alike."""
     packings = [Consecutive(stream, self.config.length) for stream in self.validation]
-    return self._source_rows(self.validation, packings, futures, note)
+    return self._source_rows([''] * len(packings), self.validation, packings, futures, note)
 
   def sides(self) -> str:
     """The documents and tokens to train on, and those held out, as a line.
@@ -91,12 +92,13 @@ class Corpus:
         raise BadInput(f'config.data: {"; ".join(counts)}: less than a row of config.data.length={L} tokens; {fix}')
     return '; '.join(counts)
 
-  def _source_rows(self, streams: Sequence[Stream], packings: list, futures: int, note) -> SourceRows:
+  def _source_rows(self, names: list[str], streams: Sequence[Stream], packings: list, futures: int,
+                   note) -> SourceRows:
     c, t = self.config, self.tokenizer
     across, quarantine = c.boundary == 'across', c.on_damage == 'quarantine'
     return SourceRows([
-        Rows(stream, packing, c.length, futures, t.bos, t.pad, across, quarantine, note, source.fingerprint[:16])
-        for source, stream, packing in zip(self.sources, streams, packings)])
+        Rows(stream, packing, c.length, futures, t.bos, t.pad, across, quarantine, note, name)
+        for name, stream, packing in zip(names, streams, packings, strict=True)])
 
   def batches(self, rows: SourceRows, batch: int, process_index: int = 0, process_count: int = 1,
               **options) -> Batches:
@@ -183,7 +185,7 @@ def tokenizer_of(source: Prepared) -> Tokenizer:
 
 def difference(new: dict, old: dict) -> list[str]:
   """What differs between two identities, a phrase each, such as 'length 32 -> 16'."""
-  old = {'order': 1} | old
+  old = {'order': 1, 'validation': []} | old
   changes = [f'{key} {old.get(key)} -> {value}' for key, value in new.items()
              if key != 'sources' and value != old.get(key)]
   if len(new['sources']) != len(old['sources']):

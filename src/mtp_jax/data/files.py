@@ -87,6 +87,8 @@ def _library() -> Iterator[tuple]:
 
 def _entries(path: str, where: str) -> Iterator[tuple]:
   """(name, url, bytes, modified) of each file of a path, directory, glob or URL."""
+  if not path:
+    raise BadInput(f'{where}: holds an empty name; give files, directories or globs')
   path = local_path(path)
   entries = _remote(path, where) if '://' in path else _local(path, where)
   if not entries:

@@ -137,6 +137,9 @@ def _is_jsonl(content: bytes, is_whole: bool, end: str, field: str) -> bool:
   if end in ('jsonl', 'ndjson'):
     return True  # lines that are no objects are reported one by one
   lines = [line for line in content.removeprefix(BOM).split(b'\n') if line.strip()]
+  complete = lines if is_whole else lines[:-1]
+  if len(complete) > 3:  # a faulty line or two, even the first, are reported one by one
+    return sum(bool(_object(line)) for line in complete[:100]) > min(len(complete), 100) / 2
   if not lines or not lines[0].lstrip().startswith(b'{'):
     return False
   if len(lines) == 1:

@@ -139,7 +139,7 @@ class Preparation:
           count(read, 1, tokens)
         count(unread, 0, 0)
         pieces.append({'file': piece.file.name, 'sha256': reader.sha256, 'bytes': reader.bytes,
-                       'lines': reader.lines})
+                       'lines': reader.lines, 'separators': reader.separators})
       splits = {split: {'file': _shard_name(split, number), **writer.close()}
                 for split, writer in writers.items()}
     skipped = sum(not fault['kept'] for fault in faults)

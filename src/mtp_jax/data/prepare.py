@@ -298,7 +298,7 @@ def _finish(preparation: Preparation, inputs: list[File]) -> None:
   """Writes the list of faults, the tokenizer and the index, from the reports of all parts."""
   folder, model = preparation.folder, preparation.tokenizer.model
   splits, records = {'train': [], 'validation': []}, 0
-  digests, sizes, lines = {file.name: [] for file in inputs}, collections.Counter(), collections.Counter()
+  digests, sizes, separators = {file.name: [] for file in inputs}, collections.Counter(), collections.Counter()
   for number in range(len(preparation.parts)):
     report = preparation.report(number)
     records += report['records']
@@ -307,14 +307,14 @@ def _finish(preparation: Preparation, inputs: list[File]) -> None:
     for piece in report['pieces']:
       digests[piece['file']].append(piece['sha256'])
       sizes[piece['file']] += piece['bytes']
-      lines[piece['file']] += piece['lines']
+      separators[piece['file']] += piece['separators']
   for file in inputs:
     if sizes[file.name] != file.bytes:
       raise BadInput(f'{preparation.where}: {file.url!r} had {file.bytes:,} bytes, and '
                      f'{sizes[file.name]:,} when it was read; delete {folder.url} and run again '
                      'when nothing writes to that file')
   separator = preparation.options.reading.separator
-  if separator and all(lines[file.name] <= 1 for file in inputs if file.format == 'text'):
+  if separator and not any(separators[file.name] for file in inputs if file.format == 'text'):
     raise BadInput(f'--separator={separator}: occurs in no text file; give what does stand between the documents '
                    "(in bash a line break is $'\\n'), or leave it out")
   for split, entries in splits.items():

@@ -120,7 +120,7 @@ class Reader:
 
   def __init__(self, piece: Piece, reading: Reading, where: str):
     self._piece, self._reading, self._where = piece, reading, where
-    self.sha256, self.bytes, self.lines = '', 0, 0
+    self.sha256, self.bytes, self.lines, self.separators = '', 0, 0, 0
 
   def __iter__(self) -> Iterator[Document | Fault]:
     file = self._piece.file
@@ -167,6 +167,7 @@ class Reader:
     is_empty = 0 <= piece.stop <= place
     for record, size in () if is_empty else _lines(content, separator, limit):
       self.lines += 1
+      self.separators += record.endswith(separator)
       if size > limit:
         yield self._fault('too_long')
       elif is_json and record.strip():

@@ -256,10 +256,14 @@ class Stream:
     shard = self.shards[s]
     try:
       path = self.folder.local_copy(shard.file, shard.bytes, shard.sha256, self._cache)
+      if not os.path.exists(path):
+        raise FileNotFoundError
       reader, reason = _open(path, shard.records)
       if not reader:  # perhaps since too many files are open, which ArrayRecord does not tell
         _READERS.close()
         reader, reason = _open(path, shard.records)
+    except FileNotFoundError:
+      raise self._damage(shard, 'is missing') from None
     except OSError as error:
       raise self._unreadable(shard, error) from error
     if not reader:
