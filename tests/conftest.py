@@ -134,6 +134,12 @@ def assert_close():
   return check
 
 
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Where `experiment` keeps its documents and their prepared set."""
+  return tmp_path_factory.mktemp('experiment')
+
+
 @pytest.fixture
 def memory():
   """fsspec's file system in memory, empty."""

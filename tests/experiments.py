@@ -29,6 +29,19 @@ FAMILIES = {
     'shared': {'kind': 'sequential', 'share_modules': True},
 }
 
+# what a run of `experiment` trains: changes of its sections
+RUNS = {
+    'parallel': {},
+    'sequential': {'model': {'kind': 'sequential', 'layers': 4, 'futures': 3}},
+    # from the fourth of six steps on: future 1 begins, future 2 ends
+    'staged parallel': {'model': {'layers': 5, 'futures': 3},
+                        'objective': {'weights': ('1 linear 0:1 0', '0 step 0.5 1',
+                                                  '0.5 step 0.5 0')}},
+    'staged sequential': {'model': {'kind': 'sequential', 'layers': 4, 'futures': 3},
+                          'objective': {'weights': ('1 linear 0:1 0', '0 step 0.5 1',
+                                                    '0.5 step 0.5 0')}},
+}
+
 
 def experiment(folder, **sections) -> Config:
   """A tiny config, with a dozen documents in `folder`. A section is a dict of changes."""

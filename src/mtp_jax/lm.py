@@ -338,14 +338,14 @@ def load(workdir, step: int | None = None, *, tokenizer: str | None = None,
   record = read_record(workdir, step)
   config = Config.from_dict(record['config'])
   check_conventions(conventions(config.model), record, workdir)
-  name = config.data.tokenizer
-  if tokenizer is None and name != 'bytes' and (workdir / TOKENIZER).exists():
-    name = str(workdir / TOKENIZER)
-  where = 'config.data.tokenizer' if tokenizer is None else 'tokenizer'
   check_is((str, pathlib.Path, types.NoneType), tokenizer=tokenizer)
-  tokens = load_tokenizer(name if tokenizer is None else str(tokenizer), where)
-  check_tokenizer(f'{where}={name if tokenizer is None else tokenizer}', tokens.digest, record,
-                  'give the original file as tokenizer')
+  where, name = 'tokenizer', tokenizer
+  if tokenizer is None:
+    where, name = 'config.data.tokenizer', config.data.tokenizer
+    if name != 'bytes' and (workdir / TOKENIZER).exists():
+      name = workdir / TOKENIZER
+  tokens = load_tokenizer(str(name), where)
+  check_tokenizer(f'{where}={name}', tokens.digest, record, 'give the original file as tokenizer')
   if data is not None:
     config = dataclasses.replace(config, data=_other_data(config.data, data))
   try:

@@ -17,11 +17,6 @@ from mtp_jax.mesh import make_mesh, put
 from mtp_jax.objective import Read
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  return tmp_path_factory.mktemp('train')
-
-
 def test_evaluation_divides_sums_once(folder):
   """Against float64 sums over the rows, one at a time."""
   config = experiment(folder)

@@ -227,6 +227,6 @@ def test_a_job_told_to_stop_saves_is_queued_again_and_ends_with_the_losses_of_on
   saved = max(losses('stopped'))
   assert 5 <= saved < 60 and 'slurm.sbatch: stopped and saved; queued again' in said('stopped')
   assert [path.name for path in (tmp_path / 'stopped' / 'checkpoints').iterdir()] == [str(saved)]
-  found = slurm.finish(stopped, 300)  # Slurm itself waits two minutes before it starts a job again
+  found = slurm.finish(stopped, 150)
   assert (found['JobState'], found['Restarts']) == ('COMPLETED', '1'), said('stopped')
   assert losses('stopped') == wanted

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from experiments import experiment, log_of
 
-from mtp_jax import chips, tokenizer
+from mtp_jax import tokenizer
 from mtp_jax.checkpoint.record import read_record, steps
 from mtp_jax.config import BadInput
 from mtp_jax.data.corpus import difference, open_corpus
@@ -18,27 +18,6 @@ from mtp_jax.data.prepare import prepare
 from mtp_jax.train.fit import fit
 
 
-@pytest.fixture(scope='module', autouse=True)
-def peak():
-  """The machine's peak is not measured."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(chips, 'peak_flops', lambda: 1e9)
-    yield
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  return tmp_path_factory.mktemp('train')
-
-
-@pytest.fixture(scope='module')
-def uninterrupted(folder):
-  """A config, and the folder of its run, which was never stopped."""
-  config = experiment(folder)
-  fit(config, folder / 'run', note=lambda line: None)
-  return config, folder / 'run'
-
-
 @pytest.mark.parametrize('change, said', [
     ({'data': {'length': 32}}, 'length 16 -> 32'), ({'data': {'seed': 1}}, 'seed 0 -> 1'),
     ({'data': {'packing': 'best_fit'}}, 'packing stream -> best_fit'),
@@ -46,7 +25,7 @@ def uninterrupted(folder):
     ({'data': {'validation_share': 0.4}}, 'source 0: documents .*, held_out_documents')])
 def test_other_data_are_refused_with_what_changed_unless_accepted(
     uninterrupted, tmp_path, change, said):
-  config, workdir = uninterrupted
+  config, workdir = uninterrupted('parallel')
   shutil.copytree(workdir, tmp_path / 'run')
   changed = lambda **more: dataclasses.replace(config,
                                                data=dataclasses.replace(

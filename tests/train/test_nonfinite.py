@@ -11,25 +11,11 @@ import pytest
 from experiments import experiment, log_of, random_state, same_bits, write_config_file
 
 import mtp_jax
-from mtp_jax import chips
 from mtp_jax.checkpoint.record import steps
 from mtp_jax.cli.main import main
 from mtp_jax.mesh import make_mesh, put
 from mtp_jax.train import step as training
 from mtp_jax.train.fit import NotFinite, fit
-
-
-@pytest.fixture(scope='module', autouse=True)
-def peak():
-  """The machine's peak is not measured."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(chips, 'peak_flops', lambda: 1e9)
-    yield
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  return tmp_path_factory.mktemp('train')
 
 
 def poisoned(steps):
@@ -97,15 +83,14 @@ def test_a_few_non_finite_steps_are_counted_and_survived(folder, tmp_path, monke
 
 
 def test_too_many_non_finite_steps_end_the_run_with_evidence_and_a_good_checkpoint(
-    folder, tmp_path, monkeypatch, capsys):
-  clean = tmp_path / 'clean'
-  fit(experiment(folder), clean, note=lambda line: None)
+    folder, uninterrupted, tmp_path, monkeypatch, capsys):
+  _, workdir = uninterrupted('parallel')
   monkeypatch.setattr('mtp_jax.train.fit.compiled_step', poisoned({4, 5}))
   config = experiment(folder, train={'skipped_allowed': 2})
   with pytest.raises(NotFinite, match='step 5: 2 steps in a row'):
     fit(config, tmp_path / 'run', note=lambda line: None)
   assert steps(tmp_path / 'run') == [3]
-  assert same_bits(mtp_jax.load(tmp_path / 'run').model, mtp_jax.load(clean, 3).model)
+  assert same_bits(mtp_jax.load(tmp_path / 'run').model, mtp_jax.load(workdir, 3).model)
   evidence = np.load(tmp_path / 'run' / 'nonfinite' / 'step-5.npz')
   assert {name: evidence[name].shape
           for name in evidence} == dict.fromkeys(('tokens', 'segments', 'positions'), (8, 18))

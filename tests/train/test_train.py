@@ -1,8 +1,6 @@
 """A run that was killed and resumed equals one that was not, bit by bit; a bad step changes nothing."""
 import dataclasses
-import functools
 import json
-import pathlib
 import random
 import signal
 import subprocess
@@ -13,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from experiments import experiment, log_of, random_state, same_bits, write_config_file
+from experiments import RUNS, experiment, log_of, random_state, same_bits, write_config_file
 
 import mtp_jax
-from mtp_jax import chips, tokenizer
+from mtp_jax import tokenizer
 from mtp_jax.checkpoint import store
 from mtp_jax.checkpoint.record import steps
 from mtp_jax.config import BadInput, Config, MeshConfig
@@ -27,42 +25,6 @@ from mtp_jax.report import goodput
 from mtp_jax.report.events import read_events, split_runs
 from mtp_jax.train import step as training
 from mtp_jax.train.fit import Outcome, fit
-
-FAMILY = {
-    'parallel': {},
-    'sequential': {'model': {'kind': 'sequential', 'layers': 4, 'futures': 3}},
-    # from the fourth of six steps on: future 1 begins, future 2 ends
-    'staged parallel': {'model': {'layers': 5, 'futures': 3},
-                        'objective': {'weights': ('1 linear 0:1 0', '0 step 0.5 1',
-                                                  '0.5 step 0.5 0')}},
-    'staged sequential': {'model': {'kind': 'sequential', 'layers': 4, 'futures': 3},
-                          'objective': {'weights': ('1 linear 0:1 0', '0 step 0.5 1',
-                                                    '0.5 step 0.5 0')}},
-}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def peak():
-  """The machine's peak is not measured."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(chips, 'peak_flops', lambda: 1e9)
-    yield
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  return tmp_path_factory.mktemp('train')
-
-
-@pytest.fixture(scope='module')
-def uninterrupted(folder):
-  """(config, folder of a run that was never stopped) of a family."""
-  @functools.cache
-  def make(family: str) -> tuple[Config, pathlib.Path]:
-    config = experiment(folder, **FAMILY[family])
-    fit(config, folder / family, note=lambda line: None)
-    return config, folder / family
-  return make
 
 
 def fit_to(config: Config, workdir, step: int) -> Outcome:
@@ -135,7 +97,7 @@ def test_a_stage_is_noted_and_the_log_has_weights_and_nothing_of_a_future_withou
 
 
 def test_a_head_whose_future_has_no_weight_yet_stays_as_it_was_drawn(folder, tmp_path):
-  config = experiment(folder, **FAMILY['staged parallel'], optimizer={'weight_decay': 0.0},
+  config = experiment(folder, **RUNS['staged parallel'], optimizer={'weight_decay': 0.0},
                       train={'evaluate_every': 0})
   fit_to(config, tmp_path, 3)
   with jax.set_mesh(make_mesh(config.mesh)):
@@ -323,8 +285,8 @@ def test_moments_that_rest_in_the_host_change_nothing_but_how_xla_rounds(
 
 def test_a_future_that_no_document_is_long_enough_for_is_nan_and_the_run_goes_on(folder, tmp_path):
   documents = [tmp_path / f'{i}.txt' for i in range(20)]
-  for path in documents:
-    path.write_text('a')  # <bos> a <eos>: two targets of future 0, one of future 1
+  for path, letter in zip(documents, 'abcdefghijklmnopqrst'):
+    path.write_text(letter)  # <bos> a <eos>: two targets of future 0, one of future 1
   config = experiment(folder, data={'paths': tuple(map(str, documents))},
                       model={'futures': 3, 'layers': 5})
   outcome = fit(config, tmp_path / 'run', note=lambda line: None)

@@ -161,11 +161,11 @@ def _names(flags, flag: str) -> tuple[str, ...]:
 
 def _check_outside_inputs(flags) -> None:
   """Raises BadInput if the output is within an input, which would then be read as well."""
-  from mtp_jax.data.files import local_path
-  output = os.path.realpath(local_path(flags.output))
+  from mtp_jax.data.files import without_file_scheme
+  output = os.path.realpath(without_file_scheme(flags.output))
   validation = _names(flags, 'validation') if flags.validation else ()
-  for name in map(local_path, [*_names(flags, 'input'), *validation]):
-    name = os.path.expanduser(name)
+  for given in (*_names(flags, 'input'), *validation):
+    name = os.path.expanduser(without_file_scheme(given))
     if os.path.isdir(name) and output.startswith(os.path.realpath(name) + os.sep):
       raise BadInput(f'--output={flags.output}: is within the input {name} and would be read; '
                      'choose another folder')

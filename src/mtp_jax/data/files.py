@@ -89,7 +89,7 @@ def _entries(path: str, where: str) -> Iterator[tuple]:
   """(name, url, bytes, modified) of each file of a path, directory, glob or URL."""
   if not path:
     raise BadInput(f'{where}: holds an empty name; give files, directories or globs')
-  path = local_path(path)
+  path = without_file_scheme(path)
   entries = _remote(path, where) if '://' in path else _local(path, where)
   if not entries:
     raise BadInput(f'{where}: {path!r} holds no file; give text files, JSON lines, Parquet, '
@@ -97,7 +97,7 @@ def _entries(path: str, where: str) -> Iterator[tuple]:
   yield from entries
 
 
-def local_path(path: str) -> str:
+def without_file_scheme(path: str) -> str:
   """The path of a file:// or local:// address; anything else as it is."""
   return re.sub('^(file|local)://', '', path)
 

@@ -138,14 +138,13 @@ def _is_jsonl(content: bytes, is_whole: bool, end: str, field: str) -> bool:
     return True  # lines that are no objects are reported one by one
   lines = [line for line in content.removeprefix(BOM).split(b'\n') if line.strip()]
   complete = lines if is_whole else lines[:-1]
-  if len(complete) > 3:  # a faulty line or two, even the first, are reported one by one
+  if len(complete) > 1:  # faulty lines, even the first, are reported one by one
     return sum(bool(_object(line)) for line in complete[:100]) > min(len(complete), 100) / 2
   if not lines or not lines[0].lstrip().startswith(b'{'):
     return False
   if len(lines) == 1:
     return field in _object(lines[0]) if is_whole else bool(re.match(rb'\s*\{\s*"', lines[0]))
-  second_is_object = lines[1].lstrip().startswith(b'{') if len(lines) == 2 and not is_whole else _object(lines[1])
-  return bool(_object(lines[0]) and second_is_object)
+  return bool(_object(lines[0])) and lines[1].lstrip().startswith(b'{')  # the second is cut off
 
 
 def _object(line: bytes) -> dict:

@@ -256,10 +256,8 @@ class Stream:
     shard = self.shards[s]
     try:
       path = self.folder.local_copy(shard.file, shard.bytes, shard.sha256, self._cache)
-      if not os.path.exists(path):
-        raise FileNotFoundError
       reader, reason = _open(path, shard.records)
-      if not reader:  # perhaps since too many files are open, which ArrayRecord does not tell
+      if not reader and os.path.exists(path):  # perhaps too many files are open, which ArrayRecord does not tell
         _READERS.close()
         reader, reason = _open(path, shard.records)
     except FileNotFoundError:

@@ -191,7 +191,8 @@ def interrupts() -> Interrupts:
 
 
 def stop_signal(interrupts: Interrupts) -> int:
-  """The signal that stops the run now, 0 if none: the same for all processes, whichever got it.
+  """The signal that stops the run now, 0 if none. All processes stop together, whichever got it; the
+  others return SIGTERM.
 
   Every process must call it equally often: after every step, and after every batch of a validation.
   """
