@@ -83,6 +83,7 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=print_std
   processes.check_same(config=json.dumps(config.to_dict()), checkpoint=f'step {opened.step}',
                        data=json.dumps(opened.corpus.identity))
   folder = _make_folder(workdir, f'process-{index}' if index else '')
+  note(opened.corpus.sides())
 
   with (processes.interrupts() as interrupts, jax.set_mesh(mesh),
         contextlib.closing(Display(t.steps, opened.step, note, bar=index == 0)) as display,

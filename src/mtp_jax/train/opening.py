@@ -42,8 +42,7 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None])
   config.data.paths where needed.
 
   Args:
-    note: gets a line for each change since the checkpoint, for each source that the run never reads,
-      and for what is trained on and what held out.
+    note: gets a line for each change since the checkpoint, and for each source that the run never reads.
 
   Raises:
     BadInput: config, data and checkpoint do not fit together.
@@ -60,12 +59,12 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None])
     check_tokenizer(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record,
                     'use the same tokenizer, or another --workdir')
   corpus = open_corpus(config.data, tokens, print_stderr, Meter)
-  sides = corpus.sides()
+  corpus.sides()  # raises where one has less than a row
   if record:
     changes += _check_data(config, corpus, record, workdir) + rate_change(config, record)
   changes += corpus.left_out(config.train.steps * config.train.batch)
-  for line in (*changes, sides):
-    note(line)
+  for change in changes:
+    note(change)
   return Opened(tokens, corpus, record)
 
 
