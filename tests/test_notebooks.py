@@ -21,8 +21,8 @@ def workdir(tmp_path_factory):
   config = Config(
       model=ModelConfig(width=32, layers=5, heads=4, head_width=8, feed_forward=64,
                         futures=4), objective=ObjectiveConfig(chunk=64),
-      data=DataConfig(paths=tuple(str(path) for path in sorted(folder.glob('*.py'))), length=64, validation_share=0.3,
-                      cache=str(folder / 'cache')),
+      data=DataConfig(paths=tuple(str(folder / f'{i}.py') for i in range(len(names) - 1)), length=64,
+                      validation=(str(folder / f'{len(names) - 1}.py'),), cache=str(folder / 'cache')),
       optimizer=OptimizerConfig(warmup_steps=1), train=TrainConfig(steps=5, batch=4, evaluate_rows=8))
   fit(config, folder / 'run')
   return folder / 'run'

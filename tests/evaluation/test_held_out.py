@@ -12,7 +12,8 @@ from mtp_jax import objective, tokenizer
 from mtp_jax.config import MeshConfig, ObjectiveConfig
 from mtp_jax.data.corpus import open_corpus
 from mtp_jax.data.rows import validation_batches
-from mtp_jax.evaluation.held_out import evaluate
+from mtp_jax.evaluation.held_out import _evaluate_batch, evaluate
+from mtp_jax.measure.traffic import traffic
 from mtp_jax.mesh import make_mesh, put
 from mtp_jax.objective import Read
 
@@ -78,3 +79,21 @@ def test_bits_per_byte_of_a_uniform_model_are_log2_of_its_vocabulary_times_token
   assert held_out.bytes % len(text.encode()) == 0
   targets = held_out.bytes + held_out.documents
   assert found['bits_per_byte'] == pytest.approx(math.log2(264) * targets / held_out.bytes, rel=1e-6)
+
+
+def test_devices_sum_their_counts_as_often_however_long_the_rows(folder):
+  """A sum over devices at every position would be slow; and devices of several processes could wait for ever, for XLA's
+  CPU runs a loop's sums and other collectives in an order that differs among devices.
+  """
+  def summed_bytes(length: int) -> float:
+    config = experiment(folder, mesh={'fsdp': 8}, objective={'chunk': length}, data={'length': length}, train={'batch': 16})
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+      batch = {name: np.zeros((8, length + config.model.futures), np.int32)
+               for name in ('tokens', 'segments', 'positions')}
+      batch = put(batch, mesh)
+      lowered = _evaluate_batch.lower(config, random_state(config).model, batch, jnp.ones(264, jnp.int32),
+                                      jnp.ones(264, bool))
+    return sum(c.sent_bytes for c in traffic(lowered.compile().as_text()).collectives if c.kind == 'all-reduce')
+
+  assert 0 < summed_bytes(16) == summed_bytes(64)

@@ -171,8 +171,9 @@ def _forwards(counted_lB, begins_lB, inside_lkB, passed_lkB, shared_lkB):
     shifted = lambda x: jnp.pad(x[1:], ((0, 1), (0, 0)))
     due = shifted(due) + starts_B * (at_least - shifted(at_least))
     offered_kB = starts_B * at_least[:-1] * inside_kB
-    return due, (jnp.sum(starts_B), jnp.sum(offered_kB, 1), jnp.sum(offered_kB * shared_kB, 1))
+    return due, (starts_B, offered_kB, offered_kB * shared_kB)
 
   due = jnp.zeros((k + 1, counted_lB.shape[1]), **out('kB'))
-  sums_l = jax.lax.scan(step, due, (counted_lB, begins_lB, inside_lkB, passed_lkB, shared_lkB))[1]
-  return jax.tree.map(lambda x_l: jnp.sum(x_l, 0), sums_l)
+  each_l = jax.lax.scan(step, due, (counted_lB, begins_lB, inside_lkB, passed_lkB, shared_lkB))[1]
+  # Summed after the loop: rows are on different devices, which would else wait for each other at every position.
+  return jax.tree.map(lambda x: jnp.sum(x, (0, -1)), each_l)
