@@ -364,6 +364,6 @@ def _other_data(config: DataConfig, data) -> DataConfig:
   if not all(names):
     raise BadInput(f'data={data!r}: holds an empty name; give prepared sets, or text files and folders')
   if not any(INDEX in Folder(name, 'data').sizes() for name in names):
-    return dataclasses.replace(config, paths=names, sources=(), validation=(), weights=())
+    return dataclasses.replace(config, paths=names, sources=(), dataset='', validation=(), weights=())
   weights = config.weights if len(names) == len(config.sources) else ()
-  return dataclasses.replace(config, sources=names, paths=(), validation=(), weights=weights)
+  return dataclasses.replace(config, sources=names, paths=(), dataset='', validation=(), weights=weights)

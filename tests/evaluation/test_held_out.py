@@ -86,7 +86,8 @@ def test_devices_sum_their_counts_as_often_however_long_the_rows(folder):
   CPU runs a loop's sums and other collectives in an order that differs among devices.
   """
   def summed_bytes(length: int) -> float:
-    config = experiment(folder, mesh={'fsdp': 8}, objective={'chunk': length}, data={'length': length}, train={'batch': 16})
+    config = experiment(folder, mesh={'fsdp': 8}, objective={'chunk': length}, data={'length': length},
+                        train={'batch': 16})
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
       batch = {name: np.zeros((8, length + config.model.futures), np.int32)

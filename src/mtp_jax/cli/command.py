@@ -41,13 +41,16 @@ class Command:
 def exit_code_of(run: Callable[[], int]) -> int:
   """The exit code that `run` returns; an error that a user or the machine has caused is printed as
   one line, and raised under `python -X dev`.
+
+  Raises:
+    KeyboardInterrupt: the user did not wait for the end.
   """
   try:
     return run()
   except BrokenPipeError:  # nobody reads what is printed
     _drop_stdout()
     return 128 + signal.SIGPIPE
-  except (Exception, KeyboardInterrupt) as error:
+  except Exception as error:
     explained = explain(error)
     if explained is None or sys.flags.dev_mode:
       raise

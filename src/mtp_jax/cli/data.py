@@ -103,22 +103,28 @@ def train_tokenizer(flags) -> int:
 
 def inspect_data(flags) -> int:
   """What a prepared set holds, and rows of it as the model reads them, with all targets."""
-  need(flags, 'data')
+  if bool(flags.data) == bool(flags.dataset):
+    raise BadInput('inspect-data: give either --data, a folder that prepare wrote, or --dataset')
   need_at_least(flags, length=1, futures=1, rows=0, positions=1)
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
   from mtp_jax.data.folder import Folder
   from mtp_jax.data.prepared_set import open_set
   try:
-    section = DataConfig(sources=(flags.data,), length=flags.length, packing=flags.packing,
-                         boundary=flags.boundary)
+    section = DataConfig(sources=(flags.data,) if flags.data else (), dataset=flags.dataset, length=flags.length,
+                         packing=flags.packing, boundary=flags.boundary)
     config = Config(data=section).data
   except BadInput as error:
     raise BadInput(str(error).replace('config.data.', '--')) from error
-  prepared = open_set(Folder(flags.data, '--data'), config.cache)
+  from mtp_jax.report.display import print_stderr
+  if flags.data:
+    prepared = open_set(Folder(flags.data, '--data'), config.cache)
+  else:
+    from mtp_jax import tokenizer as tokenizers
+    from mtp_jax.data.dataset import dataset_once
+    prepared = dataset_once(config, tokenizers.load(flags.tokenizer, '--tokenizer'), print_stderr)
   damaged = prepared.verify() if flags.verify else []
   from mtp_jax.data.corpus import Corpus, tokenizer_of
   from mtp_jax.evaluation import inspection
-  from mtp_jax.report.display import print_stderr
   tokenizer, values = tokenizer_of(prepared), inspection.summary(prepared)
   if flags.plot:
     inspection.plot(values, flags.plot)
@@ -203,7 +209,9 @@ COMMANDS = {
         "train-tokenizer --input='corpus/*.jsonl.gz' --output=corpus.model --vocab=32000"),
     'inspect-data': Command(
         inspect_data, 'what a prepared set holds and shows a model',
-        (('data', None, 'folder that prepare wrote'),
+        (('data', '', 'folder that prepare wrote'),
+         ('dataset', '', 'instead of it, as config.data.dataset: package.module:function'),
+         ('tokenizer', 'bytes', 'of --dataset: bytes, or the path of a SentencePiece model file'),
          ('length', 256, 'L, as config.data.length'),
          ('futures', 4, 'M, as config.model.futures'),
          ('packing', 'stream', 'stream or best_fit'),

@@ -5,6 +5,7 @@ what to fix; 129, 130 and 143 interrupted by SIGHUP, Ctrl-C or SIGTERM, after sa
 resume from; 141 nobody reads what is printed. `python -X dev -m mtp_jax` shows a traceback as well.
 """
 import dataclasses
+import signal
 import typing
 
 from absl import flags as absl_flags
@@ -22,7 +23,12 @@ DEFINE = {bool: absl_flags.DEFINE_boolean, int: absl_flags.DEFINE_integer,
 def main(arguments: list[str]) -> int:
   """Runs a command and returns its exit code; `arguments` are those after `python -m mtp_jax`."""
   open_standard_streams()
-  return exit_code_of(lambda: _run(arguments))
+  try:
+    return exit_code_of(lambda: _run(arguments))
+  except KeyboardInterrupt:
+    from mtp_jax.report.display import print_stderr
+    print_stderr('mtp_jax: interrupted')
+    return 128 + signal.SIGINT
 
 
 def _run(arguments: list[str]) -> int:

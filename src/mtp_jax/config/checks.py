@@ -122,8 +122,11 @@ def _check_data(c) -> None:
   d = c.data
   _require(c, 'data.paths', not (d.sources and d.paths),
            'give either paths or sources; prepare the paths to have them as a source')
-  _require(c, 'data.weights', len(d.weights) in (0, len(d.sources)),
-           f'must be {len(d.sources)} numbers, one per source, or () for their sizes')
+  _require(c, 'data.dataset', not (d.dataset and d.paths),
+           'give either paths or a dataset; prepare the paths to have them as a source beside it')
+  sources = len(d.sources) + bool(d.dataset)
+  _require(c, 'data.weights', len(d.weights) in (0, sources),
+           f'must be {sources} numbers, one per source, or () for their sizes')
   _require(c, 'data.weights', all(weight > 0 and math.isfinite(weight) for weight in d.weights),
            'must be positive; leave out a source that has no weight')
   _require(c, 'data.validation_share', 0 < d.validation_share < 1, 'must be between 0 and 1')

@@ -1,6 +1,5 @@
 """Errors, each reported in one line."""
 import difflib
-import signal
 from collections.abc import Iterable
 
 
@@ -13,7 +12,7 @@ class BadInput(ValueError):
     super().__init__(text if len(str(text).splitlines()) == 1 else one_line(text))
 
 
-def explain(error: BaseException) -> tuple[str, int] | None:
+def explain(error: Exception) -> tuple[str, int] | None:
   """(one line, the exit code) of an error that a user or the machine has caused; None of any other
   one, whose traceback tells more.
 
@@ -22,8 +21,6 @@ def explain(error: BaseException) -> tuple[str, int] | None:
   """
   if isinstance(error, BadInput):
     return one_line(error), 2
-  if isinstance(error, KeyboardInterrupt):
-    return 'interrupted', 128 + signal.SIGINT
   text = one_line(error) or type(error).__name__
   if isinstance(error, RuntimeError) and 'initialize backend' in text:
     return f'JAX_PLATFORMS: {text}', 2

@@ -147,8 +147,11 @@ class DataConfig:
   paths: tuple[str, ...] = _field(
       (), "without sources: text files, one document each, JSON lines, Parquet, or directories of "
           "them, read as prepare reads them; (): the Python standard library's source")
+  dataset: str = _field(
+      '', "instead of paths, or one more source, the last: 'package.module:function', which returns a "
+          'grain.MapDataset of documents (see data/dataset.py)')
   validation: tuple[str, ...] = _field(
-      (), 'what to hold out instead of a share: beside sources folders that `prepare` wrote, else '
+      (), 'what to hold out instead of a share: beside sources or a dataset folders that `prepare` wrote, else '
           'files or directories')
   tokenizer: str = _field('bytes', 'bytes, or the path of a SentencePiece model file')
   length: int = _field(
@@ -158,7 +161,7 @@ class DataConfig:
   boundary: str = _field(
       'within', 'within: attention and futures end with the document; across: they do not')
   validation_share: float = _field(
-      0.05, 'of paths: fraction held out: of the documents, chosen by a hash of their content; of '
+      0.05, 'of paths and dataset: fraction held out: of the documents, chosen by a hash of their content; of '
             'few long ones the end of each')
   seed: int = _field(0, 'of the order of rows, which differs in each epoch')
   on_damage: str = _field(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from mtp_jax import tokenizer as tokenizers
 from mtp_jax.config import BadInput, DataConfig
+from mtp_jax.data.dataset import dataset_once
 from mtp_jax.data.folder import Damaged, Folder
 from mtp_jax.data.packing import Consecutive, pack
 from mtp_jax.data.prepare import prepare_once
@@ -24,7 +25,7 @@ COUNTS = ('files', 'documents', 'tokens', 'held_out_documents')
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """One prepared set for each of config.sources, or that of config.paths.
+  """One prepared set for each of config.sources and for config.dataset, or that of config.paths.
 
   validation_sets: those of config.validation, beside sources.
   """
@@ -122,7 +123,8 @@ def _source_identity(source: Prepared) -> dict:
 
 
 def open_corpus(config: DataConfig, tokenizer: Tokenizer, note=quiet, progress=NoMeter) -> Corpus:
-  """Opens config.sources; or config.paths, prepared in config.cache unless that was done before.
+  """Opens config.sources and config.dataset; or config.paths. Paths and dataset are prepared in
+  config.cache unless that was done before.
 
   Args:
     note, progress: see data/progress.py; for the preparation and quarantined shards.
@@ -130,11 +132,12 @@ def open_corpus(config: DataConfig, tokenizer: Tokenizer, note=quiet, progress=N
   Raises:
     BadInput: a source is not a prepared set, is damaged, or was prepared with another tokenizer.
   """
-  if not config.sources:
+  if not (config.sources or config.dataset):
     source = prepare_once(config.paths, tokenizer, config.validation_share, config.cache, 'config.data.paths',
                           note, progress, config.validation)
     return Corpus(config, tokenizer, (source,))
-  return Corpus(config, tokenizer, _open_sets(config, tokenizer, 'sources', note),
+  datasets = (dataset_once(config, tokenizer, note),) if config.dataset else ()
+  return Corpus(config, tokenizer, _open_sets(config, tokenizer, 'sources', note) + datasets,
                 _open_sets(config, tokenizer, 'validation', note))
 
 

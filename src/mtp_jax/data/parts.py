@@ -19,7 +19,7 @@ from mtp_jax.data.files import File
 from mtp_jax.data.folder import Folder
 from mtp_jax.data.prepared_set import FORMAT
 from mtp_jax.data.records import Fault, Piece, Reader, Reading
-from mtp_jax.data.shards import ShardWriter
+from mtp_jax.data.shards import ShardWriter, dtype_of
 from mtp_jax.data.split import Split, content_hash
 from mtp_jax.tokenizer import Tokenizer
 
@@ -85,7 +85,7 @@ class Preparation:
 
   @property
   def dtype(self) -> str:
-    return '<u2' if self.tokenizer.size < 2**16 else '<u4'
+    return dtype_of(self.tokenizer.size)
 
   @functools.cached_property
   def identity(self) -> dict:

@@ -70,7 +70,7 @@ def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, 
   inputs = [*inputs, *validation]
   first_split = Split.by_content(options.validation_share)
   preparation = Preparation(folder, tokenizer, options, parts + held_out, where, first_split, len(held_out))
-  with _locked(folder, note):
+  with locked(folder, note):
     if _begin_or_resume(preparation, inputs):
       note(f'{folder.url} is complete already, by names, sizes and options; nothing is written')
     else:
@@ -138,7 +138,7 @@ def prepare_once(paths: tuple[str, ...], tokenizer: Tokenizer, validation_share:
 
 
 @contextlib.contextmanager
-def _locked(folder: Folder, note) -> Iterator[None]:
+def locked(folder: Folder, note) -> Iterator[None]:
   """Lets one process at a time work in a folder of this machine.
 
   The lock ends with the process, even if that is killed.

@@ -33,6 +33,11 @@ _WRITER = 'group_size:1,uncompressed'
 _READER = 'readahead_buffer_size:0,max_parallelism:0'
 
 
+def dtype_of(ids: int) -> str:
+  """The type of the tokens of a tokenizer of so many ids, on disk."""
+  return '<u2' if ids < 2**16 else '<u4'
+
+
 class ShardWriter:
   """Writes one shard, document by document.
 

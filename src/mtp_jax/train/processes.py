@@ -8,8 +8,9 @@ The environment tells where a job runs; the first that applies is used:
     TPU         the hosts of one or several slices, on Cloud TPU VMs or GKE; JAX asks the platform
 
 JAX aborts a process when another one of its job is gone. So each process does its work in a child
-process; the parent turns an abort into a message and exit code 1, and forwards signals. SIGTERM
-or SIGHUP to any process stops all at the same step.
+process; the parent turns an abort into a message and exit code 1, and forwards signals. SIGTERM,
+SIGHUP or Ctrl-C to any process stops all at the same step; Ctrl-C twice ends that process alone,
+without saving, and the others end since it is gone.
 """
 import contextlib
 import glob
@@ -29,6 +30,7 @@ from mtp_jax.train.watch import Interrupts, heard
 VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 WAIT_SECONDS = 300  # that processes wait for each other at the start, and at most at the end
 SAY_AFTER_SECONDS = 10  # of waiting at the start, for whom
+ENDS_SECONDS = 5  # after Ctrl-C twice: a process that waits for another one, within JAX, hears nothing
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # signals that save a checkpoint
 SAVED = (0, *(128 + number for number in STOPS))  # exit codes after which nothing is lost
 
@@ -113,15 +115,24 @@ def run(work: Callable[[], int], heartbeat_seconds: int) -> int:
 
 def _supervise(child: int) -> int:
   """In the parent: forwards signals, waits for the child, explains how it ended; the exit code."""
-  def forward(number, _):
-    with contextlib.suppress(ProcessLookupError):  # it has just ended
-      os.kill(child, number)
+  interrupts = []
 
-  for number in heard(STOPS):
-    signal.signal(number, forward)
+  def kill(number, _):
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+      os.kill(child, signal.SIGKILL if number == signal.SIGALRM else number)
+    if number == signal.SIGINT:
+      interrupts.append(number)
+      if len(interrupts) == 2:
+        signal.alarm(ENDS_SECONDS)
+
+  for number in (*heard(STOPS), signal.SIGALRM):
+    signal.signal(number, kill)
   code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
   if code in (-signal.SIGTERM, -signal.SIGHUP):  # before JAX handled it, so there is nothing to lose yet
     return 128 - code
+  if code == -signal.SIGKILL and len(interrupts) > 1:
+    print_stderr('mtp_jax: interrupted')
+    return 128 + signal.SIGINT
   if code == -signal.SIGABRT:
     print_stderr('mtp_jax: another process of this job has ended or hangs, so this one ended too; '
                  'run the same command on all of them to resume')
