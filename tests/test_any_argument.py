@@ -1,6 +1,7 @@
 """Arguments of any type at every public function and every flag: BadInput or success, nothing else."""
 import dataclasses
 import inspect
+import pathlib
 
 import hypothesis
 import numpy as np
@@ -78,7 +79,14 @@ FUNCTIONS = {
     'prompts': lambda lm, x: lm.held_out_prompts(x, 3),
     'length of prompts': lambda lm, x: lm.held_out_prompts(1, x),
     'expected_speed_up': lambda lm, x: x is None or lm.expected_speed_up(x),
-    'evaluate': lambda lm, x: x is None or type(x) in (int, float, bool) and x >= 1 or lm.evaluate(x),
+    'texts of evaluate': lambda lm, x: x is None or lm.evaluate(x),
+    'rows of evaluate': lambda lm, x: x is None or type(x) in (int, float, bool) and x >= 1 or lm.evaluate(rows=x),
+    'by of evaluate': lambda lm, x: lm.evaluate('a', by=x),
+    'path of evaluate': lambda lm, x: isinstance(x, str) and lm.evaluate(pathlib.Path('nowhere', x)),
+    'texts of score': lambda lm, x: lm.score(x),
+    'futures of score': lambda lm, x: lm.score('a', futures=x),
+    'top of score': lambda lm, x: lm.score('a', top=x),
+    'overlap of score': lambda lm, x: lm.score('a', overlap=x),
     'load': lambda lm, x: mtp_jax.load(x),
     'criterion': lambda lm, x: Criterion(x),
     'threshold': lambda lm, x: Criterion('lossy_typical', x),
@@ -112,7 +120,7 @@ def test_any_value_of_a_field_is_taken_or_refused(section, field, value):
   allowed(lambda: Config.from_dict({section: {field: value}}))
 
 
-BASE = {'config': 'tiny.py', 'workdir': 'run', 'prompt': 'a', 'input': 'nowhere', 'output': 'nowhere/x',
+BASE = {'config': 'tiny.py', 'workdir': 'run', 'prompt': 'a', 'text': 'a', 'input': 'nowhere', 'output': 'nowhere/x',
         'data': 'documents', 'topology': 'cpu'}
 FLAGS = [(name, flag) for name, command in COMMANDS.items() for flag, *_ in command.flags
          if not (name == 'inspect' and flag == CONFIG[0])]
@@ -125,7 +133,7 @@ def test_any_value_of_a_flag_is_taken_or_refused_in_one_line(place, command, fla
   """What is taken is not run: the other flags name a folder or a topology that does not exist."""
   hypothesis.assume(not (flag in ('output', 'plot', 'workdir') and value.strip('./') == ''))
   base = {name: BASE[name] for name, default, _ in COMMANDS[command].flags if default is None and name in BASE}
-  if command in ('inspect', 'goodput', 'evaluate', 'generate', 'benchmark decode'):
+  if command in ('inspect', 'goodput', 'evaluate', 'score', 'generate', 'benchmark decode'):
     base = {**base, 'workdir': 'nowhere'}
   if command == 'inspect':
     del base['config']

@@ -8,10 +8,10 @@ import pytest
 from experiments import experiment, generate_clearly, random_state, write
 
 import mtp_jax
-from mtp_jax import lm as lm_module
 from mtp_jax.config import BadInput, MeshConfig
 from mtp_jax.decode.detokenizer import Detokenizer
 from mtp_jax.decode.requests import Criterion
+from mtp_jax.lm import language_model as lm_module
 
 PROMPTS = ['a', 'the 12 é', '.']
 
@@ -333,7 +333,7 @@ def test_evaluate_counts_every_target_once(lm):
 
 
 def test_an_expected_speed_up_is_tokens_per_forward_over_the_cost_of_a_forward(lm):
-  results = lm.evaluate(2)
+  results = lm.evaluate(rows=2)
   speed_up = lm.expected_speed_up(results)
   seconds = speed_up['seconds_per_forward']
   assert len(seconds) == 3 and min(seconds) > 0
@@ -344,7 +344,7 @@ def test_an_expected_speed_up_is_tokens_per_forward_over_the_cost_of_a_forward(l
 
 
 def test_evaluate_takes_as_many_rows_as_asked(lm):
-  assert lm.evaluate(2)['count'][0] < lm.evaluate(4)['count'][0] <= 4 * lm.config.data.length
+  assert lm.evaluate(rows=2)['count'][0] < lm.evaluate(rows=4)['count'][0] <= 4 * lm.config.data.length
 
 
 @pytest.mark.parametrize('mesh', [{}, {'data': 2, 'fsdp': 2}], ids=str)
@@ -361,17 +361,17 @@ def test_evaluate_computes_few_more_rows_than_asked(lm, tmp_path, monkeypatch, m
   monkeypatch.setattr(lm_module, 'evaluate', recorded)
   every = len(one.corpus.held_out(3))
   for rows in (1, 2, 3, 5, 9, None):
-    found, asked = one.evaluate(rows), every if rows is None else min(rows, every)
+    found, asked = one.evaluate(rows=rows), every if rows is None else min(rows, every)
     assert asked <= sum(computed[-1]) <= max(1.5 * asked + one.mesh.size, 16 * -(-asked // 16))
     assert all(n % one.mesh.size == 0 for n in computed[-1])
     with monkeypatch.context() as patch:
       patch.setattr(type(lm), '_evaluation_batch', lambda self, rows: 16)
-      expected = one.evaluate(rows)
+      expected = one.evaluate(rows=rows)
     assert found['count'] == expected['count']
     np.testing.assert_allclose(found['nats'], expected['nats'], rtol=1e-6)  # sums in another order
 
 
-@pytest.mark.parametrize('use', [lambda lm: lm.evaluate(1), lambda lm: lm.held_out_prompts(1, 4),
+@pytest.mark.parametrize('use', [lambda lm: lm.evaluate(rows=1), lambda lm: lm.held_out_prompts(1, 4),
                                  lambda lm: lm.corpus], ids=['evaluate', 'prompts', 'corpus'])
 def test_documents_other_than_those_of_training_are_noted_once_wherever_they_are_opened(lm, capsys, use):
   same = {'identity': json.loads(json.dumps({'sources': lm.corpus.identity['sources']}))}

@@ -15,7 +15,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 def workdir(tmp_path_factory):
   from mtp_jax.train.fit import fit
   folder = tmp_path_factory.mktemp('run')
-  names = 'config/schema.py', 'data/rows.py', 'train/step.py', 'model/model.py', 'lm.py', 'model/costs.py'
+  names = ('config/schema.py', 'data/rows.py', 'train/step.py', 'model/model.py', 'lm/language_model.py',
+           'model/costs.py')
   for i, name in enumerate(names):
     shutil.copy(ROOT / 'src' / 'mtp_jax' / name, folder / f'{i}.py')
   config = Config(

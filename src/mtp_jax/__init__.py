@@ -11,7 +11,7 @@ __version__ = '0.1.0'
 
 _CONFIG = ('Config', 'ModelConfig', 'ObjectiveConfig', 'DataConfig', 'OptimizerConfig', 'TrainConfig',
            'MeshConfig', 'BadInput')
-_ROOM_OF = {'load': 'lm', 'LanguageModel': 'lm', 'Generation': 'lm', 'fit': 'train.fit',
+_ROOM_OF = {'load': 'lm', 'LanguageModel': 'lm', 'Generation': 'lm', 'Score': 'lm', 'fit': 'train.fit',
             **dict.fromkeys(_CONFIG, 'config')}
 __all__ = list(_ROOM_OF)
 

@@ -20,7 +20,7 @@ WORKDIR = ('workdir', None, 'folder of the run')
 TOKENIZER = ('tokenizer', '', "a SentencePiece model file; '': the one that --workdir keeps")
 DATA = ('data', '', "prepared sets, or text files and folders of them, separated by commas; '': those of the "
                     'training run')
-PATHS = {'workdir', 'tokenizer', 'data', 'output', 'plot', 'drafter', 'prompt_file'}  # where ~ is the home
+PATHS = {'workdir', 'tokenizer', 'data', 'output', 'plot', 'drafter', 'prompt_file', 'text_file'}  # where ~ is the home
 STEP = ('step', -1, 'step of the checkpoint; -1 is the newest')
 JSON = ('json', False, 'print one JSON object on the last line')
 

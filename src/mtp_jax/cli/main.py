@@ -1,4 +1,4 @@
-"""python -m mtp_jax COMMAND: train, evaluate, generate, inspect and measure.
+"""python -m mtp_jax COMMAND: train, evaluate, score, generate, inspect and measure.
 
 Exit codes: 0 done; 1 the run failed, or another process of its job did; 2 bad input, one line says
 what to fix; 129, 130 and 143 interrupted by SIGHUP, Ctrl-C or SIGTERM, after saving a checkpoint to
@@ -10,11 +10,11 @@ import typing
 
 from absl import flags as absl_flags
 
-from mtp_jax.cli import data, measure, run
+from mtp_jax.cli import data, evaluate, measure, run
 from mtp_jax.cli.command import PATHS, Command, exit_code_of, open_standard_streams, table
 from mtp_jax.config import BadInput, Config, expanded, files, nearest
 
-COMMANDS = {**run.COMMANDS, **data.COMMANDS, **measure.COMMANDS}
+COMMANDS = {**run.COMMANDS, **evaluate.COMMANDS, **data.COMMANDS, **measure.COMMANDS}
 
 DEFINE = {bool: absl_flags.DEFINE_boolean, int: absl_flags.DEFINE_integer,
           float: absl_flags.DEFINE_float}

@@ -1,11 +1,9 @@
-"""train, evaluate, generate, goodput: what is done with a workdir."""
+"""train, generate, goodput: what is done with a workdir."""
 import dataclasses
-import re
 import sys
 
 from mtp_jax.cli.command import (
     CONFIG,
-    DATA,
     JSON,
     STEP,
     TOKENIZER,
@@ -19,6 +17,7 @@ from mtp_jax.cli.command import (
     print_result,
     table,
 )
+from mtp_jax.cli.text import typed, typed_or_read
 from mtp_jax.config import BadInput, Config
 
 
@@ -58,61 +57,21 @@ def _fit(flags, config: Config, profiled: range) -> int:
   return 128 + outcome.signal if outcome.signal else 0
 
 
-def evaluate(flags) -> int:
-  """Held-out nats and accuracy of each future, bits per byte of future 0, acceptance of drafts."""
-  need_at_least(flags, rows=0)
-  lm = model_of(flags)
-  results = lm.evaluate(flags.rows or None)
-  drafts = lm.config.model.futures > 1
-  if drafts and flags.speed:
-    results |= lm.expected_speed_up(results)
-  print_result(flags, {'step': lm.step, **results},
-               [*_futures_table(results), *(_drafts_table(results) if drafts else [])])
-  return 0
-
-
-def _futures_table(results: dict) -> list[str]:
-  rows = [(m, f'{nats:.4f}', f'{accuracy:.4f}', count) for m, (nats, accuracy, count) in enumerate(
-      zip(results['nats'], results['accuracy'], results['count']))]
-  return [*table(('future', 'nats', 'accuracy', 'count'), rows),
-          f'bits per byte of future 0: {results["bits_per_byte"]:.4f}']
-
-
-def _drafts_table(results: dict) -> list[str]:
-  """Acceptance, tokens per forward and, if measured, speed-up by draft length."""
-  columns = [('draft', range(len(results['tokens_per_forward_greedy'])))]
-  for choice, name in (('greedy', 'greedy'), ('sampled', 'speculative sampling')):
-    acceptance = ['', *(f'{a:.3f}' for a in results[f'acceptance_{choice}'])]
-    tokens_per_forward = [f'{n:.3f}' for n in results[f'tokens_per_forward_{choice}']]
-    columns += [(f'{name}: acceptance', acceptance), ('tokens/forward', tokens_per_forward)]
-    if f'speed_up_{choice}' in results:
-      columns.append(('speed-up', [f'{gain:.2f}' for gain in results[f'speed_up_{choice}']]))
-  headings, cells = zip(*columns)
-  title = ('decoding the held-out documents, expected by draft length; acceptance: of the draft of '
-           'this depth, given that all before it were accepted')
-  lines = ['', title, *table(headings, zip(*cells))]
-  if 'seconds_per_forward' in results:
-    seconds = results['seconds_per_forward']
-    plain = seconds[0]
-    costs = ' '.join(f'{s / plain:.2f}' for s in seconds)
-    lines.append('speed-up: tokens per forward over the cost of a forward, measured here on one '
-                 f'prompt: {costs}')
-  return lines
-
-
 def generate(flags) -> int:
   """Continues --prompt, or the content of --prompt_file, byte for byte.
 
   Greedily, or with --same_seed, the text does not depend on the drafts, in float32; otherwise its
   distribution does not.
   """
-  prompt, stop = _prompt(flags), _bytes_of(flags, 'stop')
-  need_at_least(flags, draft=-1, max_tokens=0, max_length=0)
+  prompt, stop = _prompt(flags), typed(flags, 'stop')
+  need_at_least(flags, draft=-1, max_tokens=0, max_length=0, n=1)
   from mtp_jax.decode.requests import Criterion, sampling_parameters
   sampling_parameters(1, flags.temperature, flags.seed, flags.top_k, flags.top_p)
   criterion = Criterion(flags.criterion, flags.threshold, flags.min_block)
+  if flags.stream and flags.n > 1:
+    raise BadInput(f'--stream: shows one sample, but --n={flags.n}')
   lm = model_of(flags)
-  prompt_text = prompt.decode(errors='replace')
+  prompt_text = (prompt or b'').decode(errors='replace')
   unprinted = [prompt_text]  # printed with the first new text, so that an error comes before it
 
   def stream(row, ids, text):
@@ -121,62 +80,36 @@ def generate(flags) -> int:
   streams = flags.stream and not flags.json
   generation = lm.generate(
       prompt, flags.max_tokens or None, None if flags.draft < 0 else flags.draft,
-      flags.temperature, flags.seed, top_k=flags.top_k, top_p=flags.top_p,
+      flags.temperature, flags.seed, n=flags.n, top_k=flags.top_k, top_p=flags.top_p,
       drafter=drafter_of(flags, lm), adaptive=flags.adaptive, same_seed=flags.same_seed,
       criterion=criterion, stop=stop or (), max_length=flags.max_length or None,
       stream=stream if streams else None)
-  names = ('tokens', 'forwards', 'tokens_per_forward', 'seconds', 'acceptance', 'mean_draft',
+  names = ('finish_reason', 'tokens', 'forwards', 'tokens_per_forward', 'seconds', 'acceptance', 'mean_draft',
            'lossless')
-  values = {'text': generation.text[0], **{name: getattr(generation, name) for name in names},
-            'criterion': dataclasses.asdict(criterion)}
+  values = {'text': generation.text[0], 'texts': generation.text,
+            **{name: getattr(generation, name) for name in names}, 'criterion': dataclasses.asdict(criterion)}
   trained_depth = lm.config.model.futures - 1
   lines = ['', *_generation_lines(flags, generation, criterion, trained_depth)]
-  print_result(flags, values, lines if streams else [prompt_text + generation.text[0], *lines])
+  texts = [prompt_text + text for text in generation.text]
+  if flags.n > 1:
+    texts = [f'--- {i}\n{text}' for i, text in enumerate(texts)]
+  print_result(flags, values, lines if streams else [*texts, *lines])
   return 0
 
 
-def _prompt(flags) -> bytes:
-  """--prompt, or the content of --prompt_file."""
-  if (flags.prompt is None) == (flags.prompt_file is None):
-    raise BadInput("--prompt: give either --prompt='def main():' or --prompt_file=FILE"
-                   if flags.prompt is None else '--prompt_file: not together with --prompt')
-  if flags.prompt_file is None:
-    prompt = _bytes_of(flags, 'prompt')
-  elif flags.prompt_file == '-':
-    prompt = sys.stdin.buffer.read()
-  else:
-    try:
-      with open(flags.prompt_file, 'rb') as file:
-        prompt = file.read()
-    except OSError as error:
-      raise BadInput(f'--prompt_file={flags.prompt_file}: {error.strerror}') from None
+def _prompt(flags) -> bytes | None:
+  """--prompt, or the content of --prompt_file; None with --unconditional."""
+  if flags.unconditional:
+    if flags.prompt is not None or flags.prompt_file is not None:
+      raise BadInput('--unconditional: begins a document, so it takes no --prompt and no --prompt_file')
+    return None
+  if flags.prompt is None and flags.prompt_file is None:
+    raise BadInput("--prompt: give either --prompt='def main():' or --prompt_file=FILE, or --unconditional")
+  prompt = typed_or_read(flags, 'prompt')
   if not prompt:
     raise BadInput(f'--{"prompt" if flags.prompt_file is None else "prompt_file"}: empty; '
                    'pass the text to continue')
   return prompt
-
-
-_ESCAPE = re.compile(rb'\\(x[0-9a-fA-F]{2}|[0-7]{1,3}|.?)', re.DOTALL)
-_ESCAPED = {b'n': b'\n', b't': b'\t', b'r': b'\r', b'a': b'\a', b'b': b'\b', b'f': b'\f', b'v': b'\v',
-            **{mark: mark for mark in (b'\\', b"'", b'"')}}
-
-
-def _bytes_of(flags, name: str) -> bytes:
-  """The bytes that were typed as a flag, which need not be UTF-8; C escapes count with --escapes."""
-  typed = flags[name].value.encode('utf-8', errors='surrogateescape')
-
-  def replace(match) -> bytes:
-    escape = match[1]
-    if escape[:1] == b'x' and len(escape) == 3:
-      return bytes.fromhex(escape[1:].decode())
-    if re.fullmatch(b'[0-7]+', escape) and int(escape, 8) < 256:
-      return bytes([int(escape, 8)])
-    if escape not in _ESCAPED:
-      raise BadInput(f'--{name}={flags[name].value}: no such escape: {match[0].decode(errors="replace")}; write '
-                     r'\n, \t, \xHH, \OOO or \\, or leave out --escapes')
-    return _ESCAPED[escape]
-
-  return _ESCAPE.sub(replace, typed) if flags.escapes else typed
 
 
 def _generation_lines(flags, generation, criterion, trained_depth: int) -> list[str]:
@@ -248,18 +181,13 @@ COMMANDS = {
          ('profile_steps', '', 'a:b writes a jax.profiler trace of the steps a to b-1'),
          JSON),
         'train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=200'),
-    'evaluate': Command(
-        evaluate, 'held-out nats, accuracy, bits per byte',
-        (WORKDIR, STEP, TOKENIZER, DATA,
-         ('rows', 0, 'number of rows, evenly spaced; 0: all'),
-         ('speed', True, 'time a forward of each draft length, for the expected speed-up'),
-         JSON),
-        'evaluate --workdir=runs/tiny'),
     'generate': Command(
         generate, 'continue a prompt, drafting ahead',
         (WORKDIR, STEP, TOKENIZER,
          ('prompt', None, 'text to continue'),
          ('prompt_file', None, 'a file that holds it; -: stdin'),
+         ('unconditional', False, 'begin a document, without a prompt'),
+         ('n', 1, 'samples; with --temperature they differ'),
          ('escapes', False, r'read \n, \t, \xHH and such in --prompt and --stop as in C'),
          ('max_tokens', 0, 'largest number of new tokens; 0: what --max_length leaves, up to 256'),
          ('max_length', 0, 'tokens of prompt and new text; 0: as many as the training rows had'),

@@ -5,7 +5,10 @@ them.
 what has changed.
 """
 import dataclasses
+import pathlib
 from collections.abc import Sequence
+
+import numpy as np
 
 from mtp_jax import tokenizer as tokenizers
 from mtp_jax.config import BadInput, DataConfig
@@ -13,7 +16,7 @@ from mtp_jax.data.dataset import dataset_once
 from mtp_jax.data.folder import Damaged, Folder
 from mtp_jax.data.packing import Consecutive, pack
 from mtp_jax.data.prepare import prepare_once
-from mtp_jax.data.prepared_set import Prepared, open_set
+from mtp_jax.data.prepared_set import INDEX, Prepared, open_set
 from mtp_jax.data.progress import NoMeter, quiet
 from mtp_jax.data.rows import Batches, Mixture, Rows, SourceRows
 from mtp_jax.data.shards import Stream
@@ -76,6 +79,23 @@ class Corpus:
     """Rows of the held-out documents, packed consecutively, so that both packings are compared alike."""
     packings = [Consecutive(stream, self.config.length) for stream in self.validation]
     return self._source_rows([''] * len(packings), self.validation, packings, futures, note)
+
+  def beginnings(self, n: int, length: int) -> list[np.ndarray]:
+    """The first `length` ids of the first n held-out documents that have at least twice as many.
+
+    Raises:
+      BadInput: there are fewer such documents.
+    """
+    found = []
+    for stream in self.validation:
+      for i in range(stream.documents):
+        document = stream.document(i)
+        if len(document) >= 2 * length:
+          found.append(document[:length])
+        if len(found) == n:
+          return found
+    raise BadInput(f'config.data: only {len(found)} held-out documents have {2 * length} tokens '
+                   f'or more, but {n} prompts are wanted')
 
   def sides(self) -> str:
     """The documents and tokens to train on, and those held out, as a line.
@@ -153,6 +173,21 @@ def _open_sets(config: DataConfig, tokenizer: Tokenizer, field: str, note) -> tu
       raise BadInput(f'config.data.{field}: {source.folder.url!r} was prepared with another tokenizer than '
                      f'config.data.tokenizer={config.tokenizer!r}; set config.data.tokenizer={fitting!r}')
   return sources
+
+
+def other_documents(config: DataConfig, data: Sequence[str | pathlib.Path]) -> DataConfig:
+  """The config with other documents: prepared sets if one of them is such, else text.
+
+  Raises:
+    BadInput: a name is empty.
+  """
+  names = tuple(map(str, data))
+  if not all(names):
+    raise BadInput(f'data={data!r}: holds an empty name; give prepared sets, or text files and folders')
+  if not any(INDEX in Folder(name, 'data').sizes() for name in names):
+    return dataclasses.replace(config, paths=names, sources=(), dataset='', validation=(), weights=())
+  weights = config.weights if len(names) == len(config.sources) else ()
+  return dataclasses.replace(config, sources=names, paths=(), dataset='', validation=(), weights=weights)
 
 
 def load_tokenizer(name: str, where: str = 'config.data.tokenizer') -> Tokenizer:

@@ -292,11 +292,16 @@ def validation_batches(rows: SourceRows, batch: int, limit: int | None = None, p
   Rows of padding fill the last batch.
   """
   _check_divides(batch, process_count)
-  total = len(rows)
-  ids = np.arange(total) if limit is None or limit >= total else np.arange(limit) * total // limit
-  ids = np.concatenate([ids, np.full(-len(ids) % batch, -1)])
+  ids = validation_ids(rows, batch, limit)
   for start in range(0, len(ids), batch):
     yield rows.batch(ids[start + process_index:start + batch:process_count])
+
+
+def validation_ids(rows: SourceRows, batch: int, limit: int | None = None) -> np.ndarray:
+  """The ids of all rows, or of `limit` at even distances, and then of padding, -1, up to a multiple of the batch."""
+  total = len(rows)
+  ids = np.arange(total) if limit is None or limit >= total else np.arange(limit) * total // limit
+  return np.concatenate([ids, np.full(-len(ids) % batch, -1)])
 
 
 def _check_divides(batch: int, process_count: int) -> None:

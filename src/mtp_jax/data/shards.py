@@ -233,11 +233,25 @@ class Stream:
   def document(self, i: int) -> np.ndarray:
     """The ids of one document, int32[n], without bos and eos."""
     s = int(np.searchsorted(self._document_ends, i, side='right'))
+    k = i - self._documents_before(s)
+    start, stop = self._starts_in(s)[k:k + 2]
+    return self.read(int(start) + 1, int(stop) - 1).astype(np.int32)
+
+  def document_at(self, position: int) -> tuple[int, int]:
+    """(the document that holds the token at a position, the position of its bos)."""
+    s = int(np.searchsorted(self._ends, position, side='right'))
+    starts = self._starts_in(s)
+    k = int(np.searchsorted(starts, position, side='right')) - 1
+    return self._documents_before(s) + k, int(starts[k])
+
+  def _documents_before(self, s: int) -> int:
+    return int(self._document_ends[s]) - self.shards[s].documents
+
+  def _starts_in(self, s: int) -> np.ndarray:
+    """Where in the stream the documents of shard s begin, and where the last one ends."""
     if self._document_starts[0] != s:
       self._document_starts = s, self.start(s) + np.concatenate([[0], np.cumsum(self.lengths(s))])
-    k = i - (int(self._document_ends[s]) - self.shards[s].documents)
-    start, stop = self._document_starts[1][k:k + 2]
-    return self.read(int(start) + 1, int(stop) - 1).astype(np.int32)
+    return self._document_starts[1]
 
   def _record(self, s: int, number: int) -> bytes:
     shard, reader = self.shards[s], self._reader(s)

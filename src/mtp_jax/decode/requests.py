@@ -54,25 +54,25 @@ class Criterion:
     return self.name == 'exact' and self.min_block == 1
 
 
-def sampling_parameters(rows: int, temperature=0.0, seed=0, top_k=0,
-                        top_p=1.0) -> tuple[np.ndarray, ...]:
-  """(temperature_B, seed_B2, top_k_B, top_p_B), checked; see `LanguageModel.generate`.
+def sampling_parameters(prompts: int, temperature=0.0, seed=0, top_k=0, top_p=1.0,
+                        n: int = 1) -> tuple[np.ndarray, ...]:
+  """(temperature_B, seed_B2, top_k_B, top_p_B), checked, of n rows a prompt; see `LanguageModel.generate`.
 
   A row's random numbers come from its pair seed_B2: one seed of all rows and the row's number, or
-  the row's own seed and 0.
+  the prompt's own seed and the sample's number.
 
   Raises:
     BadInput: a number is out of range.
   """
-  seed_B = per_row('seed', seed, rows, 0, 2**31 - 1, np.uint32)
-  number_B = np.arange(rows) if np.ndim(seed) == 0 else np.zeros(rows)
+  seed_B = np.repeat(per_row('seed', seed, prompts, 0, 2**31 - 1, np.uint32), n)
+  number_B = np.arange(prompts * n) if np.ndim(seed) == 0 else np.tile(np.arange(n), prompts)
   seed_B2 = np.stack([seed_B, number_B.astype(np.uint32)], 1)
   least, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-  temperature_B = per_row('temperature', temperature, rows, 0, most, np.float32,
+  temperature_B = per_row('temperature', temperature, prompts, 0, most, np.float32,
                           '0 (greedy) or a positive number')
-  top_k_B = per_row('top_k', top_k, rows, 0, 2**31 - 1, allowed='at least 1, or 0 for all')
-  top_p_B = per_row('top_p', top_p, rows, least, 1, np.float32, 'above 0 and at most 1')
-  return temperature_B, seed_B2, top_k_B, top_p_B
+  top_k_B = per_row('top_k', top_k, prompts, 0, 2**31 - 1, allowed='at least 1, or 0 for all')
+  top_p_B = per_row('top_p', top_p, prompts, least, 1, np.float32, 'above 0 and at most 1')
+  return np.repeat(temperature_B, n), seed_B2, np.repeat(top_k_B, n), np.repeat(top_p_B, n)
 
 
 def lengths_after_decoding(length_B: np.ndarray, max_tokens, max_length: int) -> np.ndarray:
@@ -137,17 +137,27 @@ def prompt_ids(prompt, tokenizer) -> np.ndarray:
   Raises:
     BadInput: it is empty, or neither text nor ids.
   """
+  ids = text_ids('prompts', prompt, tokenizer)
+  if not ids.size:
+    raise BadInput('prompt: empty; pass the text to continue, or None to begin a document')
+  return ids
+
+
+def text_ids(name: str, text, tokenizer) -> np.ndarray:
+  """The ids of a text of an argument, which may be given as text, bytes or ids: int32[n].
+
+  Raises:
+    BadInput: it is neither text nor ids.
+  """
   try:
-    ids = tokenizer.encode(prompt) if isinstance(prompt, (str, bytes)) else np.asarray(prompt)
+    ids = tokenizer.encode(text) if isinstance(text, (str, bytes)) else np.asarray(text)
     whole = not ids.size or np.issubdtype(ids.dtype, np.integer)
     wrong = ids.ndim != 1 or not whole or ids.size and (ids.min() < 0 or ids.max() >= tokenizer.size)
   except (ValueError, TypeError, OverflowError):  # such as rows of unequal length
     wrong = True
   if wrong:
-    raise BadInput(f'prompts: {prompt!r} is neither text nor a sequence of ids '
+    raise BadInput(f'{name}: {text!r} is neither text nor a sequence of ids '
                    f'from 0 to {tokenizer.size - 1}')
-  if not ids.size:
-    raise BadInput('prompt: empty; pass the text to continue')
   return ids.astype(np.int32)
 
 

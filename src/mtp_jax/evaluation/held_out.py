@@ -14,15 +14,17 @@ from mtp_jax.evaluation import acceptance
 from mtp_jax.mesh import put
 from mtp_jax.model.model import Model
 from mtp_jax.objective import Labels, Read
+from mtp_jax.report.display import Count
 
 
-def evaluate(config: Config, model: Model, batches, byte_length_V, allowed_V, mesh) -> dict:
+def evaluate(config: Config, model: Model, batches, byte_length_V, allowed_V, mesh, shown: Count | None = None) -> dict:
   """Sums over held-out batches, divided once, in float64.
 
   Args:
     batches: this process's rows of each batch, int32[B, L + M].
     byte_length_V: int32, bytes that each id stands for.
     allowed_V: bool, ids that a decoder may generate.
+    shown: told how many batches are done.
 
   Returns:
     nats and accuracy, with the sums they are made of: one entry a future, nan where no held-out
@@ -31,10 +33,12 @@ def evaluate(config: Config, model: Model, batches, byte_length_V, allowed_V, me
     length from 0 on.
   """
   total = None
-  for batch in batches:
+  for i, batch in enumerate(batches, 1):
     counts = jax.device_get(_evaluate_batch(config, model, put(batch, mesh), byte_length_V, allowed_V))
     counts = jax.tree.map(np.float64, counts)
     total = counts if total is None else jax.tree.map(np.add, total, counts)
+    if shown:
+      shown.show(i)
   sums, target_bytes, drafts = total
   with np.errstate(divide='ignore', invalid='ignore'):
     figures = {

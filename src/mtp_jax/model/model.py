@@ -156,7 +156,7 @@ class Futures:
       return None
     return targets_MBL[futures[0] - 1:futures[-1]]
 
-  def map(self, f, xs, z_BLD, targets_MBL, positions_BL, keys):
+  def map(self, f, xs, z_BLD, targets_MBL, positions_BL, keys, futures: int | None = None):
     """f(h_BLD, x) of every future, stacked over M: one head after the other, in the order of the
     chain.
 
@@ -167,9 +167,11 @@ class Futures:
       z_BLD: what `run_trunk` returned.
       targets_MBL: what each future predicts; sequential modules are given those of the future
         before.
+      futures: of the first so many only; other heads run only where these depend on them.
     """
     c = self.config
-    heads_to_run = c.heads_to_run((True,) * c.futures)
+    futures = futures or c.futures
+    heads_to_run = c.heads_to_run(tuple(m < futures for m in range(c.futures)))
 
     def step(state_BLD, inputs):
       head, given_BL, x = inputs
@@ -184,10 +186,10 @@ class Futures:
         first = f(h_BLD, jax.tree.map(lambda x_M: x_M[0], xs))
         results.append(jax.tree.map(lambda x: x[None], first))
       if heads_to_run:
-        later = jax.tree.map(lambda x_M: x_M[c.first_own_head:], xs)
+        later = jax.tree.map(lambda x_M: x_M[heads_to_run[0]:heads_to_run[-1] + 1], xs)
         inputs = self.stacked(heads_to_run), self.given(heads_to_run, targets_MBL), later
         results.append(jax.lax.scan(step, state_BLD, inputs, reverse=c.kind == 'anticausal')[1])
-      return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+      return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:futures], *results)
 
 
 class Model(nnx.Module):

@@ -38,11 +38,11 @@ def trunk_state(model: Model, read: Read):
   return model.run_trunk(model.embed(read.inputs_BL), read.positions_BL, keys), keys
 
 
-def future_states(model: Model, read: Read):
-  """The normed state of every future, which the unembedding reads: [M, B, L, D]."""
+def future_states(model: Model, read: Read, futures: int | None = None):
+  """The normed state of every future, or of the first so many, which the unembedding reads: [M, B, L, D]."""
   z_BLD, keys = trunk_state(model, read)
   take = lambda h_BLD, _: h_BLD
-  return model.readout().map(take, None, z_BLD, read.targets_MBL, read.positions_BL, keys)
+  return model.readout().map(take, None, z_BLD, read.targets_MBL, read.positions_BL, keys, futures)
 
 
 def loss(model: Model, read: Read, coefficient_M, o: ObjectiveConfig, active: tuple[bool, ...] | None = None):

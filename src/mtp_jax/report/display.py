@@ -164,3 +164,47 @@ class Meter:
     seconds = max(time.perf_counter() - self.start, 1e-9)
     return (f'{size / 1e6:,.1f} MB read, {documents:,} documents ({documents / seconds:,.0f}/s), '
             f'{tokens:,} tokens ({tokens / seconds:,.0f}/s)')
+
+
+class Count:
+  """Progress through a number of equal steps: a bar on a terminal, elsewhere a line every ten seconds, so
+  that what takes less prints nothing.
+
+  Args:
+    what: is done; '' shows nothing.
+    total: steps of what, such as rows.
+    unit: of a step, such as 'rows'.
+    note: prints a plain line.
+  """
+
+  def __init__(self, what: str, total: int, unit: str, note=print_stderr):
+    self.what, self.total, self.unit, self.note = what, total, unit, note
+    self.start = self.last_shown = None  # since the end of the first step, which compiles
+    self.bar, stderr = None, Stderr()
+    if what and stderr.isatty():
+      self.bar = Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn(),
+                          console=Console(file=stderr), transient=True)
+      self.task = self.bar.add_task('', total=total)
+
+  def __enter__(self) -> 'Count':
+    if self.bar:
+      self.bar.start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self.bar:
+      self.bar.stop()
+
+  def show(self, done: int) -> None:
+    """Shows how many steps are done; may be called often."""
+    if self.bar:
+      self.bar.update(self.task, completed=done)
+      return
+    now = time.perf_counter()
+    if self.start is None:
+      self.start, self.last_shown = (now, done), now
+    elif self.what and done < self.total and now - self.last_shown >= 10:
+      self.last_shown = now
+      start, before = self.start
+      eta_seconds = (self.total - done) * (now - start) / max(done - before, 1)
+      self.note(f'{self.what}: {done:,} of {self.total:,} {self.unit}  eta {eta_seconds:.0f} s')

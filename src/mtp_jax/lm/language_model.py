@@ -1,6 +1,7 @@
-"""A trained language model, for notebooks and the command line: load it, generate, evaluate."""
+"""A trained language model, for notebooks and the command line: generate, evaluate, score."""
 import dataclasses
 import functools
+import os
 import pathlib
 import time
 import types
@@ -9,17 +10,14 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from mtp_jax.checkpoint import store
-from mtp_jax.checkpoint.record import TOKENIZER, check_conventions, check_tokenizer, locate, read_record
-from mtp_jax.config import BadInput, Config, DataConfig, MeshConfig
-from mtp_jax.data.corpus import Corpus, load_tokenizer, open_corpus
-from mtp_jax.data.folder import Folder
-from mtp_jax.data.prepared_set import INDEX
-from mtp_jax.data.rows import validation_batches
+from mtp_jax.config import BadInput, Config
+from mtp_jax.data.corpus import Corpus, open_corpus
+from mtp_jax.data.rows import SourceRows, validation_batches
+from mtp_jax.data.texts import own_rows, read
 from mtp_jax.decode.decoder import Decoder
 from mtp_jax.decode.detokenizer import Detokenizer
 from mtp_jax.decode.drafters import Drafter, DraftModel, NoDrafts, PromptLookup, futures
-from mtp_jax.decode.engine import Engine, Stream, batch_size, measure_pass_seconds, tally
+from mtp_jax.decode.engine import Engine, Stream, batch_size, measure_pass_seconds
 from mtp_jax.decode.generation import Generation
 from mtp_jax.decode.requests import (
   EXACT,
@@ -31,17 +29,20 @@ from mtp_jax.decode.requests import (
   prompt_ids,
   sampling_parameters,
   stop_strings,
+  text_ids,
 )
 from mtp_jax.decode.verify import Sampler
+from mtp_jax.evaluation.breakdown import breakdown
+from mtp_jax.evaluation.groups import groupings
 from mtp_jax.evaluation.held_out import evaluate
-from mtp_jax.mesh import make_mesh, process_share
-from mtp_jax.model.model import Model, conventions
-from mtp_jax.report.display import Meter, print_stderr
+from mtp_jax.evaluation.scoring import Score, score
+from mtp_jax.mesh import process_share
+from mtp_jax.model.model import Model
+from mtp_jax.report.display import Count, Meter, print_stderr
 from mtp_jax.tokenizer import Tokenizer, byte_lengths, decodable
-from mtp_jax.train import step as training
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LanguageModel:
   """A loaded checkpoint: config, tokenizer, model (the parameters), step, record saved with it."""
   config: Config
@@ -51,11 +52,21 @@ class LanguageModel:
   record: dict
   mesh: jax.sharding.Mesh
 
-  def generate(self, prompts: str | bytes | Sequence,
+  def __repr__(self) -> str:
+    c, t = self.config.model, self.config.data.tokenizer
+    parameters = sum(x.size for x in jax.tree.leaves(self.model))
+    device = self.mesh.devices.flat[0].device_kind
+    return (f'LanguageModel of step {self.step:,}: futures {c.futures} ({c.kind}), trunk layers {c.trunk_layers}, '
+            f'width {c.width}, parameters {parameters:,}, {c.dtype}\n'
+            f'tokenizer {t} of {self.tokenizer.size:,} ids, rows of {self.config.data.length:,} tokens, '
+            f'devices {self.mesh.size} ({device})')
+
+  def generate(self, prompts: str | bytes | Sequence | None = None,
                max_tokens: int | Sequence[int] | None = None,
                draft: int | None = None,
                temperature: float | Sequence[float] = 0.0,
                seed: int | Sequence[int] = 0, *,
+               n: int = 1,
                top_k: int | Sequence[int] = 0,
                top_p: float | Sequence[float] = 1.0,
                drafter: 'str | LanguageModel' = 'futures',
@@ -68,16 +79,19 @@ class LanguageModel:
     """Continues one prompt or several, on one device.
 
     Numbers may be sequences, one entry a prompt. A row does not depend on its neighbours.
+    Row p * n + i is sample i of prompt p.
 
     Args:
-      prompts: text, bytes, or a sequence of them, or of token ids; none may be empty.
+      prompts: text, bytes, or a sequence of them, or of token ids; none may be empty. By default
+        no prompt: a document from its beginning, `bos`.
       max_tokens: new tokens of each row at most; a row ends early at its end of document or a stop
         string. By default what `max_length` leaves, at most 256.
       draft: drafts in a pass, or the most of them if `adaptive`. 0 is plain autoregression. By
         default all futures of this model, or 4 with another drafter.
       temperature: 0 is greedy.
       seed: of all rows, whose numbers in the batch make their random numbers differ; or an entry a
-        prompt, which is then sampled as it would be alone.
+        prompt, whose samples are then those that it would have alone.
+      n: samples of each prompt; at temperature 0 they are equal.
       top_k, top_p: draw from so many of the likeliest tokens, or from the fewest that hold this
         mass.
       drafter: 'futures'; 'lookup', which copies what followed an earlier occurrence of the last few
@@ -97,7 +111,11 @@ class LanguageModel:
       BadInput: an argument is out of range.
       KeyboardInterrupt: soon after Ctrl-C, between passes.
     """
-    rows = [self.row(prompt) for prompt in one_or_several('prompts', prompts, (str, bytes))]
+    if prompts is None:
+      rows = [np.array([self.tokenizer.bos], np.int32)]
+    else:
+      rows = [self.row(prompt) for prompt in one_or_several('prompts', prompts, (str, bytes))]
+    n = number('n', n, 1, 2**16)
     check_is((bool, np.bool_), adaptive=adaptive, same_seed=same_seed)
     check_is(Criterion, criterion=criterion)
     check_is((Callable, types.NoneType), stream=stream)
@@ -109,7 +127,8 @@ class LanguageModel:
       max_length = number('max_length', max_length, 2, 2**24)
     length_B = np.array([len(row) for row in rows], np.int32)
     limit_B = lengths_after_decoding(length_B, max_tokens, max_length)
-    parameters = sampling_parameters(len(rows), temperature, seed, top_k, top_p)
+    parameters = sampling_parameters(len(rows), temperature, seed, top_k, top_p, n)
+    rows, limit_B = [row for row in rows for _ in range(n)], np.repeat(limit_B, n)
     stop = stop_strings(stop)
     checked_drafter = self.drafter(drafter, draft)
     if adaptive and not criterion.lossless:
@@ -127,24 +146,7 @@ class LanguageModel:
     """Decodes rows whose arguments have been checked; texts as in `Engine.run`."""
     start = time.perf_counter()
     state, end_B = engine.run(rows, limit_B, texts, stream)
-    seconds = time.perf_counter() - start
-    new = [slice(len(row), end) for row, end in zip(rows, end_B)]
-    ids, depths, drafted = ([x_S[positions] for x_S, positions in zip(x_BS, new)]
-                            for x_BS in (state.tokens_BS, state.depth_BS, state.drafted_BS))
-    tallies = [tally(*row, engine.drafter.depth) for row in zip(depths, drafted)]
-    passes, offered, accepted = map(np.array, zip(*tallies))
-    ids = [row.tolist() for row in ids]
-    return Generation(
-        ids=ids,
-        depths=[row.tolist() for row in depths],
-        text=[text.text for text in texts] or [self.tokenizer.text(row) for row in ids],
-        tokens=sum(map(len, ids)),
-        forwards=int(passes.sum()),
-        offered=offered.sum(0).tolist(),
-        accepted=accepted.sum(0).tolist(),
-        passes=max(passes.tolist(), key=sum),  # of the row that ended last
-        lossless=engine.sampler.criterion.lossless,
-        seconds=seconds)
+    return Generation.of(rows, state, end_B, engine, self.tokenizer, texts, time.perf_counter() - start)
 
   def sampler(self, temperature_B, seed_B2, top_k_B, top_p_B, same_seed: bool = False,
               criterion: Criterion = EXACT) -> Sampler:
@@ -218,21 +220,81 @@ class LanguageModel:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return Decoder.of(jax.device_put(self.model, device), self.tokenizer.size)
 
-  def evaluate(self, rows: int | None = None) -> dict:
-    """Results on the held-out documents, or on `rows` rows of them at even distances; see
-    `evaluation.held_out.evaluate`.
+  def evaluate(self, texts: str | bytes | pathlib.Path | Sequence | None = None, *, rows: int | None = None,
+               by: str | Sequence[str] = ()) -> dict:
+    """Results on the held-out documents, or on texts of one's own; see `evaluation.held_out.evaluate`.
 
     Among them nats, accuracy and count of each future, bits_per_byte of future 0,
     tokens_per_forward_greedy and tokens_per_forward_sampled by draft length.
+
+    Args:
+      texts: text, bytes or ids, a `pathlib.Path` of files in any format that `prepare` reads, or a
+        sequence of these; packed into rows as held-out documents are. A text is no file name.
+      rows: how many rows to read, at even distances; by default all.
+      by: 'kind' (of token in source code: indentation, names, ...), 'position' (in the context), or
+        both: adds nats and acceptance of each group as by_kind, by_position; see
+        `evaluation.groups`. Costs as much again.
+
+    Raises:
+      BadInput: an argument is out of range, or a file cannot be read.
     """
     rows = None if rows is None else number('rows', rows, 1, 2**31 - 1)
+    by = groupings(one_or_several('by', by, (str,)))
+    own = None if texts is None else self._own_rows(texts)
+    c, futures = self.config, self.config.model.futures
     with jax.set_mesh(self.mesh):
-      held_out = self.corpus.held_out(self.config.model.futures, print_stderr)
-      rows = len(held_out) if rows is None else min(rows, len(held_out))
+      source = self.corpus.held_out(futures, print_stderr) if own is None else own
+      rows = len(source) if rows is None else min(rows, len(source))
       batch = self._evaluation_batch(rows)
-      batches = validation_batches(held_out, batch, rows, *process_share(self.mesh))
-      return evaluate(self.config, self.model, batches, byte_lengths(self.config, self.tokenizer),
-                      decodable(self.config, self.tokenizer), self.mesh)
+      allowed_V, lengths_V = decodable(c, self.tokenizer), byte_lengths(c, self.tokenizer)
+      batches = validation_batches(source, batch, rows, *process_share(self.mesh))
+      with Count('evaluate', -(-rows // batch), 'batches') as shown:
+        results = evaluate(c, self.model, batches, lengths_V, allowed_V, self.mesh, shown)
+      if by:
+        groups = breakdown(c, self.model, source, batch, rows, self.tokenizer, allowed_V, self.mesh, by)
+        results |= {f'by_{name}': figures for name, figures in groups.items()}
+    return results
+
+  def _own_rows(self, texts) -> SourceRows:
+    """The rows of documents of one's own, packed as held-out documents are."""
+    documents = []
+    for text in one_or_several('texts', texts, (str, bytes, pathlib.Path)):
+      if isinstance(text, pathlib.Path):
+        documents += [self.tokenizer.encode(document) for document in read([text], 'texts')]
+      elif isinstance(text, str) and os.path.isfile(text):
+        raise BadInput(f'texts={text!r}: is a file; pass pathlib.Path({text!r}) for its content')
+      else:
+        documents.append(text_ids('texts', text, self.tokenizer))
+    if not documents:
+      raise BadInput(f'texts={texts!r}: there is no document; pass at least one')
+    return own_rows(documents, self.config.data, self.tokenizer, self.config.model.futures)
+
+  def score(self, texts: str | bytes | Sequence, *, futures: int = 1, top: int = 0,
+            overlap: int | None = None) -> list[Score]:
+    """The log-probability of every token of one text or several; see `evaluation.scoring`.
+
+    Args:
+      texts: text, bytes, or a sequence of them, or of token ids. Each stands at the beginning of a
+        document, after `bos`; its end is not scored.
+      futures: how many to compute, from future 0 on.
+      top: alternatives to each token, the likeliest ones.
+      overlap: tokens that two neighbouring windows of a text longer than a row share; every token
+        beyond the first row is predicted from at least as many. By default half a row.
+
+    Raises:
+      BadInput: an argument is out of range.
+    """
+    ids = [text_ids('texts', text, self.tokenizer) for text in one_or_several('texts', texts, (str, bytes))]
+    c, L = self.config, self.config.data.length
+    allowed_V, lengths_V = decodable(c, self.tokenizer), byte_lengths(c, self.tokenizer)
+    futures = number('futures', futures, 1, c.model.futures)
+    top = number('top', top, 0, int(allowed_V.sum()))
+    overlap = L // 2 if overlap is None else number('overlap', overlap, 0, L - 1)
+    if not ids:
+      raise BadInput('texts=[]: pass at least one')
+    with jax.set_mesh(self.mesh):
+      return score(c, self.model, ids, self.tokenizer.bos, lengths_V, allowed_V, self.mesh, self._evaluation_batch,
+                   futures, top, overlap, 'score')
 
   def _evaluation_batch(self, rows: int) -> int:
     """Rows of a batch: config.train.evaluate_rows, or as few as hold so many rows on this mesh."""
@@ -296,16 +358,7 @@ class LanguageModel:
       BadInput: there are fewer such documents.
     """
     n, length = number('n', n, 1, 2**31 - 1), number('length', length, 1, 2**31 - 1)
-    prompts = []
-    for stream in self.corpus.validation:
-      for i in range(stream.documents):
-        document = stream.document(i)
-        if len(document) >= 2 * length:
-          prompts.append(document[:length])
-        if len(prompts) == n:
-          return prompts
-    raise BadInput(f'config.data: only {len(prompts)} held-out documents have {2 * length} tokens '
-                   f'or more, but {n} prompts are wanted')
+    return self.corpus.beginnings(n, length)
 
   def row(self, prompt: str | bytes | Sequence[int]) -> np.ndarray:
     """What decoding starts from: bos, then the ids of a prompt.
@@ -315,55 +368,3 @@ class LanguageModel:
     """
     ids = prompt_ids(prompt, self.tokenizer)
     return np.concatenate([[self.tokenizer.bos], ids]).astype(np.int32)
-
-
-def load(workdir, step: int | None = None, *, tokenizer: str | None = None,
-         data: str | Sequence[str] | None = None) -> LanguageModel:
-  """The model of a checkpoint, whatever the number of devices that saved it.
-
-  The parameters are placed on the config's mesh if there are enough devices, else on one device.
-
-  Args:
-    workdir: of a training run, or a path inside it, such as that of one checkpoint.
-    step: by default the newest checkpoint.
-    tokenizer: a SentencePiece model file; by default the one that the workdir keeps.
-    data: what `corpus` and `evaluate` read instead of the documents of the training run: prepared
-      sets, or text files and folders of them.
-
-  Raises:
-    BadInput: there is no such checkpoint, or its record and its arrays disagree.
-  """
-  workdir, step = locate(workdir, step, 'workdir')
-  workdir = workdir.absolute()
-  record = read_record(workdir, step)
-  config = Config.from_dict(record['config'])
-  check_conventions(conventions(config.model), record, workdir)
-  check_is((str, pathlib.Path, types.NoneType), tokenizer=tokenizer)
-  where, name = 'tokenizer', tokenizer
-  if tokenizer is None:
-    where, name = 'config.data.tokenizer', config.data.tokenizer
-    if name != 'bytes' and (workdir / TOKENIZER).exists():
-      name = workdir / TOKENIZER
-  tokens = load_tokenizer(str(name), where)
-  check_tokenizer(f'{where}={name}', tokens.digest, record, 'give the original file as tokenizer')
-  if data is not None:
-    config = dataclasses.replace(config, data=_other_data(config.data, data))
-  try:
-    mesh = make_mesh(config.mesh)
-  except BadInput:
-    mesh = make_mesh(MeshConfig())
-  with jax.set_mesh(mesh):
-    parameters = training.abstract(config, mesh).model
-    model = store.restore(workdir, record['step'], parameters=parameters)['parameters']
-  return LanguageModel(config, tokens, model, record['step'], record, mesh)
-
-
-def _other_data(config: DataConfig, data) -> DataConfig:
-  """The config with other documents: prepared sets if one of them is such, else text."""
-  names = tuple(map(str, one_or_several('data', data, (str, pathlib.Path))))
-  if not all(names):
-    raise BadInput(f'data={data!r}: holds an empty name; give prepared sets, or text files and folders')
-  if not any(INDEX in Folder(name, 'data').sizes() for name in names):
-    return dataclasses.replace(config, paths=names, sources=(), dataset='', validation=(), weights=())
-  weights = config.weights if len(names) == len(config.sources) else ()
-  return dataclasses.replace(config, sources=names, paths=(), dataset='', validation=(), weights=weights)

@@ -1,0 +1,83 @@
+"""The model's forward written anew, in NumPy's float64, for one document without packing: a reference for scores."""
+import jax
+import numpy as np
+
+
+def logprobs(model, ids) -> np.ndarray:
+  """float64[M, n - 1, V]: log softmax of every future after every prefix of n ids, the first of which is bos.
+
+  Future m at position t is for ids[t + 1 + m]; a sequential one is given ids up to t + m, and 0 beyond the end.
+  """
+  c = model.config
+  w = jax.tree_util.tree_map_with_path(lambda _, x: np.asarray(jax.device_get(x), np.float64), model)
+  n, M = len(ids) - 1, c.futures
+  z = w.embed_VD[...][ids[:n]]
+  for i in range(c.trunk_layers):
+    z = _block(c, _layer(w.trunk, i), z)
+  final = lambda x: _norm(x, w.final_norm_D[...], c)
+  head = lambda m: _layer(w.futures, 0 if c.share_modules else m - c.first_own_head)
+  if M == 1:
+    states = [final(z)]
+  elif c.kind == 'parallel':
+    states = [final(_block(c, head(m), z)) for m in range(M)]
+  elif c.kind == 'linear':
+    states = [final(z @ head(m).map_Dd[...]) for m in range(M)]
+  elif c.kind in ('causal', 'anticausal'):
+    x, states = z, [None] * M
+    for m in range(M) if c.kind == 'causal' else reversed(range(M)):
+      x = _block(c, head(m), x)
+      states[m] = final(x)
+  else:
+    states, given = [final(z)], np.concatenate([ids, np.zeros(M, int)])
+    state = states[0] if c.hidden_input == 'post_norm' else z
+    for m in range(1, M):
+      module = head(m)
+      e = _norm(w.embed_VD[...][given[m:m + n]], module.embedding_norm_D[...], c)
+      x = np.concatenate([e, _norm(state, module.hidden_norm_D[...], c)], -1) @ module.join_CD[...]
+      x = _block(c, module.block, x)
+      states.append(_norm(x, module.out_norm_D[...], c))
+      state = states[-1] if c.hidden_input == 'post_norm' else x
+  table = w.embed_VD[...] if c.tie_embeddings else w.unembed_VD[...]
+  logits = np.stack(states) @ table.T
+  if c.logit_cap:
+    logits = c.logit_cap * np.tanh(logits / c.logit_cap)
+  top = logits.max(-1, keepdims=True)
+  return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+
+
+def _layer(stacked, i: int):
+  return jax.tree.map(lambda x: x[i], stacked)
+
+
+def _norm(x, scale, c):
+  return x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_epsilon) * scale
+
+
+def _block(c, w, x):
+  x = x + _attention(c, w.attention, _norm(x, w.attention_norm_D[...], c))
+  h = _norm(x, w.feed_forward_norm_D[...], c)
+  gate, up = h @ w.feed_forward.gate_DF[...], h @ w.feed_forward.up_DF[...]
+  return x + (gate / (1 + np.exp(-gate)) * up) @ w.feed_forward.down_FD[...]
+
+
+def _attention(c, w, h):
+  """One head at a time."""
+  n, y = len(h), 0
+  for i in range(c.heads):
+    g = i // (c.heads // c.kv_heads)
+    q, k, v = h @ w.wq_DHK[...][:, i], h @ w.wk_DGK[...][:, g], h @ w.wv_DGK[...][:, g]
+    if c.qk_norm:
+      q, k = _norm(q, w.q_norm_K[...], c), _norm(k, w.k_norm_K[...], c)
+    scores = _rotated(c, q) @ _rotated(c, k).T / np.sqrt(c.head_width)
+    scores = np.where(np.tril(np.ones((n, n), bool)), scores, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    y = y + (p / p.sum(-1, keepdims=True)) @ v @ w.wo_HKD[...][i]
+  return y
+
+
+def _rotated(c, x):
+  """Each pair (j, j + K/2) as a complex number, turned by position * base^(-2j/K)."""
+  half = c.head_width // 2
+  angle = np.arange(len(x))[:, None] * c.rope_base ** (-np.arange(half) / half)
+  turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
+  return np.concatenate([turned.real, turned.imag], -1)
