@@ -30,7 +30,8 @@ def expanded(text: str, where: str) -> str:
     BadInput: no file can have that name, or ~ stands for nothing here.
   """
   try:
-    if b'\0' in os.fsencode(text):
+    name = os.fsencode(text)
+    if b'\0' in name or '://' not in text and max(map(len, name.split(b'/'))) > 255:
       raise ValueError
   except ValueError:
     raise BadInput(f'{where}={text!r}: no file can have such a name') from None

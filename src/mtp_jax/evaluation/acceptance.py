@@ -100,32 +100,33 @@ def drafts(c: ModelConfig, h_MBLD, w_VD, read: Read, allowed_V, chunk: int) -> D
     allowed_V: bool, ids that a decoder may generate; distributions are over these.
     chunk: positions whose logits are alive at once, on each device.
   """
-  documents, *compared = _compared(c, h_MBLD, w_VD, read, allowed_V, chunk)
+  compared = _compared(c, h_MBLD, w_VD, read, allowed_V, chunk)
+  counted_lB, begins_lB, inside_lkB, agree_lkB, overlap_lkB, ratio_lkB = compared
 
   def verified(passed_lkB, shared_lkB) -> Verified:
     by_length = []
     for k in range(c.futures):
       # Summed after the loop: rows are on different devices, which would else wait for each other at every position.
-      passes = _passes(documents, passed_lkB[:, :k], shared_lkB[:, :k])
+      first_k = (x_lkB[:, :k] for x_lkB in (inside_lkB, passed_lkB, shared_lkB))
+      passes = _passes(counted_lB, begins_lB, *first_k)
       forwards, offered_k, accepted_k = jax.tree.map(lambda x: jnp.sum(x, (0, -1)), passes)
       by_length.append(forwards)
     return Verified(jnp.stack(by_length), offered_k, accepted_k)
 
-  agree_lkB, overlap_lkB, ratio_lkB = compared
-  return Drafts(jnp.sum(documents[0]), verified(agree_lkB, agree_lkB), verified(ratio_lkB, overlap_lkB))
+  return Drafts(jnp.sum(counted_lB), verified(agree_lkB, agree_lkB), verified(ratio_lkB, overlap_lkB))
 
 
 def by_position(c: ModelConfig, h_MBLD, w_VD, read: Read, allowed_V, chunk: int) -> dict:
   """What `drafts` sums up: {'greedy': (offered_lkB, accepted_lkB), 'sampled': the same}, of passes with M-1
   drafts; the draft of depth k = 1, 2, ... at position l is for the token of the row at l+1+k.
   """
-  documents, agree_lkB, overlap_lkB, ratio_lkB = _compared(c, h_MBLD, w_VD, read, allowed_V, chunk)
+  *documents, agree_lkB, overlap_lkB, ratio_lkB = _compared(c, h_MBLD, w_VD, read, allowed_V, chunk)
   ways = {'greedy': (agree_lkB, agree_lkB), 'sampled': (ratio_lkB, overlap_lkB)}
-  return {name: _passes(documents, *way)[1:] for name, way in ways.items()}
+  return {name: _passes(*documents, *way)[1:] for name, way in ways.items()}
 
 
 def _compared(c: ModelConfig, h_MBLD, w_VD, read: Read, allowed_V, chunk: int):
-  """((counted_lB, begins_lB, inside_lkB), agree_lkB, overlap_lkB, ratio_lkB); see `_verify`."""
+  """[counted_lB, begins_lB, inside_lkB, agree_lkB, overlap_lkB, ratio_lkB]; the last four as in `_verify`."""
   M, (B, L) = c.futures, h_MBLD.shape[1:3]
   counted_BL = to_text_order(read.counted_MBL[0])
   segments_BL = to_text_order(read.segments_BL)
@@ -137,9 +138,7 @@ def _compared(c: ModelConfig, h_MBLD, w_VD, read: Read, allowed_V, chunk: int):
     each_k = jnp.arange(1, M), h_MBLD[1:], read.targets_MBL[1:], read.counted_MBL[1:]
     inside, agree, overlap, ratio = jax.lax.map(verify, each_k)
   positions_first = lambda x: jnp.moveaxis(place(x, 'kBl' if x.ndim == 3 else 'Bl'), -1, 0)
-  counted_lB, begins_lB, inside_lkB, agree_lkB, overlap_lkB, ratio_lkB = map(
-      positions_first, (counted_BL, begins_BL, inside, agree, overlap, ratio))
-  return (counted_lB, begins_lB, inside_lkB), agree_lkB, overlap_lkB, ratio_lkB
+  return [*map(positions_first, (counted_BL, begins_BL, inside, agree, overlap, ratio))]
 
 
 def _verify(c: ModelConfig, h0_BLD, w_VD, k, h_BLD, target_BL, counted_BL, allowed_V, chunk: int):
@@ -173,11 +172,10 @@ def _verify(c: ModelConfig, h0_BLD, w_VD, k, h_BLD, target_BL, counted_BL, allow
   return inside_BL.astype(jnp.float32), *map(in_text_order, jax.lax.scan(compare, None, inputs)[1])
 
 
-def _passes(documents, passed_lkB, shared_lkB):
+def _passes(counted_lB, begins_lB, inside_lkB, passed_lkB, shared_lkB):
   """(forwards_lB, offered_lkB, accepted_lkB) of passes with k drafts: the recursion above, over positions,
   for all rows at once.
   """
-  counted_lB, begins_lB, inside_lkB = documents
   k = passed_lkB.shape[1]
 
   def step(due, inputs):
@@ -192,4 +190,4 @@ def _passes(documents, passed_lkB, shared_lkB):
     return due, (starts_B, offered_kB, offered_kB * shared_kB)
 
   due = jnp.zeros((k + 1, counted_lB.shape[1]), **out('kB'))
-  return jax.lax.scan(step, due, (counted_lB, begins_lB, inside_lkB[:, :k], passed_lkB, shared_lkB))[1]
+  return jax.lax.scan(step, due, (counted_lB, begins_lB, inside_lkB, passed_lkB, shared_lkB))[1]
