@@ -59,7 +59,7 @@ def experiment(folder, **sections) -> Config:
                          cache=str(folder / 'cache')),
       'optimizer': OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
       'train': TrainConfig(steps=6, batch=8, accumulate=2, log_every=1, evaluate_every=2,
-                           evaluate_rows=16, checkpoint_every=3, tensorboard=False),
+                           evaluate_rows=16, checkpoint_every=3, trackers=()),
       'mesh': MeshConfig(),
   }
   return Config(**{name: dataclasses.replace(section, **sections.get(name, {}))

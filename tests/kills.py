@@ -31,7 +31,7 @@ FIELDS = {
     'model.feed_forward': 32, 'model.layers': 3, 'model.futures': 2, 'data.length': 32,
     'train.batch': 2, 'train.steps': 100, 'train.log_every': 1, 'train.checkpoint_every': 5,
     'train.evaluate_every': 0, 'train.evaluate_rows': 2,
-    'train.tensorboard': False, 'optimizer.warmup_steps': 0}
+    'train.trackers': (), 'optimizer.warmup_steps': 0}
 JOB = FIELDS | {'model.kv_heads': 2, 'mesh.fsdp': 4, 'mesh.tensor': 2, 'train.batch': 8,
                 'train.evaluate_rows': 8, 'train.steps': 12, 'train.checkpoint_every': 3,
                 'train.heartbeat_seconds': 5}

@@ -27,7 +27,8 @@ FLOORS = ['__init__ __main__', 'cli', 'measure', 'formats', 'lm', 'train', 'eval
           'data', 'checkpoint', 'report', 'mesh', 'sharding', 'tokenizer', 'chips', 'config']
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 DOORS = {'orbax': 'checkpoint', 'grain': 'data', 'fsspec': 'data', 'array_record': 'data', 'ml_collections': 'config',
-         'tensorboardX': 'report', 'rich': 'report', 'matplotlib': 'report', 'transformers': 'formats'}
+         'tensorboardX': 'report', 'wandb': 'report', 'rich': 'report', 'matplotlib': 'report',
+         'transformers': 'formats'}
 
 
 def room(path: pathlib.Path) -> str:

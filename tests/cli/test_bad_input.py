@@ -34,14 +34,20 @@ BAD = {
         f'{TRAIN} --config.trian.steps=5',
         "config.trian.steps: no such section; did you mean 'train'?"),
     'field misspelt after no': (
-        f'{TRAIN} --noconfig.train.tensorbord',
-        "config.train.tensorbord: no such field; did you mean 'tensorboard'?"),
+        f'{TRAIN} --noconfig.model.qk_nrm',
+        "config.model.qk_nrm: no such field; did you mean 'qk_norm'?"),
+    'field of an earlier version': (
+        f'{TRAIN} --noconfig.train.tensorboard',
+        "config.train.tensorboard: no such field any more; set config.train.trackers=('tensorboard',), or () for none"),
+    'no such tracker': (
+        f'{TRAIN} --config.train.trackers=tensorboard,comet',
+        "config.train.trackers=('tensorboard,comet',): 'tensorboard,comet': must be tensorboard or wandb, both as "),
     'whole section': (f'{TRAIN} --config.model={{}}', 'config.model: a section, set its fields'),
     'float for int': (f'{TRAIN} --config.train.steps=1.5', '--config.train.steps=1.5'),
     'text for int': (f'{TRAIN} --config.train.steps=abc', '--config.train.steps=abc'),
     'text for bool': (
-        f'{TRAIN} --config.train.tensorboard=maybe',
-        '--config.train.tensorboard=maybe'),
+        f'{TRAIN} --config.model.qk_norm=maybe',
+        '--config.model.qk_norm=maybe'),
     'choice misspelt': (
         f'{TRAIN} --config.model.kind=paralel',
         "config.model.kind='paralel': did you mean 'parallel'?"),

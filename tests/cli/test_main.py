@@ -41,6 +41,6 @@ def test_the_example_of_a_command_has_flags_of_that_command(name):
 
 def test_an_override_reaches_the_config(run_json):
   config = run_json('inspect --config=tiny.py --config.model.width=32 --config.optimizer.clip=2 '
-                    '--config.objective.weights=1,0.3 --noconfig.train.tensorboard')['config']
+                    '--config.objective.weights=1,0.3 --config.train.trackers=wandb --noconfig.model.qk_norm')['config']
   assert config['model']['width'] == 32 and config['optimizer']['clip'] == 2.0
-  assert config['objective']['weights'] == [1.0, 0.3] and config['train']['tensorboard'] is False
+  assert config['objective']['weights'] == [1.0, 0.3] and config['train']['trackers'] == ['wandb']

@@ -22,7 +22,7 @@ def test_inspect_prints_what_a_checkpoint_holds(run, run_json, place):
 
 def test_train_and_its_benchmark_print_one_object(run_json, place):
   train = 'train --config=tiny.py --workdir=new'
-  values = run_json(f'{train} --config.train.steps=3 --config.train.tensorboard=true')
+  values = run_json(f'{train} --config.train.steps=3 --config.train.trackers=tensorboard')
   assert (values['step'], values['signal'], len(values['validation']['nats'])) == (3, 0, 2)
   assert list((place / 'new' / 'tensorboard').glob('events.out.tfevents.*'))
   shutil.rmtree(place / 'new')

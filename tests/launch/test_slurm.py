@@ -49,7 +49,7 @@ TINY = ['--config=configs/tiny.py', *(f'--config.{field}' for field in (
     'model.layers=2', 'model.futures=1', 'data.length=32',
     'train.batch=8', 'train.steps=60', 'train.log_every=1', 'train.checkpoint_every=1000',
     'train.evaluate_every=0', 'train.evaluate_rows=8',
-    'train.tensorboard=False', 'optimizer.warmup_steps=0', 'mesh.fsdp=8'))]
+    'train.trackers=()', 'optimizer.warmup_steps=0', 'mesh.fsdp=8'))]
 
 
 class Slurm:

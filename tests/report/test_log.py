@@ -3,11 +3,11 @@ import json
 
 import pytest
 
-from mtp_jax.report.log import Log
+from mtp_jax.report.log import Log, read_log
 
 
 def test_a_resumed_log_drops_what_lies_past_the_checkpoint(tmp_path):
-  log = Log(tmp_path, 0, tensorboard=False)
+  log = Log(tmp_path, 0)
   for step in (1, 2, 3, 4):
     log.write(step, 'train', {'loss': step / 2, 'nats': [1.0, 2.0]})
     if step % 2 == 0:
@@ -15,28 +15,29 @@ def test_a_resumed_log_drops_what_lies_past_the_checkpoint(tmp_path):
   log.close()
   with log.path.open('a') as file:
     file.write('{"step": 5, "kind": "tr')  # cut off by a crash
-  Log(tmp_path, 4, tensorboard=False).close()
+  Log(tmp_path, 4).close()
   train = lambda step: {'step': step, 'kind': 'train', 'loss': step / 2, 'nats': [1.0, 2.0]}
   validation = {'step': 2, 'kind': 'validation', 'nats': [3.0]}
   records = lambda: [json.loads(line) for line in log.path.read_text().splitlines()]
   # a run repeats the validation at its checkpoint
   assert records() == [train(1), train(2), validation, train(3), train(4)]
-  Log(tmp_path, 2, tensorboard=False).close()
+  Log(tmp_path, 2).close()
   assert records() == [train(1), train(2)]
 
 
 @pytest.mark.parametrize('cut', ['', '{', '3', 'null', '{"step": 1}', '\udcff'])
 def test_a_cut_off_line_never_blocks_a_resume(tmp_path, cut):
   (tmp_path / 'metrics.jsonl').write_bytes(b'{"step": 1, "kind": "train"}\n' + cut.encode(errors='surrogateescape'))
-  log = Log(tmp_path, 1, tensorboard=False)
+  log = Log(tmp_path, 1)
   log.write(2, 'train', {})
   log.close()
   assert [json.loads(line)['step'] for line in log.path.read_text().splitlines()] == [1, 2]
 
 
-def test_tensorboard_files_are_written(tmp_path):
-  log = Log(tmp_path, 0, tensorboard=True)
-  log.write(1, 'train', {'loss': 1.5, 'nats': [1.0, 2.0]})
+def test_the_log_is_read_back_without_a_line_that_a_crash_cut_off(tmp_path):
+  assert read_log(tmp_path) == []
+  log = Log(tmp_path, 0)
+  log.write(1, 'train', {'loss': float('nan'), 'nats': [0.5]})
+  log.file.write('{"step": 2, "kind": "tr')
   log.close()
-  events, = (tmp_path / 'tensorboard').glob('events.out.tfevents.*')
-  assert all(tag in events.read_bytes() for tag in (b'train/loss', b'train/nats/0', b'train/nats/1'))
+  assert read_log(tmp_path) == [{'step': 1, 'kind': 'train', 'loss': None, 'nats': [0.5]}]

@@ -12,7 +12,7 @@ Nothing here imports JAX or Orbax.
 import json
 import pathlib
 
-from mtp_jax.config import BadInput, Config, local_path
+from mtp_jax.config import BadInput, Config, local_path, upgraded
 
 FOLDER = 'checkpoints'
 TOKENIZER = 'tokenizer.model'  # a copy in the workdir, so that the run can be moved
@@ -69,7 +69,8 @@ def read_record(workdir: pathlib.Path, step: int | None = None) -> dict:
   path = pathlib.Path(workdir) / FOLDER / str(chosen) / METADATA
   try:
     record = json.loads(path.read_text())['custom_metadata']
-    return record | {key: kind(record[key]) for key, kind in TYPES.items()}
+    typed = {key: kind(record[key]) for key, kind in TYPES.items()}
+    return record | typed | {'config': upgraded(typed['config'])}
   except (ValueError, KeyError, TypeError) as error:
     raise BadInput(f'{path}: lacks the record of config and conventions ({error!r}); '
                    f'remove the folder {chosen} to fall back to an older step') from None

@@ -3,10 +3,12 @@
     schema.py    the sections and fields;          checks.py   which values are valid
     weights.py   weights as paths in words;        files.py    config files and --config.section.field=value
     errors.py    BadInput: what the user can fix;  paths.py    paths, with ~
+    former.py    fields of earlier versions
 
 Only this folder imports ml_collections.
 """
 from mtp_jax.config.errors import BadInput, nearest
+from mtp_jax.config.former import upgraded
 from mtp_jax.config.paths import expanded, local_path
 from mtp_jax.config.schema import (
     SECTIONS,
@@ -24,4 +26,4 @@ from mtp_jax.config.weights import forward_curriculum, reverse_curriculum, weigh
 __all__ = [
     'SECTIONS', 'BadInput', 'Config', 'DataConfig', 'MeshConfig', 'ModelConfig', 'ObjectiveConfig',
     'OptimizerConfig', 'TrainConfig', 'check_name', 'expanded', 'forward_curriculum', 'local_path',
-    'nearest', 'reverse_curriculum', 'weight_at']
+    'nearest', 'reverse_curriculum', 'upgraded', 'weight_at']

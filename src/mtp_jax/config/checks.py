@@ -25,6 +25,7 @@ CHOICES = {
     'optimizer.schedule': ('cosine', 'wsd'),
     'optimizer.moments': ('device', 'host'),
 }
+TRACKERS = ('tensorboard', 'wandb')
 REMAT = ('none', 'full', 'dots')
 REMAT_PARTS = ('attention', 'qkv', 'mlp')
 
@@ -139,6 +140,10 @@ def _check_train(c) -> None:
   _require(c, 'train.hang_seconds', t.hang_seconds >= 0, 'must not be negative; 0 waits forever')
   _require(c, 'train.evaluate_every', t.evaluate_every >= 0,
            'must not be negative; 0 validates only at the end')
+  for tracker in t.trackers:
+    _require(c, 'train.trackers', tracker in TRACKERS,
+             f"{tracker!r}: must be {' or '.join(TRACKERS)}, both as {TRACKERS}, none as ()")
+  _require(c, 'train.trackers', len(set(t.trackers)) == len(t.trackers), 'names one twice')
 
 
 def _check_optimizer(c) -> None:

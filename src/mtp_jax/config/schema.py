@@ -15,6 +15,7 @@ import ml_collections
 
 from mtp_jax.config.checks import check
 from mtp_jax.config.errors import BadInput, nearest
+from mtp_jax.config.former import FIX
 from mtp_jax.config.weights import weight_at
 
 
@@ -208,7 +209,8 @@ class TrainConfig:
               'threads; 0: never')
   heartbeat_seconds: int = _field(
       10, 'a process of the job without a sign of life for so long counts as dead, and all end')
-  tensorboard: bool = _field(True, 'also write TensorBoard event files')
+  trackers: tuple[str, ...] = _field(
+      ('tensorboard',), 'where the records go besides metrics.jsonl: tensorboard, wandb (an extra), both or none: ()')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +274,8 @@ def check_name(path: str) -> None:
   if section not in SECTIONS:
     raise _no_such_section(path)
   names = [field.name for field in dataclasses.fields(SECTIONS[section])]
+  if path in FIX:
+    raise BadInput(f'config.{path}: no such field any more; {FIX[path]}')
   if name not in names:
     what = 'no such field' if name else 'a section, set its fields'
     raise BadInput(f'config.{path}: {what}; {nearest(name, names)}')

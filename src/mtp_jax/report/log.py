@@ -1,11 +1,17 @@
-"""The metrics log: workdir/metrics.jsonl, and the same numbers for TensorBoard."""
+"""The metrics log, workdir/metrics.jsonl, and the same numbers for the trackers (trackers.py)."""
+import contextlib
 import json
 import math
 import pathlib
+from collections.abc import Sequence
+
+from mtp_jax.report.trackers import Tracker, flat
+
+FILE = 'metrics.jsonl'
 
 
 class Log:
-  """Writes one JSON line per record to workdir/metrics.jsonl, and TensorBoard scalars beside it.
+  """Writes one JSON line per record to workdir/metrics.jsonl, and its numbers to the trackers.
 
   On resume, records after the checkpoint are dropped, and so is the validation at its step, which
   the run repeats: the file then holds what a run without interruption would have written.
@@ -14,8 +20,8 @@ class Log:
     step: of the checkpoint; 0 for a new run.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int, tensorboard: bool):
-    self.path = workdir / 'metrics.jsonl'
+  def __init__(self, workdir: pathlib.Path, step: int, trackers: Sequence[Tracker] = ()):
+    self.path, self.trackers = workdir / FILE, trackers
     if self.path.exists():
       lines = self.path.read_text(errors='replace').splitlines()
       kept = [line for line in lines if _position(line) <= (step, False)]
@@ -23,27 +29,27 @@ class Log:
       temporary.write_text(''.join(line + '\n' for line in kept))
       temporary.replace(self.path)
     self.file = self.path.open('a', buffering=1)
-    self.board = None
-    if tensorboard:
-      from tensorboardX import SummaryWriter
-      self.board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step
-                                 else None)
 
   def write(self, step: int, kind: str, values: dict) -> None:
     """Writes numbers, or lists of one number per future; null where one is not finite."""
     self.file.write(json.dumps(finite({'step': step, 'kind': kind, **values})) + '\n')
-    if self.board:
-      for key, value in values.items():
-        if isinstance(value, list):
-          for m, number in enumerate(value):
-            self.board.add_scalar(f'{kind}/{key}/{m}', number, step)
-        else:
-          self.board.add_scalar(f'{kind}/{key}', value, step)
+    for tracker in self.trackers:
+      tracker.write(step, flat(kind, values))
 
   def close(self) -> None:
     self.file.close()
-    if self.board:
-      self.board.close()
+    for tracker in self.trackers:
+      tracker.close()
+
+
+def read_log(workdir: pathlib.Path) -> list[dict]:
+  """The records of a workdir, in order; none if it has no log. Lines that a crash cut off are skipped."""
+  records = []
+  with contextlib.suppress(FileNotFoundError):
+    for line in (workdir / FILE).read_text(errors='replace').splitlines():
+      if _position(line)[0] < math.inf:
+        records.append(json.loads(line))
+  return records
 
 
 def finite(value):

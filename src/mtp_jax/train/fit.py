@@ -27,6 +27,7 @@ from mtp_jax.model import costs
 from mtp_jax.model.model import conventions
 from mtp_jax.report.display import Display, print_stderr
 from mtp_jax.report.events import Events
+from mtp_jax.report.trackers import check_installed, open_trackers
 from mtp_jax.tokenizer import byte_lengths, decodable
 from mtp_jax.train import processes
 from mtp_jax.train.nonfinite import NotFinite
@@ -78,6 +79,7 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=print_std
   workdir = local_path(workdir, '--workdir').absolute()
   index = jax.process_index()
   note = quiet if index else note
+  check_installed(t.trackers)
   opened = open_run(config, workdir, note)
   mesh = make_mesh(config.mesh)
   processes.check_same(config=json.dumps(config.to_dict()), checkpoint=f'step {opened.step}',
@@ -152,8 +154,9 @@ class _Run:
     self.record = {'config': config.to_dict(), 'conventions': conventions(config.model),
                    'tokenizer': opened.tokenizer.digest, 'identity': opened.corpus.identity}
     self.writer = store.Writer(workdir, config.train.checkpoints_kept)
+    trackers = open_trackers(config.train.trackers if is_first else (), folder, self.step, config.to_dict())
     self.recorder = Recorder(config, folder, self.step, chips.peak_flops() * mesh.size, self.events,
-                             display, tensorboard=config.train.tensorboard and is_first)
+                             display, trackers)
     (folder / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
     if is_first and opened.tokenizer.model:
       Folder(folder, '--workdir').write(TOKENIZER, opened.tokenizer.model)

@@ -6,6 +6,7 @@ next step to work on.
 """
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 
 import jax
 
@@ -14,6 +15,7 @@ from mtp_jax.report.display import Display, format_numbers
 from mtp_jax.report.events import Events
 from mtp_jax.report.log import Log
 from mtp_jax.report.speed import Speed
+from mtp_jax.report.trackers import Tracker
 from mtp_jax.train import processes
 from mtp_jax.train.nonfinite import NotFinite, write_evidence
 from mtp_jax.train.watch import watched
@@ -39,10 +41,10 @@ class Recorder:
   """
 
   def __init__(self, config: Config, folder: pathlib.Path, step: int, peak_flops: float,
-               events: Events, display: Display, tensorboard: bool):
+               events: Events, display: Display, trackers: Sequence[Tracker]):
     self.config, self.folder, self.display = config, folder, display
     self.speed = Speed(step, config.train.batch * config.data.length, peak_flops, events)
-    self.log = Log(folder, step, tensorboard)
+    self.log = Log(folder, step, trackers)
     self.waiting: Step | None = None
 
   def add(self, step: Step) -> None:
