@@ -16,6 +16,7 @@ help:
 train: $(VENV)/installed
 	$(RUN) -m mtp_jax train --config=configs/tiny.py --workdir=$(WORKDIR)
 	$(RUN) -m mtp_jax benchmark decode --workdir=$(WORKDIR)
+	$(RUN) -m mtp_jax report --workdir=$(WORKDIR)
 	@echo 'next: $(RUN) -m mtp_jax generate --workdir=$(WORKDIR) --prompt="def main():"'
 
 test: $(VENV)/installed-dev
@@ -32,7 +33,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
-	$(PIP) --editable .
+	$(PIP) --editable '.[report]'
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python

@@ -14,11 +14,11 @@ import matplotlib
 matplotlib.use('Agg')
 from matplotlib import patches, pyplot
 
+from mtp_jax.report.drafted import COLOURS as FUTURES  # of future m: of its head, and of the tokens that it drafted
+from mtp_jax.report.drafted import GREY, INK
+
 FOLDER = pathlib.Path(__file__).parent
-INK, GREY = '#1f2328', '#57606a'
 TRUNK, SHARED = '#d8dee4', '#eef1f4'
-# The colour of future m: of its head, and of the tokens that it drafted.
-FUTURES = ['#ffffff', '#8ecbff', '#ffc46b', '#a6e3a1', '#f2a7c3', '#cfb8ff', '#ffd7ba', '#9fe3dc']
 WORDS = ['sat', 'on', 'the', 'mat']
 COLUMNS = [1.0, 2.7, 4.4, 6.1]  # x of the futures
 COLUMNS_OF_TEXT = 88
