@@ -59,6 +59,14 @@ def test_documents_and_their_lengths_are_those_written(tmp_path, stream_of, layo
     start += length
 
 
+@pytest.mark.parametrize('layout', LAYOUTS.values(), ids=LAYOUTS)
+def test_every_token_is_found_in_its_document(tmp_path, stream_of, layout):
+  stream, lengths = stream_of(tmp_path, *layout), [*itertools.chain(*layout)]
+  starts = np.cumsum([0, *lengths])
+  expected = [(i, starts[i]) for i, length in enumerate(lengths) for _ in range(length)]
+  assert [stream.document_at(position) for position in range(stream.tokens)] == expected
+
+
 def test_memory_and_open_files_are_bounded(tmp_path, stream_of, monkeypatch):
   monkeypatch.setattr(shards, 'OPEN_FILES', 3)
   monkeypatch.setattr(shards, 'CACHE_BYTES', 4 * BLOCK * 2)

@@ -120,6 +120,8 @@ def test_alternatives_are_the_likeliest_ids_that_can_be_generated(lm):
       np.testing.assert_allclose(score.top_logprobs[m, j], sorted_logprobs[:4], rtol=0, atol=1e-5)
       assert score.likeliest[m, j] == (order[0] == score.ids[j])
     assert (score.top_ids[m, :m] == -1).all() and np.isnan(score.top_logprobs[m, :m]).all()
+  every, = lm.score('a', top=int(allowed_V.sum()))
+  assert {*every.top_ids[0, 0].tolist()} == {*np.flatnonzero(allowed_V).tolist()}
 
 
 def test_what_is_generated_greedily_is_the_likeliest(lm):

@@ -16,19 +16,17 @@ from mtp_jax.tokenizer import Tokenizer
 class Texts:
   """The tokens of documents, each between bos and eos; what rows ask of a `Stream`.
 
-  tokens, documents, bytes: how many; bytes are those of the text.
+  tokens: how many.
 
   Args:
     documents: their ids, without bos and eos.
   """
 
   def __init__(self, documents: Sequence[np.ndarray], tokenizer: Tokenizer):
-    t = tokenizer
     self._starts = np.cumsum([0, *(len(ids) + 2 for ids in documents)])
-    parts = [part for ids in documents for part in ([t.bos], ids, [t.eos])]
+    parts = [part for ids in documents for part in ([tokenizer.bos], ids, [tokenizer.eos])]
     self._ids = np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
-    self.tokens, self.documents = len(self._ids), len(documents)
-    self.bytes = sum(int(t.byte_lengths[ids].sum()) for ids in documents)
+    self.tokens = len(self._ids)
 
   def gather(self, starts: np.ndarray, stops: np.ndarray) -> list[np.ndarray]:
     """tokens[start:stop] of each pair, shorter where the stream ends."""
