@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 
+import hypothesis
 import numpy as np
 import numpy_forward
 import pytest
 from experiments import experiment, generate_clearly, random_state, write
+from test_any_argument import ANY, allowed, times
 
 import mtp_jax
 from mtp_jax.config import BadInput
@@ -174,6 +176,23 @@ def test_what_a_task_may_not_ask_for_is_named(lm):
     Harness(lm).generate_until([Request('a', {'num_beams': 3})])
   with pytest.raises(BadInput, match='batch_size=0'):
     Harness(lm, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    'name', ['until', 'max_gen_toks', 'max_new_tokens', 'do_sample', 'temperature', 'top_k', 'top_p'])
+@times(60)
+@hypothesis.given(value=ANY)
+def test_any_option_of_a_task_is_taken_or_refused(name, value):
+  from mtp_jax.harness import _options
+  allowed(lambda: hash(_options({name: value, 'until': value if name == 'until' else 'e'})))
+
+
+@pytest.mark.parametrize('name', ['step', 'batch_size', 'seed', 'draft'])
+@times(60)
+@hypothesis.given(value=ANY)
+def test_any_argument_of_the_model_is_taken_or_refused(lm, name, value):
+  from mtp_jax.harness import Harness
+  allowed(lambda: Harness(lm, **{name: value}))
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mtp_jax.config import BadInput
-from mtp_jax.decode.requests import number, one_or_several
+from mtp_jax.decode.requests import check_is, number, one_or_several, sampling_parameters, stop_strings
 from mtp_jax.lm import LanguageModel, load
 
 try:
@@ -50,6 +50,7 @@ class Harness(LM):
     self.lm = workdir if isinstance(workdir, LanguageModel) else load(workdir, step)
     self.batch_size = 8 if str(batch_size).startswith('auto') else number('batch_size', batch_size, 1, 2**16)
     self.seed, self.draft = number('seed', seed, 0, 2**30), draft
+    self.lm.drafter('futures', draft)  # refuses what it cannot draft
 
   @property
   def tokenizer_name(self) -> str:
@@ -112,17 +113,20 @@ class Harness(LM):
 
 
 def _options(given: dict) -> tuple:
-  """(stop strings, new tokens, temperature, top_k, top_p) of a task's generation_kwargs."""
+  """(stop strings, new tokens, temperature, top_k, top_p) of a task's generation_kwargs, checked."""
   known = {'until', 'max_gen_toks', 'max_new_tokens', 'do_sample', 'temperature', 'top_k', 'top_p'}
   if given.keys() - known:
     raise BadInput(f'generation_kwargs: {", ".join(sorted(given.keys() - known))}: not known here; '
                    f'known are {", ".join(sorted(known))}')
-  until = one_or_several('until', given.get('until') or (), (str,))
-  new = given.get('max_gen_toks', given.get('max_new_tokens', NEW_TOKENS))
-  sampled = given.get('do_sample', given.get('temperature', 0) > 0)
-  temperature = given.get('temperature', 1.0) if sampled else 0.0
-  top_k, top_p = (given.get('top_k', 0), given.get('top_p', 1.0)) if sampled else (0, 1.0)
-  return tuple(text for text in until if text), number('max_gen_toks', new, 1, 2**24), temperature, top_k, top_p
+  until, sampled = given.get('until'), given.get('do_sample', 'temperature' in given)
+  check_is(bool, do_sample=sampled)
+  until = one_or_several('until', () if until is None else until, (str,))
+  stop = stop_strings([text for text in until if not (isinstance(text, str) and not text)])
+  new = number('max_gen_toks', given.get('max_gen_toks', given.get('max_new_tokens', NEW_TOKENS)), 1, 2**24)
+  temperature, top_k, top_p = given.get('temperature', 1.0), given.get('top_k', 0), given.get('top_p', 1.0)
+  checked = sampling_parameters(1, temperature if sampled else 0.0, 0, top_k, top_p)
+  temperature, top_k, top_p = (checked[i].item() for i in (0, 2, 3))
+  return tuple(stop), new, temperature, top_k, top_p
 
 
 def main() -> None:

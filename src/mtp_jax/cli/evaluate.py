@@ -1,4 +1,5 @@
 """evaluate, score: what a model makes of documents, in figures."""
+import math
 import pathlib
 
 from mtp_jax.cli.command import (
@@ -67,7 +68,7 @@ def _drafts_table(results: dict) -> list[str]:
     if f'speed_up_{choice}' in results:
       columns.append(('speed-up', [f'{gain:.2f}' for gain in results[f'speed_up_{choice}']]))
   headings, cells = zip(*columns)
-  title = ('decoding the held-out documents, expected by draft length; acceptance: of the draft of '
+  title = ('decoding these documents, expected by draft length; acceptance: of the draft of '
            'this depth, given that all before it were accepted')
   lines = ['', title, *table(headings, zip(*cells))]
   if 'seconds_per_forward' in results:
@@ -99,7 +100,7 @@ def score(flags) -> int:
             'nats': found.nats, 'bits_per_byte': found.bits_per_byte, 'ids': found.ids.tolist(),
             'texts': list(map(piece, found.ids)), 'logprobs': found.logprobs.tolist(),
             'likeliest': found.likeliest.tolist(), **({'top': alternatives} if flags.top else {})}
-  rows = [(repr(piece(i)), *(f'{x:.3f}' for x in logprobs_M),
+  rows = [(repr(piece(i)), *('' if math.isnan(x) else f'{x:.3f}' for x in logprobs_M),
            ' '.join(f'{other["text"]!r} {other["logprob"]:.2f}' for other in others))
           for i, logprobs_M, others in zip(found.ids, found.logprobs.T, alternatives)]
   head = 'token', *(f'future {m}' for m in range(len(found.logprobs))), 'likeliest' if flags.top else ''
