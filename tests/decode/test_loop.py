@@ -226,20 +226,20 @@ def test_samples_follow_the_softmax_of_capped_logits_over_temperature(trained):
 
 
 @pytest.mark.parametrize('lengths', [(0,), (1,), (M - 1,), (1, 2, M - 1)], ids=str)
-def test_no_pass_copies_a_cache_and_the_whole_state_is_donated(trained, family, lengths):
-  """In the compiled loop, of one row and of several.
+def test_no_pass_copies_a_cache_and_the_whole_state_is_donated(tiny, random_model, family, lengths):
+  """In the compiled loop, of one row and of several, with one key head and with two.
 
   No array as large as a cache is copied, and every array of the state is updated in place.
   """
-  model = trained(family)
-  for n in (1, 3):
+  for n, kv_heads in ((1, 2), (3, 2), (1, 1)):
+    model = random_model(tiny(futures=M, kv_heads=kv_heads, **family))
     parts, state = start(model, PROMPTS_Bp[:n], LENGTHS_B[:n], LIMITS_B[:n], draft=max(lengths))
     pass_costs = np.ones(len(lengths), np.float32) if len(lengths) > 1 else None
     lowered = decode_passes.lower(*parts, state, NEVER, np.int32(5), pass_costs, lengths=lengths)
     text = lowered.compile().as_text()
-    cache = ','.join(map(str, state.caches[0].k_RSK.shape))
-    assert cache in text
-    assert not re.findall(rf'= f32\[{cache}\]\S* copy\(', text)
+    for cache in (state.caches[0].k_RKS, state.caches[0].v_RSK):
+      shape = ','.join(map(str, cache.shape))
+      assert shape in text and not re.findall(rf'= f32\[{shape}\]\S* copy\(', text)
     aliases = text.split('entry_computation_layout')[0].count('-alias')
     assert aliases == len(jax.tree.leaves(state))
 

@@ -156,7 +156,7 @@ def test_a_cache_shows_a_query_the_slots_up_to_its_own_and_no_other_sequence(tin
   random = lambda heads: jnp.asarray(rng.standard_normal((B, S, heads, c.head_width)), jnp.float32)
   q, k, v = random(c.heads), random(c.kv_heads), random(c.kv_heads)
   cache = Cache.empty(c, B, S)
-  assert cache.k_RSK.shape == cache.v_RSK.shape == (4, 6, 8)
+  assert cache.k_RKS.shape == (4, 8, 6) and cache.v_RSK.shape == (4, 6, 8)
   first, second = jnp.array([[0, 1, 2], [0, 1, 2]]), jnp.array([[2, 3, 4, 9], [1, 2, 3, -1]])
   # what stood at slot 0 is seen, what stood later is written anew
   cache = cache.write(q[:, :3, :2] * 0 + 7, v[:, :3], first)

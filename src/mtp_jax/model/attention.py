@@ -194,40 +194,41 @@ class Cache:
   reads up to its own.
 
   The key heads of all sequences are rows, R = B x G, so that attention is one matrix product a row,
-  and XLA writes new tokens in place, without a copy.
+  and XLA writes new tokens in place, without a copy. Keys have slots last, as the product with few
+  queries wants them: a processor would turn all of them around in every pass.
   """
-  k_RSK: jax.Array
+  k_RKS: jax.Array
   v_RSK: jax.Array
 
   @classmethod
   def empty(cls, c: ModelConfig, batch: int, slots: int) -> 'Cache':
-    zeros = jnp.zeros((batch * c.kv_heads, slots, c.head_width), c.dtype)
-    return cls(zeros, zeros)
+    zeros_RSK = jnp.zeros((batch * c.kv_heads, slots, c.head_width), c.dtype)
+    return cls(jnp.swapaxes(zeros_RSK, 1, 2), zeros_RSK)
 
   @property
   def slots(self) -> int:
-    return self.k_RSK.shape[1]
+    return self.v_RSK.shape[1]
 
   def grown(self, slots: int) -> 'Cache':
     """With so many slots."""
-    grow = lambda x_RSK: jnp.pad(x_RSK, ((0, 0), (0, slots - self.slots), (0, 0)))
-    return Cache(grow(self.k_RSK), grow(self.v_RSK))
+    none, new = (0, 0), (0, slots - self.slots)
+    return Cache(jnp.pad(self.k_RKS, (none, none, new)), jnp.pad(self.v_RSK, (none, new, none)))
 
   def write(self, k_BLGK, v_BLGK, positions_BL) -> 'Cache':
     """With new keys and values at their positions."""
     B, L, G, K = k_BLGK.shape
     as_rows = lambda x_BLGK: jnp.reshape(jnp.moveaxis(x_BLGK, 2, 1), (B * G, L, K))
     positions_RL = jnp.repeat(positions_BL, G, 0)
-    return Cache(write(self.k_RSK, as_rows(k_BLGK), positions_RL), write(self.v_RSK, as_rows(v_BLGK), positions_RL))
+    return Cache(write(self.k_RKS, as_rows(k_BLGK), positions_RL, 2), write(self.v_RSK, as_rows(v_BLGK), positions_RL))
 
   def attend(self, q_BLHK, positions_BL):
     """Softmax attention over the slots up to each query's position. [B, L, H, K]"""
     B, L, H, K = q_BLHK.shape
-    R, S, _ = self.k_RSK.shape
+    R, S, _ = self.v_RSK.shape
     G, r = R // B, H * B // R
     q_BGLrK = jnp.moveaxis(jnp.reshape(q_BLHK * K**-0.5, (B, L, G, r, K)), 2, 1)
     mask_BGLrS = jnp.broadcast_to(jnp.arange(S) <= positions_BL[:, None, :, None, None], (B, G, L, r, S))
-    scores_RQS = einsum('RQK,RSK->RQS', jnp.reshape(q_BGLrK, (R, L * r, K)), self.k_RSK, jnp.float32)
+    scores_RQS = einsum('RQK,RKS->RQS', jnp.reshape(q_BGLrK, (R, L * r, K)), self.k_RKS, jnp.float32)
     scores_RQS = jnp.where(jnp.reshape(mask_BGLrS, (R, L * r, S)), scores_RQS, -1e30)
     e_RQS = jnp.exp(scores_RQS - jnp.max(scores_RQS, -1, keepdims=True))
     o_RQK = einsum('RQS,RSK->RQK', e_RQS.astype(self.v_RSK.dtype), self.v_RSK, jnp.float32)
@@ -235,12 +236,14 @@ class Cache:
     return jnp.reshape(jnp.moveaxis(jnp.reshape(o_RQK, (B, G, L, r, K)), 1, 2), (B, L, H, K))
 
 
-def write(old, new, positions):
+def write(old, new, positions, axis: int = 1):
   """`old` with each row's new entries at their positions; those outside 0..S-1 are dropped.
 
   Args:
-    old: [rows, S, ...]. new: [rows, n, ...]. positions: int32[rows, n].
+    old: [rows, S, ...], or with S at another axis. new: [rows, n, ...]. positions: int32[rows, n].
   """
   rows = jnp.arange(positions.shape[0])[:, None]
-  slots = jnp.where(positions < 0, old.shape[1], positions)
-  return old.at[rows, slots].set(new, mode='drop')
+  slots = jnp.where(positions < 0, old.shape[axis], positions)
+  if slots.size == 1:  # and one that is dropped: XLA's CPU makes a copy of `old` to write one entry, not to write two
+    slots, new = jnp.pad(slots, ((0, 0), (0, 1)), constant_values=old.shape[axis]), jnp.repeat(new, 2, 1)
+  return old.at[(rows, *[slice(None)] * (axis - 1), slots)].set(new, mode='drop')
