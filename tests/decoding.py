@@ -129,9 +129,9 @@ def sampler(rows: int, *, seed=0, number=None, temperature=0.0, top_k=0, top_p=1
 
 
 def start(model, prompts_Bp, length_B=LENGTHS_B, limit_B=LIMITS_B, *, draft, eos=NEVER, drafter=None,
-          **options) -> tuple[tuple, DecodeState]:
+          mesh=None, **options) -> tuple[tuple, DecodeState]:
   """((decoder, drafter, sampler), the state after the prompts)."""
-  decoder = Decoder.of(model, V)
+  decoder = Decoder.of(model, V, mesh)
   drafter = drafter or futures(decoder, draft)
   decoder = decoder.with_futures_in_forward(drafter.futures_in_forward)
   parts = decoder, drafter, sampler(len(prompts_Bp), **options)

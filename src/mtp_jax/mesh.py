@@ -2,6 +2,7 @@
 tokens of each device.
 """
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mtp_jax.config import BadInput, MeshConfig
+from mtp_jax.config import BadInput, Config, MeshConfig, nearest
 from mtp_jax.sharding import AXES, out, place, spec
 
 
@@ -47,6 +48,42 @@ def make_mesh(sizes: MeshConfig, devices=None) -> jax.sharding.Mesh:
   within, across = (sizes.data // slices, *shape[1:]), (slices, *[1] * (len(AXES) - 1))
   grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
   return jax.sharding.Mesh(grid, AXES, axis_types=types)
+
+
+def mesh_of_model(config: Config, sizes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
+  """The mesh that a trained model is placed on.
+
+  Args:
+    sizes: devices along each axis, such as {'tensor': 4, 'fsdp': 2}; by default the config's mesh if
+      there are enough devices, else one device.
+
+  Raises:
+    BadInput: there is no such axis, a size does not divide what is sharded along it, or there are
+      fewer devices.
+  """
+  if sizes is None:
+    try:
+      return make_mesh(config.mesh)
+    except BadInput:
+      return make_mesh(MeshConfig())
+  example = "give the devices along each axis, such as {'tensor': 4, 'fsdp': 2}"
+  if not isinstance(sizes, Mapping):
+    raise BadInput(f'mesh={sizes!r}: {example}')
+  c = config.model
+  divided = {'fsdp': {'model.width': c.width}, 'context': {'data.length': config.data.length},
+             'tensor': {f'model.{name}': getattr(c, name) for name in ('heads', 'kv_heads', 'feed_forward', 'vocab')}}
+  for axis, size in sizes.items():
+    if axis not in ('data', 'fsdp', 'context', 'tensor'):
+      raise BadInput(f'mesh={sizes!r}: no axis {axis!r}; {nearest(str(axis), ("data", "fsdp", "context", "tensor"))}')
+    if type(size) is not int or size < 1:
+      raise BadInput(f'mesh={sizes!r}: {axis} must be a whole number from 1 on; {example}')
+    for field, length in divided.get(axis, {}).items():
+      if length % size:
+        raise BadInput(f'mesh={sizes!r}: {axis}={size} does not divide config.{field}={length}')
+  needed = math.prod(sizes.values())
+  if needed > len(jax.devices()):
+    raise BadInput(f'mesh={sizes!r}: needs {needed} devices, but there are {len(jax.devices())}')
+  return make_mesh(MeshConfig(**sizes))
 
 
 def process_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:

@@ -25,7 +25,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'context', 'tensor', 'expert')
 RULES = {
@@ -73,7 +73,7 @@ def out(letters: str) -> dict:
   meet operations.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  return {} if mesh.empty else {'out_sharding': spec(letters)}
+  return {'out_sharding': spec(letters)} if AxisType.Explicit in mesh.axis_types else {}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))

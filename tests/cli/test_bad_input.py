@@ -152,6 +152,9 @@ BAD = {
     'negative temperature': (
         f'{GENERATE} --temperature=-1',
         'temperature=-1: must be 0 (greedy) or a positive number'),
+    'mesh without sizes': (f'{GENERATE} --mesh=tensor', '--mesh=tensor: must be the devices along each axis, such as'),
+    'mesh of no such axis': (f'{GENERATE} --mesh=tensr=2', "no axis 'tensr'; did you mean 'tensor'?"),
+    'mesh that does not divide': (f'{GENERATE} --mesh=tensor=4', 'tensor=4 does not divide config.model.heads=2'),
     'top_p of 0': (f'{GENERATE} --top_p=0', 'top_p=0: must be above 0 and at most 1'),
     'top_p of 2': (f'{GENERATE} --top_p=2', 'top_p=2: must be above 0 and at most 1'),
     'fewer than none': (f'{GENERATE} --max_tokens=-1', '--max_tokens=-1: must be at least 0'),

@@ -47,6 +47,12 @@ def test_generate_prints_the_same_text_for_every_draft(run, run_json, place):
   assert code == 0 and '\n'.join(streamed[:-2]) == text
 
 
+def test_generate_on_a_mesh_prints_the_text_of_one_device(run, run_json):
+  alone = run_json(f'{GENERATE} --max_tokens=8')['text']
+  assert run_json(f'{GENERATE} --max_tokens=8 --mesh=fsdp=4,tensor=2')['text'] == alone
+  assert run_json(f'{GENERATE} --max_tokens=8 --mesh=data=2 --drafter=run')['text'] == alone
+
+
 def test_what_is_lossy_says_so_and_what_is_not_does_not(run, run_json):
   short, top_k = f'{GENERATE} --max_tokens=10', '--criterion=lossy_top_k --threshold=259'
   exact, lossy = run_json(short), run_json(f'{short} {top_k}')

@@ -22,6 +22,8 @@ DATA = ('data', '', "prepared sets, or text files and folders of them, separated
                     'training run')
 PATHS = {'workdir', 'tokenizer', 'data', 'output', 'plot', 'drafter', 'prompt_file', 'text_file'}  # where ~ is the home
 STEP = ('step', -1, 'step of the checkpoint; -1 is the newest')
+MESH = ('mesh', '', "devices along each axis, such as tensor=4,fsdp=2; '': the config's mesh if there are "
+                    'enough devices, else one device')
 JSON = ('json', False, 'print one JSON object on the last line')
 
 
@@ -104,12 +106,21 @@ def model_of(flags):
   """The `LanguageModel` of --workdir and --step."""
   need(flags, 'workdir')
   need_at_least(flags, step=-1)
+  mesh = mesh_sizes(flags.mesh) if 'mesh' in flags and flags.mesh else None
   from mtp_jax.checkpoint.record import locate, read_record
   workdir, step = locate(flags.workdir, None if flags.step < 0 else flags.step)
   read_record(workdir, step)  # refuses a wrong folder before JAX starts
   from mtp_jax.lm import load
   data = tuple(flags.data.split(',')) if 'data' in flags and flags.data else None
-  return load(workdir, step, tokenizer=flags.tokenizer or None, data=data)
+  return load(workdir, step, tokenizer=flags.tokenizer or None, data=data, mesh=mesh)
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+  """{'tensor': 4, 'fsdp': 2} of 'tensor=4,fsdp=2'."""
+  sizes = dict(part.partition('=')[::2] for part in text.split(','))
+  if not all(size.isdecimal() for size in sizes.values()):
+    raise BadInput(f'--mesh={text}: must be the devices along each axis, such as tensor=4,fsdp=2')
+  return {axis: int(size) for axis, size in sizes.items()}
 
 
 def use_cpu_devices(count: int) -> None:

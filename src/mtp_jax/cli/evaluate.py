@@ -5,6 +5,7 @@ import pathlib
 from mtp_jax.cli.command import (
     DATA,
     JSON,
+    MESH,
     STEP,
     TOKENIZER,
     WORKDIR,
@@ -114,7 +115,7 @@ def score(flags) -> int:
 COMMANDS = {
     'evaluate': Command(
         evaluate, 'held-out nats, accuracy, bits per byte',
-        (WORKDIR, STEP, TOKENIZER, DATA,
+        (WORKDIR, STEP, TOKENIZER, DATA, MESH,
          ('input', '', 'files and folders of your own, separated by commas; all of their text is read'),
          ('rows', 0, 'number of rows, evenly spaced; 0: all'),
          ('by', '', 'also nats and acceptance by kind (of token in source code), by position (in the context), or by '
@@ -124,7 +125,7 @@ COMMANDS = {
         'evaluate --workdir=runs/tiny'),
     'score': Command(
         score, 'log-probability of every token of a text',
-        (WORKDIR, STEP, TOKENIZER,
+        (WORKDIR, STEP, TOKENIZER, MESH,
          ('text', None, 'text to score'),
          ('text_file', None, 'a file that holds it; -: stdin'),
          ('escapes', False, r'read \n, \t, \xHH and such in --text as in C'),

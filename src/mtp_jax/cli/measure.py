@@ -6,6 +6,7 @@ from mtp_jax.cli.command import (
     CONFIG,
     DATA,
     JSON,
+    MESH,
     STARTED,
     STEP,
     TOKENIZER,
@@ -298,7 +299,7 @@ COMMANDS = {
         'benchmark train --config=configs/small.py'),
     'benchmark decode': Command(
         benchmark_decode, 'speed-up by draft length',
-        (WORKDIR, STEP, TOKENIZER, DATA,
+        (WORKDIR, STEP, TOKENIZER, DATA, MESH,
          ('prompts', 8, 'held-out prompts'),
          ('prompt_tokens', 128, 'tokens of each prompt'),
          ('max_tokens', 128, 'new tokens of each'),

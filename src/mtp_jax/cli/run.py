@@ -5,6 +5,7 @@ import sys
 from mtp_jax.cli.command import (
     CONFIG,
     JSON,
+    MESH,
     STEP,
     TOKENIZER,
     WORKDIR,
@@ -183,7 +184,7 @@ COMMANDS = {
         'train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=200'),
     'generate': Command(
         generate, 'continue a prompt, drafting ahead',
-        (WORKDIR, STEP, TOKENIZER,
+        (WORKDIR, STEP, TOKENIZER, MESH,
          ('prompt', None, 'text to continue'),
          ('prompt_file', None, 'a file that holds it; -: stdin'),
          ('unconditional', False, 'begin a document, without a prompt'),

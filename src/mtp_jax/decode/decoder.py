@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.decode.placement import MeshCache, empty_cache, parameter_shardings
 from mtp_jax.model.attention import Cache
 from mtp_jax.model.block import Block
 from mtp_jax.model.model import Model, capped
@@ -48,6 +49,7 @@ class Decoder:
     unembed_DV: columns of the tokenizer's ids only.
     futures_in_forward: how many futures past the next token `forward` computes; only where heads
       form a chain.
+    mesh: where it decodes, if there are several devices; see placement.py.
   """
   layers: tuple[Block, ...]
   heads: tuple
@@ -56,11 +58,21 @@ class Decoder:
   unembed_DV: jax.Array
   config: ModelConfig = dataclasses.field(metadata={'static': True})
   futures_in_forward: int = dataclasses.field(default=0, metadata={'static': True})
+  mesh: jax.sharding.Mesh | None = dataclasses.field(default=None, metadata={'static': True})
 
   @classmethod
-  def of(cls, model: Model, vocabulary: int) -> 'Decoder':
-    """A copy of the parameters on their device. vocabulary: number of ids of the tokenizer."""
-    return _decoder(model, vocabulary)
+  def of(cls, model: Model, vocabulary: int, mesh: jax.sharding.Mesh | None = None) -> 'Decoder':
+    """A copy of the parameters, on their device or on a `decoding_mesh`.
+
+    Args:
+      vocabulary: number of ids of the tokenizer.
+    """
+    if mesh is None:
+      return _decoder(model, vocabulary)
+    model = jax.device_put(model, parameter_shardings(model, mesh))
+    arranged = functools.partial(_arranged, vocabulary=vocabulary, mesh=mesh)
+    placed = parameter_shardings(jax.eval_shape(arranged, model), mesh)
+    return jax.jit(arranged, out_shardings=placed)(model)
 
   def with_futures_in_forward(self, futures: int) -> 'Decoder':
     return dataclasses.replace(self, futures_in_forward=futures)
@@ -90,13 +102,13 @@ class Decoder:
       return list(range(c.futures - 1, -1, -1))
     return list(range(self.futures_in_forward + 1))
 
-  def head_cache(self, batch: int, slots: int) -> Cache | None:
+  def head_cache(self, batch: int, slots: int) -> Cache | MeshCache | None:
     """An empty cache for one head."""
-    return None if self.config.kind == 'linear' else Cache.empty(self.config, batch, slots)
+    return None if self.config.kind == 'linear' else empty_cache(self.config, batch, slots, self.mesh)
 
   def caches(self, batch: int, slots: int) -> tuple:
     """Empty caches for all blocks that `forward` runs."""
-    layers = (Cache.empty(self.config, batch, slots),) * len(self.layers)
+    layers = (empty_cache(self.config, batch, slots, self.mesh),) * len(self.layers)
     return layers + (self.head_cache(batch, slots),) * len(self.heads_in_forward)
 
   def forward(self, tokens_Bi, positions_Bi, caches: tuple) -> tuple[Forward, tuple]:
@@ -120,6 +132,10 @@ class Decoder:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _decoder(model: Model, vocabulary: int) -> Decoder:
+  return _arranged(model, vocabulary)
+
+
+def _arranged(model: Model, vocabulary: int, mesh: jax.sharding.Mesh | None = None) -> Decoder:
   c, readout = model.config, model.readout()
 
   def cast(path, x):
@@ -135,4 +151,5 @@ def _decoder(model: Model, vocabulary: int) -> Decoder:
       final_norm_D=readout.final_norm_D,
       embed_VD=model.embed_VD[...].astype(c.dtype),
       unembed_DV=readout.table()[:vocabulary].T,
-      config=c)
+      config=c,
+      mesh=mesh)

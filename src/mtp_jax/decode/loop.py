@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from mtp_jax.decode.decoder import Decoder
 from mtp_jax.decode.drafters import Drafter
+from mtp_jax.decode.placement import place
 from mtp_jax.decode.verify import Sampler
 from mtp_jax.model.attention import write
 
@@ -87,7 +88,7 @@ def prefill(decoder: Decoder, drafter: Drafter, sampler: Sampler,
   next_B1D = jnp.take_along_axis(forward.next_BiD, last_B1[..., None], 1)
   logits_B1V, q_BkV = decoder.logits(next_B1D), sampler.one_hot(no_drafts_Bk)
   accepted_B, token_B = sampler.verify(logits_B1V, no_drafts_Bk, q_BkV, length_B[:, None])
-  return _append(state, no_drafts_Bk, accepted_B, token_B, eos)
+  return place(_append(state, no_drafts_Bk, accepted_B, token_B, eos), decoder.mesh)
 
 
 def decode_passes(decoder: Decoder, drafter: Drafter, sampler: Sampler, state: DecodeState,
@@ -150,7 +151,7 @@ def _pass(decoder: Decoder, drafter: Drafter, sampler: Sampler,
     accepted_B, token_B = sampler.verify(logits_BiV, drafts_Bk, q_BkV, positions_Bi + 1)
   memory = drafter.learn(decoder, memory, forward, positions_Bi, accepted_B[:, None])
   state = dataclasses.replace(state, caches=caches, memory=memory)
-  return _append(state, drafts_Bk, accepted_B, token_B, eos)
+  return place(_append(state, drafts_Bk, accepted_B, token_B, eos), decoder.mesh)
 
 
 def _append(state: DecodeState, drafts_Bk, accepted_B, token_B, eos) -> DecodeState:

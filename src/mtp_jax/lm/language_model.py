@@ -19,6 +19,7 @@ from mtp_jax.decode.detokenizer import Detokenizer
 from mtp_jax.decode.drafters import Drafter, DraftModel, NoDrafts, PromptLookup, futures
 from mtp_jax.decode.engine import Engine, Stream, batch_size, measure_pass_seconds
 from mtp_jax.decode.generation import Generation
+from mtp_jax.decode.placement import decoding_mesh
 from mtp_jax.decode.requests import (
   EXACT,
   Criterion,
@@ -76,7 +77,7 @@ class LanguageModel:
                stop: str | bytes | Sequence[str | bytes] | None = (),
                max_length: int | None = None,
                stream: Stream | None = None) -> Generation:
-    """Continues one prompt or several, on one device.
+    """Continues one prompt or several, on the devices that hold the model.
 
     Numbers may be sequences, one entry a prompt. A row does not depend on its neighbours.
     Row p * n + i is sample i of prompt p.
@@ -204,7 +205,7 @@ class LanguageModel:
     if drafter.tokenizer.digest != self.tokenizer.digest:
       raise BadInput(f'drafter: its tokenizer, {drafter.config.data.tokenizer!r}, is not that of '
                      f'this model, {self.config.data.tokenizer!r}; a draft model must share it')
-    return DraftModel(drafter.decoder, draft)
+    return DraftModel(drafter.decoder_on(self.mesh), draft)
 
   def _futures_drafter(self, draft: int | None) -> Drafter:
     c = self.config.model
@@ -214,11 +215,23 @@ class LanguageModel:
                      f'so 0 to {trained} can draft')
     return futures(self.decoder, trained if draft is None else draft)
 
-  @functools.cached_property
+  @property
   def decoder(self) -> Decoder:
-    """The model arranged for decoding, on one device."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return Decoder.of(jax.device_put(self.model, device), self.tokenizer.size)
+    """The model arranged for decoding, where its parameters are."""
+    return self.decoder_on(self.mesh)
+
+  def decoder_on(self, mesh: jax.sharding.Mesh) -> Decoder:
+    """The model arranged for decoding, on the devices of a mesh."""
+    if mesh not in self._decoders:
+      device = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
+      model = jax.device_put(self.model, device) if mesh.size == 1 else self.model
+      self._decoders[mesh] = Decoder.of(model, self.tokenizer.size, decoding_mesh(mesh))
+    return self._decoders[mesh]
+
+  @functools.cached_property
+  def _decoders(self) -> dict:
+    """By mesh."""
+    return {}
 
   def evaluate(self, texts: str | bytes | pathlib.Path | Sequence | None = None, *, rows: int | None = None,
                by: str | Sequence[str] = ()) -> dict:
@@ -299,7 +312,8 @@ class LanguageModel:
   def _evaluation_batch(self, rows: int) -> int:
     """Rows of a batch: config.train.evaluate_rows, or as few as hold so many rows on this mesh."""
     groups = self.mesh.shape['data'] * self.mesh.shape['fsdp']
-    return min(self.config.train.evaluate_rows, groups * batch_size(-(-max(1, rows) // groups)))
+    most = max(1, self.config.train.evaluate_rows // groups)
+    return groups * min(most, batch_size(-(-max(1, rows) // groups)))
 
   def seconds_per_forward(self, prompt_tokens: int = 32) -> list[float]:
     """Seconds of a greedy pass of one row on this machine, by draft length 0..M-1, timed in

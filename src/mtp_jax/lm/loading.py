@@ -2,26 +2,25 @@
 import dataclasses
 import pathlib
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 
 from mtp_jax.checkpoint import store
 from mtp_jax.checkpoint.record import TOKENIZER, check_conventions, check_tokenizer, locate, read_record
-from mtp_jax.config import BadInput, Config, MeshConfig
+from mtp_jax.config import Config
 from mtp_jax.data.corpus import load_tokenizer, other_documents
 from mtp_jax.decode.requests import check_is, one_or_several
 from mtp_jax.lm.language_model import LanguageModel
-from mtp_jax.mesh import make_mesh
+from mtp_jax.mesh import mesh_of_model
 from mtp_jax.model.model import conventions
 from mtp_jax.train import step as training
 
 
 def load(workdir, step: int | None = None, *, tokenizer: str | None = None,
-         data: str | Sequence[str] | None = None) -> LanguageModel:
+         data: str | Sequence[str] | None = None,
+         mesh: Mapping[str, int] | None = None) -> LanguageModel:
   """The model of a checkpoint, whatever the number of devices that saved it.
-
-  The parameters are placed on the config's mesh if there are enough devices, else on one device.
 
   Args:
     workdir: of a training run, or a path inside it, such as that of one checkpoint.
@@ -29,9 +28,13 @@ def load(workdir, step: int | None = None, *, tokenizer: str | None = None,
     tokenizer: a SentencePiece model file; by default the one that the workdir keeps.
     data: what `corpus` and `evaluate` read instead of the documents of the training run: prepared
       sets, or text files and folders of them.
+    mesh: devices along each axis, on which the model is placed, decodes and is evaluated, such as
+      {'tensor': 4, 'fsdp': 2}; by default the config's mesh if there are enough devices, else one
+      device.
 
   Raises:
-    BadInput: there is no such checkpoint, or its record and its arrays disagree.
+    BadInput: there is no such checkpoint, its record and its arrays disagree, or the mesh does not
+      fit the model or the devices.
   """
   workdir, step = locate(workdir, step, 'workdir')
   workdir = workdir.absolute()
@@ -49,10 +52,7 @@ def load(workdir, step: int | None = None, *, tokenizer: str | None = None,
   if data is not None:
     names = one_or_several('data', data, (str, pathlib.Path))
     config = dataclasses.replace(config, data=other_documents(config.data, names))
-  try:
-    mesh = make_mesh(config.mesh)
-  except BadInput:
-    mesh = make_mesh(MeshConfig())
+  mesh = mesh_of_model(config, mesh)
   with jax.set_mesh(mesh):
     parameters = training.abstract(config, mesh).model
     model = store.restore(workdir, record['step'], parameters=parameters)['parameters']

@@ -1,0 +1,160 @@
+"""Decoding on a mesh: where parameters, caches and the rest of the state are.
+
+A model that does not fit one device is decoded from where training holds it:
+
+    matrices    as their letters say: D over fsdp; H, G, F and V over tensor. A product over a sharded
+                width is summed over devices, so a pass moves activations between devices, no weights
+    caches      rows over data, fsdp and context, key heads over tensor; an axis that does not divide
+                the rows divides the key heads, or else the devices along it hold the same
+    the rest    whole on every device, but D over fsdp
+
+The mesh has the devices of the training mesh and axes of type Auto: XLA chooses the shardings of
+activations. Only attention is placed by hand, since it must stay beside its cache.
+"""
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.model.attention import Cache
+from mtp_jax.sharding import letters, spec
+
+ROW_AXES = 'data', 'fsdp', 'context'
+
+
+def decoding_mesh(mesh: Mesh) -> Mesh | None:
+  """A mesh of the same devices with axes of type Auto; None for a single device."""
+  if mesh.size == 1:
+    return None
+  return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MeshCache:
+  """A `Cache` whose rows are divided among devices.
+
+  Each device holds the key heads and rows of the batch that are its own, in any order: only it reads
+  and writes them.
+
+  Attributes:
+    k_RSK, v_RSK: as in `Cache`, R over `row_axes` and `head_axes` together.
+    row_axes: mesh axes that divide the rows of the batch.
+    head_axes: mesh axes that divide the key heads.
+  """
+  k_RSK: jax.Array
+  v_RSK: jax.Array
+  mesh: Mesh = dataclasses.field(metadata={'static': True})
+  row_axes: tuple[str, ...] = dataclasses.field(metadata={'static': True})
+  head_axes: tuple[str, ...] = dataclasses.field(metadata={'static': True})
+
+  @classmethod
+  def of(cls, cache: Cache, batch: int, mesh: Mesh) -> 'MeshCache':
+    """The cache of so many rows, on the mesh."""
+    row_axes = _dividing(batch, ROW_AXES, mesh)
+    unused = [axis for axis in ROW_AXES if axis not in row_axes]
+    head_axes = _dividing(len(cache.k_RSK) // batch, ('tensor', *unused), mesh)
+    return cls(cache.k_RSK, cache.v_RSK, mesh, row_axes, head_axes).placed()
+
+  @property
+  def slots(self) -> int:
+    return self.k_RSK.shape[1]
+
+  @property
+  def sharding(self) -> NamedSharding:
+    """Of k_RSK and v_RSK."""
+    return NamedSharding(self.mesh, self._spec)
+
+  @property
+  def _spec(self) -> PartitionSpec:
+    return PartitionSpec((*self.row_axes, *self.head_axes) or None)
+
+  def placed(self) -> 'MeshCache':
+    return self._with(jax.lax.with_sharding_constraint(self._local, self.sharding))
+
+  def grown(self, slots: int) -> 'MeshCache':
+    """With so many slots."""
+    return self._with(self._local.grown(slots)).placed()
+
+  def write(self, k_BLGK, v_BLGK, positions_BL) -> 'MeshCache':
+    """With new keys and values at their positions."""
+    write = lambda cache, k_BLGK, v_BLGK, positions_BL: cache.write(k_BLGK, v_BLGK, positions_BL)
+    return self._with(self._on_devices(write, self._spec, k_BLGK, v_BLGK, positions_BL))
+
+  def attend(self, q_BLHK, positions_BL):
+    """Softmax attention over the slots up to each query's position. [B, L, H, K]"""
+    attend = lambda cache, q_BLHK, positions_BL: cache.attend(q_BLHK, positions_BL)
+    return self._of_all_rows(self._on_devices(attend, self._spec_of(q_BLHK), q_BLHK, positions_BL))
+
+  def _on_devices(self, function, out_specs, *arguments):
+    """The function of the cache and these arguments, on each device's own part of them."""
+    in_specs = (self._spec, *map(self._spec_of, arguments))
+    on_devices = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return on_devices(self._local, *map(self._of_all_rows, arguments))
+
+  def _of_all_rows(self, x_BLhK):
+    """Heads or positions as the products before and after attention have them: rows whole, heads over tensor."""
+    fitted = fitting('blHk'[:x_BLhK.ndim], x_BLhK.shape, self.mesh)
+    return jax.lax.with_sharding_constraint(x_BLhK, NamedSharding(self.mesh, fitted))
+
+  def _spec_of(self, x_BLhK) -> PartitionSpec:
+    """Of heads of either kind, or of positions."""
+    rows, heads = self.row_axes or None, self.head_axes or None
+    return PartitionSpec(rows, None, heads) if x_BLhK.ndim == 4 else PartitionSpec(rows)
+
+  @property
+  def _local(self) -> Cache:
+    return Cache(self.k_RSK, self.v_RSK)
+
+  def _with(self, cache: Cache) -> 'MeshCache':
+    return dataclasses.replace(self, k_RSK=cache.k_RSK, v_RSK=cache.v_RSK)
+
+
+def empty_cache(c: ModelConfig, batch: int, slots: int, mesh: Mesh | None) -> Cache | MeshCache:
+  """An empty cache for one block."""
+  cache = Cache.empty(c, batch, slots)
+  return cache if mesh is None else MeshCache.of(cache, batch, mesh)
+
+
+def parameter_shardings(tree, mesh: Mesh):
+  """A tree of NamedShardings for the parameters of a model, or of a decoder, or for their shapes."""
+  def sharding(path, leaf):
+    named = letters(path)
+    stacked = leaf.ndim - len(named)
+    fitted = fitting(named if len(named) > 1 else named.lower(), leaf.shape[stacked:], mesh)
+    return NamedSharding(mesh, PartitionSpec(*[None] * stacked, *fitted))
+
+  return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def state_shardings(state, mesh: Mesh):
+  """A tree of NamedShardings for what the decoding loop carries, or for its shapes."""
+  def sharding(x):
+    if isinstance(x, MeshCache):
+      return jax.tree.map(lambda _: x.sharding, x)
+    return NamedSharding(mesh, fitting('blD', x.shape, mesh) if x.ndim == 3 else PartitionSpec())
+
+  return jax.tree.map(sharding, state, is_leaf=lambda x: isinstance(x, MeshCache))
+
+
+def place(state, mesh: Mesh | None):
+  """What the decoding loop carries, where `state_shardings` has it."""
+  return state if mesh is None else jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
+
+
+def fitting(named: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+  """`spec`, without the axes that do not divide their dimension, such as 259 ids by 2."""
+  fits = lambda axis, size: axis is not None and size % mesh.shape[axis] == 0
+  return PartitionSpec(*(axis if fits(axis, size) else None for axis, size in zip(spec(named), shape)))
+
+
+def _dividing(size: int, axes: Sequence[str], mesh: Mesh) -> tuple[str, ...]:
+  """Axes of several devices that divide a dimension together, each taken if it still can be."""
+  taken = []
+  for axis in axes:
+    if mesh.shape[axis] > 1 and size % (mesh.shape[axis] * math.prod(mesh.shape[a] for a in taken)) == 0:
+      taken.append(axis)
+  return tuple(taken)
