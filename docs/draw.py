@@ -15,7 +15,7 @@ matplotlib.use('Agg')
 from matplotlib import patches, pyplot
 
 from mtp_jax.report.drafted import COLOURS as FUTURES  # of future m: of its head, and of the tokens that it drafted
-from mtp_jax.report.drafted import GREY, INK
+from mtp_jax.report.spans import GREY, INK
 
 FOLDER = pathlib.Path(__file__).parent
 TRUNK, SHARED = '#d8dee4', '#eef1f4'

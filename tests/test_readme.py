@@ -8,7 +8,7 @@ import pytest
 from mtp_jax.cli.main import COMMANDS
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [path for folder in ('', 'configs', 'launch', 'src', 'tests')
+PAGES = [path for folder in ('', 'configs', 'launch', 'notebooks', 'src', 'tests')
          for path in sorted((ROOT / folder).glob('*.md') if folder in ('', 'tests') else (ROOT / folder).rglob('*.md'))]
 PATHS = [str(path.relative_to(ROOT)) for path in PAGES]
 

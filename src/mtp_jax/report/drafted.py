@@ -1,32 +1,10 @@
-"""A generated text as HTML, each token in the colour of the future that drafted it; for the report
-and for notebooks.
-
-Both grounds are set, so that the text is as readable on a dark page as on a light one.
-"""
-import codecs
-import html
+"""A generated text as HTML, each token in the colour of the future that drafted it."""
 from collections.abc import Sequence
 
-INK, GREY = '#1f2328', '#57606a'
+from mtp_jax.report.spans import PAPER, block, characters, legend, span
+
 # By draft depth; the first stands for tokens of the pass itself.
-COLOURS = ('#ffffff', '#8ecbff', '#ffc46b', '#a6e3a1', '#f2a7c3', '#cfb8ff', '#ffd7ba', '#9fe3dc')
-
-
-def characters(tokens: Sequence[bytes], depths: Sequence[int]) -> list[tuple[str, tuple[int, ...]]]:
-  """The text in pieces that no character is cut by, each with the depths of its tokens.
-
-  A token that ends inside a character is in one piece with those that complete it. What is not
-  UTF-8 becomes U+FFFD. A token without text, such as an end of document, gives no piece.
-  """
-  decoder, pieces = codecs.getincrementaldecoder('utf-8')(errors='replace'), []
-  text, inside = '', ()
-  for token, depth in zip(tokens, depths):
-    text, inside = text + decoder.decode(token), (*inside, depth)
-    if not decoder.getstate()[0]:
-      pieces.append((text, inside))
-      text, inside = '', ()
-  pieces.append((text + decoder.decode(b'', final=True), inside))
-  return [(text, inside) for text, inside in pieces if text]
+COLOURS = (PAPER, '#8ecbff', '#ffc46b', '#a6e3a1', '#f2a7c3', '#cfb8ff', '#ffd7ba', '#9fe3dc')
 
 
 def text_html(prompt: str, tokens: Sequence[bytes], depths: Sequence[int]) -> str:
@@ -37,12 +15,11 @@ def text_html(prompt: str, tokens: Sequence[bytes], depths: Sequence[int]) -> st
     tokens: what each new token stands for.
     depths: of each; 0 is the pass's own, m an accepted m-th draft (`Generation.depths`).
   """
-  spans = [_span(prompt, COLOURS[0], 'the prompt', 'font-weight:700;')] if prompt else []
-  for text, inside in characters(tokens, depths):
-    spans.append(_span(text, _colour(inside[-1]), ', '.join(map(_meaning, inside))))
-  style = (f'white-space:pre-wrap;overflow-wrap:anywhere;background:{COLOURS[0]};color:{INK};padding:.6em .8em;'
-           'border:1px solid #8b949e;border-radius:6px;line-height:1.5;font-family:monospace')
-  return f'<pre style="{style}">{"".join(spans)}</pre>'
+  spans = [span(prompt, PAPER, 'the prompt', 'font-weight:700;')] if prompt else []
+  for text, numbers in characters(tokens):
+    hint = ', '.join(_meaning(depths[i]) for i in numbers)
+    spans.append(span(text, _colour(depths[numbers[-1]]), hint))
+  return block(spans)
 
 
 def legend_html(depths: Sequence[int], futures: int) -> str:
@@ -51,11 +28,8 @@ def legend_html(depths: Sequence[int], futures: int) -> str:
   Args:
     futures: M of the model, or one more than the longest draft.
   """
-  keys = []
-  for depth in range(max(futures, 1 + max(depths, default=0))):
-    count = f'{_meaning(depth)}: {sum(d == depth for d in depths):,}'
-    keys.append(f'<span style="margin-right:1.2em;white-space:nowrap">{_swatch(depth)} {count}</span>')
-  return f'<div style="margin:.4em 0">{"".join(keys)}</div>'
+  every = range(max(futures, 1 + max(depths, default=0)))
+  return legend((_colour(depth), f'{_meaning(depth)}: {sum(d == depth for d in depths):,}') for depth in every)
 
 
 def _meaning(depth: int) -> str:
@@ -65,13 +39,3 @@ def _meaning(depth: int) -> str:
 def _colour(depth: int) -> str:
   """That of a depth; beyond the last colour they begin again, without white."""
   return COLOURS[depth if depth < len(COLOURS) else 1 + (depth - 1) % (len(COLOURS) - 1)]
-
-
-def _swatch(depth: int) -> str:
-  return (f'<span style="display:inline-block;width:.9em;height:.9em;vertical-align:-.1em;background:{_colour(depth)};'
-          f'border:1px solid {GREY}"></span>')
-
-
-def _span(text: str, colour: str, hint: str, style: str = '') -> str:
-  visible = html.escape(text).replace('\n', f'<span style="color:{GREY}">⏎</span>\n')
-  return f'<span style="{style}background:{colour};color:{INK}" title="{hint}">{visible}</span>'
