@@ -1,4 +1,6 @@
 """Groups of tokens: which group a token is in, and figures by group against the whole and a walk by hand."""
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ from experiments import experiment, random_state, write
 
 import mtp_jax
 from mtp_jax import tokenizer
-from mtp_jax.config import BadInput
+from mtp_jax.config import BadInput, MeshConfig
 from mtp_jax.evaluation import breakdown, held_out
 from mtp_jax.evaluation.groups import KINDS, ByKind, ByPosition, kinds_of_bytes, kinds_of_tokens
 
@@ -98,6 +100,18 @@ def test_groups_add_up_to_the_whole(lm, rows):
       every = np.array([group[way] for group in groups])
       assert (np.nanmin(every, 0) <= whole[way]).all() and (whole[way] <= np.nanmax(every, 0)).all()
   assert {'indentation', 'name', 'keyword', 'literal', 'punctuation', 'prose'} <= {*whole['by_kind']}
+
+
+@pytest.mark.parametrize('mesh', [{'data': 2, 'context': 2}, {'fsdp': 2, 'tensor': 2}], ids=str)
+def test_groups_on_a_mesh_are_those_on_one_device(lm, tmp_path, mesh):
+  config = dataclasses.replace(lm.config, mesh=MeshConfig(**mesh))
+  write(tmp_path / 'run', config, random_state(config, seed=5))
+  one, several = lm.evaluate(by=['kind', 'position']), mtp_jax.load(tmp_path / 'run').evaluate(by=['kind', 'position'])
+  for name in ('by_kind', 'by_position'):
+    assert one[name].keys() == several[name].keys()
+    for group, figures in one[name].items():
+      for key in ('tokens', 'nats', 'acceptance_sampled'):  # greedy choices may be near ties
+        np.testing.assert_allclose(several[name][group][key], figures[key], rtol=1e-5)
 
 
 def test_counts_of_groups_are_those_of_a_walk_over_every_document(lm, packed):

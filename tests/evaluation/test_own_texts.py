@@ -54,10 +54,10 @@ def test_own_text_needs_no_held_out_documents(lm, tmp_path):
 
 def test_the_sum_of_scores_is_the_nats_of_texts_that_fill_their_rows(lm):
   """Of 16 inputs: bos, 14 bytes, and eos, so that no document is cut; all but their ends are scored."""
-  texts = ['0123456789abcd', 'the 12 é the '][:2]
+  texts = ['0123456789abcd', 'the 12 é the ']
   evaluated = lm.evaluate(texts)
   ends = lm.score([[*text.encode(), lm.tokenizer.eos] for text in texts])
-  assert sum(-score.logprob for score in ends) == pytest.approx(evaluated['nats_sum'][0], rel=1e-6)
+  assert sum(-score.logprob for score in ends) == pytest.approx(evaluated['nats_sum'][0], rel=1e-5)
 
 
 @pytest.mark.parametrize('texts, message', [

@@ -14,7 +14,8 @@ from mtp_jax.cli import data, evaluate, measure, report, run
 from mtp_jax.cli.command import PATHS, Command, exit_code_of, open_standard_streams, table
 from mtp_jax.config import BadInput, Config, expanded, files, nearest
 
-COMMANDS = {**run.COMMANDS, **evaluate.COMMANDS, **report.COMMANDS, **data.COMMANDS, **measure.COMMANDS}
+COMMANDS = {'train': run.COMMANDS['train'], **evaluate.COMMANDS, **run.COMMANDS, **report.COMMANDS, **data.COMMANDS,
+            **measure.COMMANDS}
 
 DEFINE = {bool: absl_flags.DEFINE_boolean, int: absl_flags.DEFINE_integer,
           float: absl_flags.DEFINE_float}
