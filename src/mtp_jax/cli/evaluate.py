@@ -17,7 +17,6 @@ from mtp_jax.cli.command import (
 )
 from mtp_jax.cli.text import typed_or_read
 from mtp_jax.config import BadInput
-from mtp_jax.report.display import format_numbers
 
 
 def evaluate(flags) -> int:
@@ -51,6 +50,7 @@ def _futures_table(results: dict) -> list[str]:
 
 def _by_table(name: str, groups: dict) -> list[str]:
   """Tokens, nats and acceptance of each group."""
+  from mtp_jax.report.display import format_numbers
   total = sum(figures['tokens'] for figures in groups.values())
   rows = [(group, f'{figures["tokens"]:,}', f'{figures["tokens"] / total:.1%}', format_numbers(figures['nats']),
            format_numbers(figures['acceptance_greedy']), format_numbers(figures['acceptance_sampled']))
@@ -91,6 +91,7 @@ def score(flags) -> int:
   if flags.text is None and flags.text_file is None:
     raise BadInput("--text: give either --text='def main():' or --text_file=FILE")
   text = typed_or_read(flags, 'text')
+  from mtp_jax.report.display import format_numbers
   lm = model_of(flags)
   found, = lm.score(text, futures=lm.config.model.futures if flags.futures else 1, top=flags.top,
                     overlap=None if flags.overlap < 0 else flags.overlap)
