@@ -227,11 +227,11 @@ def test_samples_follow_the_softmax_of_capped_logits_over_temperature(trained):
 
 @pytest.mark.parametrize('lengths', [(0,), (1,), (M - 1,), (1, 2, M - 1)], ids=str)
 def test_no_pass_copies_a_cache_and_the_whole_state_is_donated(tiny, random_model, family, lengths):
-  """In the compiled loop, of one row and of several, with one key head and with two.
+  """In the compiled loop, of one row and of several, with two key heads; and a single key of a single row.
 
   No array as large as a cache is copied, and every array of the state is updated in place.
   """
-  for n, kv_heads in ((1, 2), (3, 2), (1, 1)):
+  for n, kv_heads in ((1, 2), (3, 2), *[(1, 1)] * (lengths == (0,))):
     model = random_model(tiny(futures=M, kv_heads=kv_heads, **family))
     parts, state = start(model, PROMPTS_Bp[:n], LENGTHS_B[:n], LIMITS_B[:n], draft=max(lengths))
     pass_costs = np.ones(len(lengths), np.float32) if len(lengths) > 1 else None

@@ -209,6 +209,8 @@ class TrainConfig:
               'threads; 0: never')
   heartbeat_seconds: int = _field(
       10, 'a process of the job without a sign of life for so long counts as dead, and all end')
+  programs_kept: bool = _field(
+      True, 'keep compiled programs in config.data.cache, where the next start finds them')
   trackers: tuple[str, ...] = _field(
       ('tensorboard',), 'where the records go besides metrics.jsonl: tensorboard, wandb (an extra), both or none: ()')
 

@@ -14,6 +14,7 @@ from mtp_jax.decode.requests import check_is, one_or_several
 from mtp_jax.lm.language_model import LanguageModel
 from mtp_jax.mesh import mesh_of_model
 from mtp_jax.model.model import conventions
+from mtp_jax.programs import keep_programs
 from mtp_jax.train import step as training
 
 
@@ -52,6 +53,7 @@ def load(workdir, step: int | None = None, *, tokenizer: str | None = None,
   if data is not None:
     names = one_or_several('data', data, (str, pathlib.Path))
     config = dataclasses.replace(config, data=other_documents(config.data, names))
+  keep_programs(config)
   mesh = mesh_of_model(config, mesh)
   with jax.set_mesh(mesh):
     parameters = training.abstract(config, mesh).model

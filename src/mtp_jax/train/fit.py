@@ -25,6 +25,7 @@ from mtp_jax.evaluation.held_out import evaluate
 from mtp_jax.mesh import make_mesh, process_share, put
 from mtp_jax.model import costs
 from mtp_jax.model.model import conventions
+from mtp_jax.programs import keep_programs
 from mtp_jax.report.display import Display, print_stderr
 from mtp_jax.report.events import Events
 from mtp_jax.report.trackers import check_installed, open_trackers
@@ -80,6 +81,7 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=print_std
   index = jax.process_index()
   note = quiet if index else note
   check_installed(t.trackers)
+  keep_programs(config)
   opened = open_run(config, workdir, note)
   mesh = make_mesh(config.mesh)
   processes.check_same(config=json.dumps(config.to_dict()), checkpoint=f'step {opened.step}',
