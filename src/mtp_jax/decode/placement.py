@@ -41,12 +41,11 @@ class MeshCache:
   and writes them.
 
   Attributes:
-    k_RSK, v_RSK: as in `Cache`, R over `row_axes` and `head_axes` together.
+    cache: of all rows, R over `row_axes` and `head_axes` together.
     row_axes: mesh axes that divide the rows of the batch.
     head_axes: mesh axes that divide the key heads.
   """
-  k_RSK: jax.Array
-  v_RSK: jax.Array
+  cache: Cache
   mesh: Mesh = dataclasses.field(metadata={'static': True})
   row_axes: tuple[str, ...] = dataclasses.field(metadata={'static': True})
   head_axes: tuple[str, ...] = dataclasses.field(metadata={'static': True})
@@ -56,16 +55,16 @@ class MeshCache:
     """The cache of so many rows, on the mesh."""
     row_axes = _dividing(batch, ROW_AXES, mesh)
     unused = [axis for axis in ROW_AXES if axis not in row_axes]
-    head_axes = _dividing(len(cache.k_RSK) // batch, ('tensor', *unused), mesh)
-    return cls(cache.k_RSK, cache.v_RSK, mesh, row_axes, head_axes).placed()
+    head_axes = _dividing(len(cache.v_RSK) // batch, ('tensor', *unused), mesh)
+    return cls(cache, mesh, row_axes, head_axes).placed()
 
   @property
   def slots(self) -> int:
-    return self.k_RSK.shape[1]
+    return self.cache.slots
 
   @property
   def sharding(self) -> NamedSharding:
-    """Of k_RSK and v_RSK."""
+    """Of all arrays of the cache."""
     return NamedSharding(self.mesh, self._spec)
 
   @property
@@ -73,11 +72,11 @@ class MeshCache:
     return PartitionSpec((*self.row_axes, *self.head_axes) or None)
 
   def placed(self) -> 'MeshCache':
-    return self._with(jax.lax.with_sharding_constraint(self._local, self.sharding))
+    return self._with(jax.lax.with_sharding_constraint(self.cache, self.sharding))
 
   def grown(self, slots: int) -> 'MeshCache':
     """With so many slots."""
-    return self._with(self._local.grown(slots)).placed()
+    return self._with(self.cache.grown(slots)).placed()
 
   def write(self, k_BLGK, v_BLGK, positions_BL) -> 'MeshCache':
     """With new keys and values at their positions."""
@@ -93,7 +92,7 @@ class MeshCache:
     """The function of the cache and these arguments, on each device's own part of them."""
     in_specs = (self._spec, *map(self._spec_of, arguments))
     on_devices = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    return on_devices(self._local, *map(self._of_all_rows, arguments))
+    return on_devices(self.cache, *map(self._of_all_rows, arguments))
 
   def _of_all_rows(self, x_BLhK):
     """Heads or positions as the products before and after attention have them: rows whole, heads over tensor."""
@@ -105,12 +104,8 @@ class MeshCache:
     rows, heads = self.row_axes or None, self.head_axes or None
     return PartitionSpec(rows, None, heads) if x_BLhK.ndim == 4 else PartitionSpec(rows)
 
-  @property
-  def _local(self) -> Cache:
-    return Cache(self.k_RSK, self.v_RSK)
-
   def _with(self, cache: Cache) -> 'MeshCache':
-    return dataclasses.replace(self, k_RSK=cache.k_RSK, v_RSK=cache.v_RSK)
+    return dataclasses.replace(self, cache=cache)
 
 
 def empty_cache(c: ModelConfig, batch: int, slots: int, mesh: Mesh | None) -> Cache | MeshCache:
