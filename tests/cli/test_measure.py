@@ -48,7 +48,8 @@ def test_drafts_are_timed_beside_plain_decoding(run_json, place):
     assert plain['acceptance'] == []
     tokens_per_forward = drafted['overhead'] * drafted['speed_up']
     assert tokens_per_forward == pytest.approx(drafted['tokens_per_forward'])
-    assert 0 <= drafted['drafting'] < 1
+    assert 0 <= drafted['drafting'] < 1 and plain['drafting'] == 0
+    assert all(row['floor_seconds'] > 0 and row['over_floor'] > 0 for row in (plain, drafted))
   assert not any(row['differing'] for row in rows)
   assert (place / 'decode.png').read_bytes().startswith(b'\x89PNG')
 

@@ -242,10 +242,11 @@ def _decode_lines(flags, values: dict) -> list[str]:
     differing = sum(row['differing'] for row in values['rows'])
     about += (f'; {differing} texts differ from plain decoding' if differing
               else '; every text is that of plain decoding')
-  head = ('batch', 'drafts', 'speed-up', 'tokens/forward', 'overhead/step', 'tokens/s', 'drafting',
-          'acceptance by depth')
+  head = ('batch', 'drafts', 'speed-up', 'tokens/forward', 'cost of a pass', 'tokens/s', 'floor', 'pass/floor',
+          'drafting', 'acceptance by depth')
   rows = [(row['batch'], row['draft'], f'{row["speed_up"]:.2f}', f'{row["tokens_per_forward"]:.2f}',
-           f'{row["overhead"]:.2f}', f'{row["tokens_per_second"]:,.0f}', f'{row["drafting"]:.0%}',
+           f'{row["overhead"]:.2f}', f'{row["tokens_per_second"]:,.0f}', f'{row["floor_seconds"] * 1e6:,.0f} us',
+           f'{row["over_floor"]:.2f}', f'{row["drafting"]:.0%}',
            ' '.join(f'{rate:.2f}' for rate in row['acceptance'])) for row in values['rows']]
   lines = [about, *table(head, rows)]
   for theirs in values['transformers']:

@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import math
 import statistics
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 
 from mtp_jax.config import BadInput
 from mtp_jax.decode.drafters import NoDrafts
-from mtp_jax.decode.engine import measure_pass_seconds
+from mtp_jax.decode.engine import Engine, measure_pass_seconds
 from mtp_jax.decode.requests import sampling_parameters
 from mtp_jax.formats import llama
 from mtp_jax.lm import LanguageModel
@@ -36,6 +37,9 @@ def benchmark_decode(
       acceptance: by depth, given that all drafts before were accepted,
       speed_up: over draft 0 of the same batch size,
       overhead: cost of a pass over that of a plain one, tokens_per_forward / speed_up,
+      floor_seconds: of a bare forward of draft + 1 tokens, trunk, caches, logits and argmax, timed in
+        alternation with a pass,
+      over_floor: time of a pass over that,
       drafting: fraction of a pass's time that is spent on drafts,
       differing: continuations that are not those of draft 0 and batch 1; 0 if greedy in float32.
     transformers: for each batch size tokens_per_second, differing.
@@ -69,10 +73,12 @@ def benchmark_decode(
     for k in lengths:
       total = _totals(results[k])
       per_forward, speed_up = total['tokens'] / total['forwards'], seconds[0] / seconds[k]
+      floor, free, drafting = _pass_seconds(lm, groups[0], k, options)
       rows.append({
           'batch': batch, 'draft': k, 'speed_up': speed_up, 'tokens_per_forward': per_forward,
           'overhead': per_forward / speed_up, 'tokens_per_second': per_second[k],
-          'drafting': _drafting_share(lm, groups[0], k, options),
+          'floor_seconds': floor, 'over_floor': drafting / floor,
+          'drafting': max(0.0, 1 - free / drafting) if k else 0.0,
           'acceptance': [accepted / offered if offered else math.nan
                          for accepted, offered in zip(total['accepted'], total['offered'])],
           'differing': differing[k]})
@@ -113,17 +119,42 @@ class _FreeDrafts(NoDrafts):
     return drafts_Bk, sampler.one_hot(drafts_Bk), memory
 
 
-def _drafting_share(lm: LanguageModel, group: list, k: int, options: dict) -> float:
-  """The fraction of a pass's time that its k drafts take, timed in alternation with free drafts."""
-  if k == 0:
-    return 0.0
+@dataclasses.dataclass(frozen=True)
+class _BareForwards:
+  """In place of an engine: forwards of k + 1 tokens alone, one after the other."""
+  engine: Engine
+  k: int
+
+  def seconds_of(self, rows, limit_B, passes: int) -> float:
+    """Seconds of so many, on the shapes that rows and limit_B have in the engine."""
+    decoder, (B, p, S) = self.engine.decoder, self.engine.shape(rows, limit_B)
+    tokens_Bi = jnp.zeros((B, self.k + 1), jnp.int32)
+    positions_Bi = p + jnp.broadcast_to(jnp.arange(self.k + 1), tokens_Bi.shape)
+    caches = jax.tree.map(jnp.copy, decoder.caches(B, S))  # each a buffer of its own, since they are donated
+    inputs = jax.block_until_ready((tokens_Bi, positions_Bi, caches))
+    start = time.perf_counter()
+    jax.block_until_ready(_bare_forwards(decoder, *inputs, np.int32(passes)))
+    return time.perf_counter() - start
+
+
+@functools.partial(jax.jit, donate_argnames='caches')
+def _bare_forwards(decoder, tokens_Bi, positions_Bi, caches, passes):
+  def forward(_, carried):
+    tokens_Bi, caches = carried
+    forward, caches = decoder.forward(tokens_Bi, positions_Bi, caches)
+    return jnp.argmax(decoder.logits(forward.next_BiD), -1).astype(jnp.int32), caches
+
+  return jax.lax.fori_loop(0, passes, forward, (tokens_Bi, caches))
+
+
+def _pass_seconds(lm: LanguageModel, group: list, k: int, options: dict) -> list[float]:
+  """Seconds of a bare forward, of a pass whose drafts are free, and of one with k drafts, timed in alternation."""
   rows = [lm.row(prompt) for prompt in group]
   sampler = lm.sampler(*sampling_parameters(len(rows), options['temperature']))
-  engines = [lm.engine(drafter, sampler, (k,))
-             for drafter in (_FreeDrafts(k), lm.drafter(options['drafter'], k))]
+  free, drafting = (lm.engine(drafter, sampler, (k,))
+                    for drafter in (_FreeDrafts(k), lm.drafter(options['drafter'], k)))
   limits = [options['max_length']] * len(rows)
-  free, drafting = measure_pass_seconds(engines, rows, limits, 16)
-  return max(0.0, float(1 - free / drafting))
+  return measure_pass_seconds([_BareForwards(drafting, k), free, drafting], rows, limits, 16, 6).tolist()
 
 
 def plot(values: dict, path: str) -> None:
