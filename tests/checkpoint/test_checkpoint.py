@@ -93,12 +93,12 @@ def test_other_names_and_shapes_are_refused(eight, model, message):
     training.restore(config, workdir, 3, mesh)
 
 
-def test_a_checkpoint_of_another_layout_is_refused(run):
+def test_a_checkpoint_without_one_of_its_folders_is_refused(run):
   config, workdir = run
   folder = workdir / FOLDER / '3'
   (folder / 'training').rename(folder / 'optimizer')
   mesh = make_mesh(ONE)
-  message = 'has no folder training; it was written by another version'
+  message = '3: is incomplete, it has no folder training; restore it, or there is no older one'
   with jax.set_mesh(mesh), pytest.raises(BadInput, match=message):
     training.restore(config, workdir, 3, mesh)
 
@@ -202,7 +202,7 @@ def test_a_damaged_record_is_refused(eight, tmp_path, damage):
   (folder / 'commit_success.txt').write_text('')
   metadata = json.loads((source / '_CHECKPOINT_METADATA').read_text())
   (folder / '_CHECKPOINT_METADATA').write_text(damage(metadata))
-  message = 'lacks the record of config and conventions .* remove the folder 3 to fall back to an older step'
+  message = 'lacks the record of config and conventions .*; there is no older one: restore the folder 3 from a copy'
   with pytest.raises(BadInput, match=message):
     read_record(tmp_path)
 
@@ -294,6 +294,14 @@ def test_a_folder_without_checkpoints_is_bad_input(tmp_path):
     read_record(tmp_path)
 
 
-def test_a_missing_step_is_bad_input(eight):
-  with pytest.raises(BadInput, match='step 7: .* holds the steps 3'):
-    read_record(eight[2], 7)
+@pytest.mark.parametrize('step, message', [
+    (7, '^step 7: .* holds the steps 3$'), (np.int64(7), '^step 7: .* holds the steps 3$'),
+    ('3', "^step='3': must be an int, not str$"), (3.0, '^step=3.0: must be an int, not float$')])
+def test_a_step_that_is_missing_or_no_integer_is_bad_input(eight, step, message):
+  with pytest.raises(BadInput, match=message):
+    read_record(eight[2], step)
+
+
+@pytest.mark.parametrize('step', [3, np.int64(3), np.int32(3)])
+def test_any_integer_names_a_step(eight, step):
+  assert read_record(eight[2], step)['step'] == 3

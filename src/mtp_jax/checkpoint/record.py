@@ -10,9 +10,12 @@
 Nothing here imports JAX or Orbax.
 """
 import json
+import operator
+import os
 import pathlib
 
 from mtp_jax.config import BadInput, Config, local_path, upgraded
+from mtp_jax.config.errors import cannot, os_reason
 
 FOLDER = 'checkpoints'
 TOKENIZER = 'tokenizer.model'  # a copy in the workdir, so that the run can be moved
@@ -25,9 +28,13 @@ MODEL_FIELDS_FREE_TO_CHANGE = {'remat', 'head_batch', 'dtype'}
 
 
 def steps(workdir: pathlib.Path) -> list[int]:
-  """Steps with a complete checkpoint, oldest first."""
-  paths = (pathlib.Path(workdir) / FOLDER).glob('*')
-  return sorted(int(path.name) for path in paths if path.name.isdigit() and _is_complete(path))
+  """Steps with a complete checkpoint, oldest first. Raises OSError where the folder cannot be read."""
+  folder = pathlib.Path(workdir) / FOLDER
+  try:
+    names = os.listdir(folder)
+  except (FileNotFoundError, NotADirectoryError):
+    return []
+  return sorted(int(name) for name in names if name.isdecimal() and _is_complete(folder / name))
 
 
 def _is_complete(path: pathlib.Path) -> bool:
@@ -42,6 +49,11 @@ def locate(path, step: int | None = None, where: str = '--workdir') -> tuple[pat
     BadInput: the path is none, or it names another step than the one given.
   """
   path = local_path(path, where)
+  with cannot('read', f'{where}={path}', 'make it readable, or give another folder'):
+    return _located(path, step, where)
+
+
+def _located(path: pathlib.Path, step: int | None, where: str) -> tuple[pathlib.Path, int | None]:
   for workdir in path.absolute().parents:
     inside = path.absolute().relative_to(workdir).parts
     if not steps(path) and (inside[0] == FOLDER or path.is_file()) and steps(workdir):
@@ -59,21 +71,40 @@ def read_record(workdir: pathlib.Path, step: int | None = None) -> dict:
   Raises:
     BadInput: when there is no such checkpoint, or its record is incomplete.
   """
-  available = steps(workdir)
+  with cannot('read', f'--workdir={workdir}', 'make it readable, or give another folder'):
+    available = steps(workdir)
   if not available:
     raise BadInput(f'--workdir={workdir}: holds no checkpoint; '
                    f'train one with: python -m mtp_jax train --config=configs/tiny.py --workdir={workdir}')
-  if step is not None and not (type(step) is int and step in available):
+  if step is not None:
+    try:
+      step = operator.index(step)
+    except TypeError:
+      raise BadInput(f'step={step!r}: must be an int, not {type(step).__name__}') from None
+  if step not in (None, *available):
     raise BadInput(f'step {step}: {workdir} holds the steps {", ".join(map(str, available))}')
   chosen = available[-1] if step is None else step
   path = pathlib.Path(workdir) / FOLDER / str(chosen) / METADATA
   try:
     record = json.loads(path.read_text())['custom_metadata']
-    typed = {key: kind(record[key]) for key, kind in TYPES.items()}
-    return record | typed | {'config': upgraded(typed['config'])}
+    record |= {key: kind(record[key]) for key, kind in TYPES.items()}
+    record |= {'config': upgraded(record['config'])}
+  except OSError as error:
+    raise BadInput(f'{path}: cannot be read ({os_reason(error)}); {older_step(workdir, chosen)}') from None
   except (ValueError, KeyError, TypeError) as error:
     raise BadInput(f'{path}: lacks the record of config and conventions ({error!r}); '
-                   f'remove the folder {chosen} to fall back to an older step') from None
+                   f'{older_step(workdir, chosen)}') from None
+  if record['step'] != chosen:
+    raise BadInput(f'{path.parent}: holds the checkpoint of step {record["step"]}; rename the folder to that')
+  return record
+
+
+def older_step(workdir, step: int) -> str:
+  """What to do about a checkpoint that cannot be used, in words."""
+  older = [other for other in steps(workdir) if other < step]
+  if not older:
+    return f'there is no older one: restore the folder {step} from a copy, or train in another --workdir'
+  return f'remove the folder {step} to fall back to step {older[-1]}'
 
 
 def check_resumes(config: Config, record: dict, workdir) -> list[str]:

@@ -5,17 +5,109 @@
     its JSON metadata                     the record: see record.py
 
 Orbax writes them in the background; a folder that a crash left incomplete is never read. Nothing
-else imports Orbax.
+else imports Orbax; what it raises becomes one line here, and what it logs is dropped.
 """
+import contextlib
 import difflib
+import functools
+import gc
 import itertools
+import logging
 import pathlib
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
-from mtp_jax.checkpoint.record import FOLDER, steps
+from mtp_jax.checkpoint.record import FOLDER, older_step, steps
 from mtp_jax.config import BadInput
+from mtp_jax.config.errors import cannot, one_line, os_reason
+
+
+@functools.cache
+def _orbax():
+  """The package, made silent: of an error that it raises, each of its threads prints a traceback."""
+  from orbax.checkpoint import v1
+  print_unraisable = sys.unraisablehook
+  sys.unraisablehook = lambda error: print_unraisable(error) if _in_main_thread() else None
+  for name in ('absl', 'root'):
+    logging.getLogger(name).addFilter(lambda record: '/orbax/' not in record.pathname)
+  return v1
+
+
+def _in_main_thread() -> bool:
+  return threading.current_thread() is threading.main_thread()
+
+
+@contextlib.contextmanager
+def _reading(workdir, step: int) -> Iterator[None]:
+  """Whatever fails in the block is a damaged checkpoint, or one that cannot be read, in one line."""
+  what = ''
+  with _silence():
+    try:
+      yield
+    except (BadInput, MemoryError):
+      raise
+    except Exception as error:
+      if 'RESOURCE_EXHAUSTED' in str(error):  # the device's memory
+        raise
+      causes = _causes(error)
+      refused = next((cause for cause in causes if isinstance(cause, PermissionError)), None)
+      what = f'cannot be read ({os_reason(refused)})' if refused else f'is damaged ({_shortened(causes[-1])})'
+      del error, causes, refused
+    if what:
+      gc.collect()  # coroutines tell of their errors when they are deleted
+      raise BadInput(f'{_folder(workdir)}: checkpoint {step} {what}; {older_step(workdir, step)}')
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+  """Drops what coroutines print that are deleted in the block, of errors that nobody asked them for."""
+  print_unraisable, logger = sys.unraisablehook, logging.getLogger('asyncio')
+  sys.unraisablehook = lambda _: None
+  logger.addFilter(_none)
+  try:
+    yield
+  finally:
+    sys.unraisablehook = print_unraisable
+    logger.removeFilter(_none)
+
+
+def _none(record: logging.LogRecord) -> bool:
+  return False
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+  """The error and those it came from, the first one last."""
+  causes = [error]
+  while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+    causes.append(cause)
+  return causes
+
+
+def _shortened(error: BaseException) -> str:
+  """The beginning and the end of an error's text."""
+  line = os_reason(error) if isinstance(error, OSError) else one_line(error) or type(error).__name__
+  return line if len(line) <= 200 else f'{line[:100]} ... {line[-90:]}'
+
+
+@contextlib.contextmanager
+def _writing(folder: pathlib.Path) -> Iterator[None]:
+  """Whatever fails in the block is an OSError that names the folder."""
+  try:
+    yield
+  except MemoryError:
+    raise
+  except Exception as error:
+    raise OSError(f'a checkpoint could not be written to {folder} ({_shortened(error)}); make room or give '
+                  'permission, and run the same command to resume') from error
+
+
+def _folder(workdir) -> pathlib.Path:
+  return (pathlib.Path(workdir) / FOLDER).absolute()
 
 
 def as_dict(tree) -> dict:
@@ -47,21 +139,27 @@ def _names(path) -> list[str]:
 
 
 class Writer:
-  """Saves checkpoints in the background, one at a time, and keeps the newest `kept`."""
+  """Saves checkpoints in the background, one at a time, and keeps the newest `kept`.
+
+  Raises:
+    BadInput: the folder of checkpoints cannot be written.
+  """
 
   def __init__(self, workdir: pathlib.Path, kept: int):
-    self.folder, self.kept = (pathlib.Path(workdir) / FOLDER).absolute(), kept
+    self.folder, self.kept = _folder(workdir), kept
     if jax.process_index() == 0:
-      _set_incomplete_aside(self.folder, steps(workdir))
+      with cannot('write', f'--workdir={workdir}', 'give a folder that can be written'):
+        _make_folder(self.folder)
+        _set_incomplete_aside(self.folder, steps(workdir))
     self.checkpointer = self._open()
     self.pending = None  # Orbax's future of the save in progress
 
   def _open(self):
-    from orbax.checkpoint import v1 as orbax
-    return orbax.training.Checkpointer(
+    training = _orbax().training
+    return training.Checkpointer(
         self.folder, cleanup_tmp_directories=True,
-        preservation_policy=orbax.training.preservation_policies.LatestN(self.kept),
-        save_decision_policy=orbax.training.save_decision_policies.FixedIntervalPolicy(1))
+        preservation_policy=training.preservation_policies.LatestN(self.kept),
+        save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1))
 
   def save(self, step: int, parameters, training, record: dict) -> None:
     """Starts to write; the arrays may be donated or overwritten at once.
@@ -72,30 +170,41 @@ class Writer:
       record: JSON, see record.py.
 
     Raises:
-      OSError: the save before this one failed.
+      OSError: the save before this one failed, or this one cannot begin.
     """
     self.wait()
-    self.checkpointer = self.checkpointer or self._open()
-    arrays = {'parameters': as_dict(parameters), 'training': as_dict(training)}
-    self.pending = self.checkpointer.save_checkpointables_async(
-        step, arrays, custom_metadata=record)
+    with _writing(self.folder):
+      if jax.process_index() == 0:
+        _make_folder(self.folder)
+      self.checkpointer = self.checkpointer or self._open()
+      arrays = {'parameters': as_dict(parameters), 'training': as_dict(training)}
+      self.pending = self.checkpointer.save_checkpointables_async(step, arrays, custom_metadata=record)
 
   def wait(self) -> None:
     """Waits for the save in progress. Raises OSError when it failed; another save may follow."""
     pending, self.pending = self.pending, None
     if pending is None:
       return
-    try:
+    with _writing(self.folder):
+      checkpointer, self.checkpointer = self.checkpointer, None
       pending.result()
-    except Exception as error:
-      self.checkpointer = None  # it would raise the same error again; the next save opens a new one
-      raise OSError(f'a checkpoint could not be written to {self.folder}: {error}') from error
+      self.checkpointer = checkpointer  # one whose save failed would raise the same again: the next save opens another
 
   def close(self) -> None:
     """Waits for the save in progress. Raises OSError when it failed."""
     self.wait()
     if self.checkpointer:
-      self.checkpointer.close()
+      with _writing(self.folder):
+        self.checkpointer.close()
+
+
+def _make_folder(folder: pathlib.Path) -> None:
+  """Makes the folder if it is not there, and a folder in it for a moment: where Orbax cannot do that,
+  its threads wait for minutes.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix='.', dir=folder):
+    pass
 
 
 def _set_incomplete_aside(folder: pathlib.Path, complete: list[int]) -> None:
@@ -118,16 +227,18 @@ def restore(workdir: pathlib.Path, step: int, **abstract) -> dict:
   Raises:
     BadInput: when names, shapes or types differ from the checkpoint's.
   """
-  from orbax.checkpoint import v1 as orbax
-  path = (pathlib.Path(workdir) / FOLDER / str(step)).absolute()
-  for name, tree in abstract.items():
+  path = _folder(workdir) / str(step)
+  nested = {name: as_dict(tree) for name, tree in abstract.items()}
+  for name in nested:
     if not (path / name).is_dir():
-      raise BadInput(f'{path}: has no folder {name}; it was written by another version of mtp_jax, so use that one')
-    saved = orbax.metadata(path, checkpointable_name=name).metadata
-    _check_arrays(path / name, _by_path(saved), _by_path(as_dict(tree)))
-  loaded = orbax.load_checkpointables(path,
-                                      {name: as_dict(tree) for name, tree in abstract.items()})
-  return {name: from_dict(tree, loaded[name]) for name, tree in abstract.items()}
+      raise BadInput(f'{path}: is incomplete, it has no folder {name}; restore it, or {older_step(workdir, step)}')
+  orbax = _orbax()
+  with _reading(workdir, step):
+    for name, arrays in nested.items():
+      saved = orbax.metadata(path, checkpointable_name=name).metadata
+      _check_arrays(path / name, _by_path(saved), _by_path(arrays), f'if it is damaged, {older_step(workdir, step)}')
+    loaded = orbax.load_checkpointables(path, nested)
+    return {name: from_dict(tree, loaded[name]) for name, tree in abstract.items()}
 
 
 def _by_path(nested: dict) -> dict:
@@ -136,14 +247,14 @@ def _by_path(nested: dict) -> dict:
   return {'.'.join(_names(path)): leaf for path, leaf in leaves}
 
 
-def _check_arrays(path, saved: dict, expected: dict) -> None:
+def _check_arrays(path, saved: dict, expected: dict, fix: str) -> None:
   for name in sorted(saved.keys() ^ expected.keys()):
     is_left_over = name in saved
     what = 'is in the checkpoint but not in the model' if is_left_over else 'is missing from the checkpoint'
     near = difflib.get_close_matches(name, list(expected if is_left_over else saved), n=1)
-    raise BadInput(f'{path}: {name} {what}' + (f'; nearest name: {near[0]}' if near else ''))
+    raise BadInput(f'{path}: {name} {what}' + (f'; nearest name: {near[0]}' if near else '') + f'; {fix}')
   for name, array in expected.items():
     old = saved[name]
     if tuple(old.shape) != tuple(array.shape) or np.dtype(old.dtype) != np.dtype(array.dtype):
       raise BadInput(f'{path}: {name} is {old.dtype}{list(old.shape)}, '
-                     f'but the config asks for {array.dtype}{list(array.shape)}')
+                     f'but the config asks for {array.dtype}{list(array.shape)}; {fix}')

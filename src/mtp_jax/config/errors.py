@@ -1,6 +1,8 @@
 """Errors, each reported in one line."""
+import contextlib
 import difflib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 
 
 class BadInput(ValueError):
@@ -24,12 +26,39 @@ def explain(error: Exception) -> tuple[str, int] | None:
   text = one_line(error) or type(error).__name__
   if isinstance(error, RuntimeError) and 'initialize backend' in text:
     return f'JAX_PLATFORMS: {text}', 2
+  if isinstance(error, OSError):
+    return one_line(os_reason(error)), 1
   if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text:
     return f'out of memory: {text}', 1
-  by_the_machine = isinstance(error, (OSError, ImportError, RuntimeError))
+  by_the_machine = isinstance(error, (ImportError, RuntimeError))
   if not by_the_machine or isinstance(error, (NotImplementedError, RecursionError)):
     return None
-  return text if isinstance(error, OSError) else f'{type(error).__name__}: {text}', 1
+  return f'{type(error).__name__}: {text}', 1
+
+
+@contextlib.contextmanager
+def cannot(verb: str, where: str, fix: str) -> Iterator[None]:
+  """Turns an OSError of the block into BadInput: "--workdir=a: cannot write (a/b: Permission denied); FIX".
+
+  One without a number is in words already, and passes.
+
+  Args:
+    where: the flag or field that named the path, with its value.
+  """
+  try:
+    yield
+  except OSError as error:
+    if not error.errno:
+      raise
+    raise BadInput(f'{where}: cannot {verb} ({os_reason(error)}); {fix}') from error
+
+
+def os_reason(error: OSError) -> str:
+  """'a/b: Permission denied', without the number of the error."""
+  if not error.strerror:
+    return one_line(error) or type(error).__name__
+  paths = [os.fsdecode(path) for path in (error.filename, error.filename2) if isinstance(path, str | bytes)]
+  return ': '.join([*paths[:1], error.strerror])
 
 
 def one_line(text) -> str:

@@ -56,6 +56,13 @@ def print_stderr(line: str) -> None:
   print(line, file=Stderr(), flush=True)
 
 
+def flush() -> None:
+  """Writes what stdout and stderr still hold."""
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or without a reader
+      stream.flush()
+
+
 def format_numbers(values) -> str:
   """'3.756 3.703': three decimals each."""
   return ' '.join(f'{value:.3f}' for value in values)

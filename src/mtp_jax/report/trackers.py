@@ -7,6 +7,7 @@ import importlib.util
 import os
 import pathlib
 import secrets
+import time
 import typing
 
 from mtp_jax.config import BadInput
@@ -27,15 +28,27 @@ class TensorBoard:
   package, extra = 'tensorboardX', ''
 
   def __init__(self, workdir: pathlib.Path, step: int, config: dict):
-    from tensorboardX import SummaryWriter
-    self._writer = SummaryWriter(str(workdir / 'tensorboard'), purge_step=step + 1 if step else None)
+    # not SummaryWriter: where its thread cannot write, it ends, and the run waits for ever to hand it a number
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import SessionLog
+    folder = workdir / 'tensorboard'
+    folder.mkdir(exist_ok=True)
+    self._file = EventsWriter(str(folder / 'events'))
+    if step:  # hides what an earlier run wrote after the checkpoint
+      self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+  def _add(self, **fields) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+    self._file.write_event(Event(wall_time=time.time(), **fields))
 
   def write(self, step: int, values: dict[str, float]) -> None:
+    from tensorboardX.summary import scalar
     for name, value in values.items():
-      self._writer.add_scalar(name, value, step)
+      self._add(step=step, summary=scalar(name, value))
+    self._file.flush()
 
   def close(self) -> None:
-    self._writer.close()
+    self._file.close()
 
 
 class WeightsAndBiases:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -18,6 +18,7 @@ from mtp_jax import chips
 from mtp_jax.checkpoint import store
 from mtp_jax.checkpoint.record import TOKENIZER
 from mtp_jax.config import BadInput, Config, local_path
+from mtp_jax.config.errors import cannot, os_reason
 from mtp_jax.data.folder import Damaged, Folder, Unreadable
 from mtp_jax.data.progress import quiet
 from mtp_jax.data.rows import validation_batches
@@ -32,7 +33,7 @@ from mtp_jax.report.trackers import check_installed, open_trackers
 from mtp_jax.tokenizer import byte_lengths, decodable
 from mtp_jax.train import processes
 from mtp_jax.train.nonfinite import NotFinite
-from mtp_jax.train.opening import Opened, open_run
+from mtp_jax.train.opening import Opened, only_run, open_run
 from mtp_jax.train.recording import Recorder, Step
 from mtp_jax.train.step import State, compiled_init, compiled_step, restore
 from mtp_jax.train.watch import watched
@@ -89,9 +90,10 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=print_std
   folder = _make_folder(workdir, f'process-{index}' if index else '')
   note(opened.corpus.sides())
 
-  with (processes.interrupts() as interrupts, jax.set_mesh(mesh),
+  with (contextlib.nullcontext() if index else only_run(workdir, opened), _writing(workdir),
+        processes.interrupts() as interrupts, jax.set_mesh(mesh),
         contextlib.closing(Display(t.steps, opened.step, note, bar=index == 0)) as display,
-        contextlib.closing(_Run(config, workdir, folder, opened, mesh, display, started)) as run):
+        contextlib.closing(_started(config, workdir, folder, opened, mesh, display, started)) as run):
     def heard() -> int:
       with watched(t.hang_seconds):
         return processes.stop_signal(interrupts)
@@ -119,11 +121,26 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=print_std
 
 
 def _make_folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
-  try:
+  with cannot('be a folder', f'--workdir={workdir}', 'choose another'):
     (workdir / name).mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise BadInput(f'--workdir={workdir}: cannot be a folder ({error.strerror}); choose another') from None
   return workdir / name
+
+
+@contextlib.contextmanager
+def _writing(workdir: pathlib.Path) -> Iterator[None]:
+  """Names the workdir where a file in it cannot be written."""
+  try:
+    yield
+  except OSError as error:
+    if not error.errno:  # in words already
+      raise
+    raise OSError(f'--workdir={workdir}: cannot write there ({os_reason(error)}); make room or give permission, and '
+                  'run the same command to resume') from error
+
+
+def _started(config: Config, workdir: pathlib.Path, *arguments) -> '_Run':
+  with cannot('write', f'--workdir={workdir}', 'give a folder that can be written'):
+    return _Run(config, workdir, *arguments)
 
 
 class _Run:

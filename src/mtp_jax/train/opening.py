@@ -1,9 +1,12 @@
 """What a run needs before its first step, checked against the config and against the checkpoint
 it resumes.
 """
+import contextlib
 import dataclasses
+import fcntl
+import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from mtp_jax.checkpoint.record import (
     FOLDER,
@@ -16,6 +19,7 @@ from mtp_jax.checkpoint.record import (
     steps,
 )
 from mtp_jax.config import BadInput, Config
+from mtp_jax.config.errors import cannot
 from mtp_jax.data.corpus import Corpus, difference, load_tokenizer, open_corpus
 from mtp_jax.data.prepared_set import INDEX
 from mtp_jax.model.model import conventions
@@ -47,8 +51,9 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None])
   Raises:
     BadInput: config, data and checkpoint do not fit together.
   """
-  _check_workdir(workdir)
-  record = read_record(workdir) if steps(workdir) else None
+  with cannot('read', f'--workdir={workdir}', 'make it readable, or choose another'):
+    _check_workdir(workdir)
+    record = read_record(workdir) if steps(workdir) else None
   changes = []
   if record:
     changes += check_resumes(config, record, workdir)
@@ -71,10 +76,36 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None])
 def _check_workdir(workdir: pathlib.Path) -> None:
   if workdir.exists() and not workdir.is_dir():
     raise BadInput(f'--workdir={workdir}: cannot be a folder, it is a file; choose another')
+  if (workdir / FOLDER).exists() and not (workdir / FOLDER).is_dir():
+    raise BadInput(f'--workdir={workdir}: its {FOLDER} is a file, no folder; move it away, or choose another')
   if (workdir / INDEX).exists():
     raise BadInput(f'--workdir={workdir}: holds a prepared set; choose another')
   if FOLDER in workdir.parts and (run := locate(workdir)[0]) != workdir:
     raise BadInput(f'--workdir={workdir}: is inside the run {run}; give that to go on with it')
+
+
+@contextlib.contextmanager
+def only_run(workdir: pathlib.Path, opened: Opened) -> Iterator[None]:
+  """Lets one run at a time write in a workdir, by a lock that ends with the process, even if that is killed.
+
+  For the first process of a job only.
+
+  Raises:
+    BadInput: another run writes there, or has since this one was opened.
+  """
+  descriptor = os.open(workdir, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise BadInput(f'--workdir={workdir}: another process trains there; wait for its end, or choose another') from None
+    except OSError:  # a file system without locks
+      pass
+    if max(steps(workdir), default=0) != opened.step:
+      raise BadInput(f'--workdir={workdir}: another process has saved a checkpoint there; run the same command again')
+    yield
+  finally:
+    os.close(descriptor)
 
 
 def _tokenizer(name: str, workdir: pathlib.Path, note: Callable[[str], None]) -> Tokenizer:

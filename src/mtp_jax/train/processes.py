@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Callable, Mapping
 
 from mtp_jax.config import BadInput
-from mtp_jax.report.display import print_stderr
+from mtp_jax.report.display import flush, print_stderr
 from mtp_jax.train.watch import Interrupts, heard
 
 VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
@@ -101,7 +101,7 @@ def run(work: Callable[[], int], heartbeat_seconds: int) -> int:
   where = environment(os.environ, has_tpu())
   if not where:
     return work()
-  _flush()
+  flush()
   parent_is_alive, held_by_parent = os.pipe()
   child = os.fork()
   if child:
@@ -183,14 +183,8 @@ def _work(work: Callable[[], int], where: str, heartbeat_seconds: int) -> int:
   except BaseException:
     print_stderr(traceback.format_exc())
   waiting.cancel()
-  _flush()
+  flush()
   return code
-
-
-def _flush() -> None:
-  for stream in (sys.stdout, sys.stderr):
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or without a reader
-      stream.flush()
 
 
 def interrupts() -> Interrupts:
