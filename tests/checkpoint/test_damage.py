@@ -78,7 +78,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(saved, monkeypa
   def refuse(*_, **__):
     raise PermissionError(13, 'Permission denied', 'a/file')
   monkeypatch.setattr(store._orbax(), 'load_checkpointables', refuse)
-  with jax.set_mesh(mesh), pytest.raises(BadInput, match='checkpoint 6 cannot be read .a/file: Permission denied.; rem'):
+  with jax.set_mesh(mesh), pytest.raises(BadInput, match='6 cannot be read .a/file: Permission denied.; remove'):
     training.restore(config, workdir, 6, mesh)
 
 
@@ -108,11 +108,11 @@ def test_a_save_that_cannot_begin_is_an_oserror_in_one_line_and_leaves_no_thread
   state, workdir = random_state(config), tmp_path / 'run'
   writer = store.Writer(workdir, 3)
   break_folder(workdir / FOLDER)
-  before = threading.active_count()
+  before = set(threading.enumerate())
   with pytest.raises(OSError, match=r'^a checkpoint could not be written to .*checkpoints \(.*\); make room') as raised:
     write(workdir, config, state, 4, writer=writer)
     writer.wait()
-  assert '[Errno' not in str(raised.value) and threading.active_count() <= before
+  assert '[Errno' not in str(raised.value) and not {*threading.enumerate()} - before
   assert capfd.readouterr() == ('', '')
   (workdir / FOLDER).unlink()
   with contextlib.closing(writer):
@@ -124,5 +124,5 @@ def test_a_save_that_cannot_begin_is_an_oserror_in_one_line_and_leaves_no_thread
 def test_a_folder_that_cannot_be_written_is_bad_input_before_training(tmp_path, break_folder):
   (tmp_path / FOLDER).mkdir()
   break_folder(tmp_path / FOLDER)
-  with pytest.raises(BadInput, match=f'^--workdir={tmp_path}: cannot write .*checkpoints: .*; give a folder that can be'):
+  with pytest.raises(BadInput, match=f'^--workdir={tmp_path}: cannot write .*checkpoints: .*; give a folder'):
     store.Writer(tmp_path, 3)

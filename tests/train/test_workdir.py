@@ -1,6 +1,5 @@
 """A workdir belongs to one run at a time; one that cannot be written ends the run in one line, and never hangs."""
 import os
-import resource
 import subprocess
 import sys
 
@@ -45,13 +44,15 @@ def test_a_folder_in_place_of_a_file_of_the_workdir_is_bad_input(tmp_path, name)
     (3000, 'cannot write there (File too large)'), (12_000, 'a checkpoint could not be written to ')])
 def test_a_disk_that_is_full_ends_the_run_in_one_line(tmp_path, limit, message):
   """A limit of the size of a file stands for the disk: it holds for root as well."""
-  config = experiment(tmp_path, train={'steps': 30, 'tensorboard': True})
+  config = experiment(tmp_path, train={'steps': 30, 'trackers': ('tensorboard',)})
   write_config_file(tmp_path / 'tiny.py', config)
   open_run(config, tmp_path / 'run', quiet)  # prepares the documents
+  program = ('import resource, runpy, sys\n'
+             f'resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n'
+             "runpy.run_module('mtp_jax', run_name='__main__')")
   done = subprocess.run(
-      [sys.executable, '-m', 'mtp_jax', 'train', f'--config={tmp_path}/tiny.py', f'--workdir={tmp_path}/run'],
-      capture_output=True, text=True, env={**os.environ, 'JAX_COMPILATION_CACHE_DIR': ''},
-      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+      [sys.executable, '-c', program, 'train', f'--config={tmp_path}/tiny.py', f'--workdir={tmp_path}/run'],
+      capture_output=True, text=True, timeout=300, env={**os.environ, 'JAX_ENABLE_COMPILATION_CACHE': 'false'})
   lines = done.stderr.splitlines()
   assert done.returncode == 1, done.stderr
   assert message in lines[-1] and lines[-1].startswith('mtp_jax: ') and lines[-1].endswith(

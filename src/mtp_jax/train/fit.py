@@ -28,7 +28,9 @@ from mtp_jax.model import costs
 from mtp_jax.model.model import conventions
 from mtp_jax.programs import keep_programs
 from mtp_jax.report.display import Display, print_stderr
+from mtp_jax.report.events import FILE as EVENTS
 from mtp_jax.report.events import Events
+from mtp_jax.report.log import FILE as METRICS
 from mtp_jax.report.trackers import check_installed, open_trackers
 from mtp_jax.tokenizer import byte_lengths, decodable
 from mtp_jax.train import processes
@@ -37,6 +39,8 @@ from mtp_jax.train.opening import Opened, only_run, open_run
 from mtp_jax.train.recording import Recorder, Step
 from mtp_jax.train.step import State, compiled_init, compiled_step, restore
 from mtp_jax.train.watch import watched
+
+CONFIG = 'config.json'
 
 __all__ = ['NotFinite', 'Outcome', 'fit']
 
@@ -93,7 +97,7 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=print_std
   with (contextlib.nullcontext() if index else only_run(workdir, opened), _writing(workdir),
         processes.interrupts() as interrupts, jax.set_mesh(mesh),
         contextlib.closing(Display(t.steps, opened.step, note, bar=index == 0)) as display,
-        contextlib.closing(_started(config, workdir, folder, opened, mesh, display, started)) as run):
+        contextlib.closing(_Run(config, workdir, folder, opened, mesh, display, started)) as run):
     def heard() -> int:
       with watched(t.hang_seconds):
         return processes.stop_signal(interrupts)
@@ -138,11 +142,6 @@ def _writing(workdir: pathlib.Path) -> Iterator[None]:
                   'run the same command to resume') from error
 
 
-def _started(config: Config, workdir: pathlib.Path, *arguments) -> '_Run':
-  with cannot('write', f'--workdir={workdir}', 'give a folder that can be written'):
-    return _Run(config, workdir, *arguments)
-
-
 class _Run:
   """A run in progress: its state, its position in the data, its records and checkpoints."""
 
@@ -154,6 +153,9 @@ class _Run:
     self.active = ()  # futures that the step computes; known once the first one starts
     self.profiling = False
     is_first = folder == workdir
+    with cannot('write', f'--workdir={workdir}', 'give a folder that can be written'):
+      for name in (EVENTS, METRICS, CONFIG):
+        (folder / name).open('a').close()
 
     M = config.model.futures
     note = display.line if is_first else lambda line: print_stderr(f'{folder.name}: {line}')
@@ -176,7 +178,7 @@ class _Run:
     trackers = open_trackers(config.train.trackers if is_first else (), folder, self.step, config.to_dict())
     self.recorder = Recorder(config, folder, self.step, chips.peak_flops() * mesh.size, self.events,
                              display, trackers)
-    (folder / 'config.json').write_text(json.dumps(config.to_dict(), indent=2) + '\n')
+    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + '\n')
     if is_first and opened.tokenizer.model:
       Folder(folder, '--workdir').write(TOKENIZER, opened.tokenizer.model)
 

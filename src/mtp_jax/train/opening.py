@@ -98,7 +98,7 @@ def only_run(workdir: pathlib.Path, opened: Opened) -> Iterator[None]:
     try:
       fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise BadInput(f'--workdir={workdir}: another process trains there; wait for its end, or choose another') from None
+      raise BadInput(f'--workdir={workdir}: another process trains there; wait for it, or choose another') from None
     except OSError:  # a file system without locks
       pass
     if max(steps(workdir), default=0) != opened.step:

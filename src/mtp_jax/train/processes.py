@@ -18,7 +18,6 @@ import hashlib
 import importlib.util
 import os
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
