@@ -169,7 +169,7 @@ def test_a_failed_save_ends_the_run_with_an_error_and_older_checkpoints_stay(
 
   monkeypatch.setattr(store.Writer, 'save', save)
   with pytest.raises(OSError,
-                     match='a checkpoint could not be written to .*: no space left on device'):
+                     match='a checkpoint could not be written to .* .no space left on device.; make room'):
     fit(config, tmp_path, note=lambda line: None)
   monkeypatch.undo()
   assert steps(tmp_path)[0] == 2
