@@ -47,9 +47,9 @@ def test_a_character_of_several_drafts_is_whole_and_tells_of_all():
 
 
 def test_a_scored_character_has_the_nats_of_all_its_tokens():
-  shown = pieces(scored.text_html(CUT, [0.1, 1.0, 0.75, 9.0, 0.0], ['a', 'b', 'c', '<d>', 'e']))
+  shown = pieces(scored.text_html(CUT, [0.1, 1.0, 0.75, 9.0, 0.0], ['a', 'b', 'c', '"<d>', 'e']))
   assert shown == [(scored.COLOURS[0], '0.10 nats; a', 'na'), (scored.COLOURS[2], '1.75 nats; b; c', '\u00ef'),
-                   (scored.COLOURS[4], '9.00 nats; <d>', 've')]
+                   (scored.COLOURS[4], '9.00 nats; "<d>', 've')]
 
 
 @pytest.mark.parametrize('shown', [drafted.text_html('', [b'<i>', b'&\n'], [0, 1]),
