@@ -123,14 +123,16 @@ def test_a_row_does_not_depend_on_its_neighbours(trained, family):
 
 
 def passes(model, limit_B, draft: int):
-  """The states before and after each pass of a greedy generation, with the drafts as memory."""
+  """The states before and after each pass of a greedy generation, with the drafts as memory; every fourth pass drafts
+  nothing.
+  """
   parts, state = start(model, PROMPTS_Bp, LENGTHS_B, limit_B, draft=draft)
   drafts_Bk = drafts_of(parts, draft)
   to_host = lambda state: jax.device_get(
       dataclasses.replace(state, memory=drafts_Bk(state), caches=None))
   states = [to_host(state)]
   while not state.done_B.all():
-    state = decode_passes(*parts, state, NEVER, np.int32(1), lengths=(draft,))
+    state = decode_passes(*parts, state, NEVER, np.int32(1), lengths=(draft if len(states) % 4 else 0,))
     states.append(to_host(state))
   return list(zip(states, states[1:]))
 
@@ -176,7 +178,7 @@ def test_at_the_same_seed_samples_are_those_of_plain_sampling_whatever_drafts(tr
     assert equal_where_settled(rows(state), plain, settled)
     assert tallies(state)[2].any()
 
-  adaptive = {'lengths': (1, 2, 3), 'pass_costs': np.array([1, 1.2, 1.3], np.float32)}
+  adaptive = {'lengths': (0, 1, 2, 3), 'pass_costs': np.array([1, 1.4, 1.6, 1.8], np.float32)}
   state = generate(model, PROMPTS_Bp, draft=M - 1, **adaptive, **options)
   assert equal_where_settled(rows(state), plain, settled)
 

@@ -47,7 +47,8 @@ class Drafter(typing.Protocol):
     """
 
   def draft(self, decoder: Decoder, memory, tokens_BS, length_B1, k: int, sampler: Sampler):
-    """(drafts, int32[B, k], for positions length_B1 + 0..k-1; their distributions; memory).
+    """(drafts, int32[B, k], for positions length_B1 + 0..k-1; their distributions; memory). k may be
+    0: a drafter whose own caches need every token still reads the new ones.
 
     Distributions as `Sampler.draft` or `Sampler.one_hot` returns them.
     """
@@ -86,6 +87,8 @@ class ParallelHeads:
     return self.learn(decoder, (None, (empty,) * self.depth), forward, positions_Bp, last_B1)
 
   def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
+    if not k:
+      return *_no_drafts(tokens_BS, sampler), memory
     state_B1D, caches = memory
     heads = ((decoder.head(m), cache) for m, cache in enumerate(caches[:k], 1))
     normed = [decoder.norm(head.read(state_B1D, length_B1 - 2, cache)) for head, cache in heads]
@@ -115,6 +118,8 @@ class HeadChain:
     return self.learn(decoder, None, forward, positions_Bp, last_B1)
 
   def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
+    if not k:
+      return *_no_drafts(tokens_BS, sampler), memory
     return *sampler.draft(decoder.logits(memory[:, :k]), length_B1 + jnp.arange(k)), memory
 
   def learn(self, decoder, memory, forward, positions_Bi, last_B1):
@@ -156,7 +161,7 @@ class SequentialModules:
       new_caches.append(cache)
       distributions.append(q_B1V)
     drafts_Bk = _at(tokens_BS, length_B1 + jnp.arange(k))
-    return drafts_Bk, _concatenated(distributions[:k]), (state_BSD, tuple(new_caches))
+    return drafts_Bk, _first(distributions, k), (state_BSD, tuple(new_caches))
 
   def learn(self, decoder, memory, forward, positions_Bi, last_B1):
     state_BSD, caches = memory
@@ -170,9 +175,15 @@ def _run_module(decoder: Decoder, m: int, tokens_BS, h_BwD, positions_Bw, cache)
   return normed_BwD if decoder.config.hidden_input == 'post_norm' else raw_BwD, normed_BwD, cache
 
 
-def _concatenated(distributions: list):
-  """Distributions of single drafts as one array, float[B, k, V], or None where none are needed."""
-  return None if distributions[0] is None else jnp.concatenate(distributions, 1)
+def _first(distributions: list, k: int):
+  """Distributions of the first k single drafts as one array, float[B, k, V], or None where none are needed."""
+  return None if distributions[0] is None else jnp.concatenate(distributions, 1)[:, :k]
+
+
+def _no_drafts(tokens_BS, sampler: Sampler):
+  """(no drafts, int32[B, 0]; their distributions)"""
+  drafts_Bk = jnp.zeros((len(tokens_BS), 0), jnp.int32)
+  return drafts_Bk, sampler.one_hot(drafts_Bk)
 
 
 @jax.tree_util.register_dataclass
@@ -196,13 +207,13 @@ class DraftModel:
     positions_Bi = length_B1 + jnp.arange(-2, 0)
     inputs_Bi = _at(tokens_BS, positions_Bi)
     drafts, distributions = [], []
-    for _ in range(k):
+    for _ in range(max(1, k)):
       forward, memory = self.model.forward(inputs_Bi, positions_Bi, memory)
       positions_Bi = positions_Bi[:, -1:] + 1
       inputs_Bi, q_B1V = sampler.draft(self.model.logits(forward.next_BiD[:, -1:]), positions_Bi)
       drafts.append(inputs_Bi)
       distributions.append(q_B1V)
-    return jnp.concatenate(drafts, 1), _concatenated(distributions), memory
+    return jnp.concatenate(drafts, 1)[:, :k], _first(distributions, k), memory
 
   def learn(self, decoder, memory, forward, positions_Bi, last_B1):
     return memory
@@ -255,8 +266,7 @@ class NoDrafts:
     return ()
 
   def draft(self, decoder, memory, tokens_BS, length_B1, k, sampler):
-    drafts_Bk = jnp.zeros((len(tokens_BS), 0), jnp.int32)
-    return drafts_Bk, sampler.one_hot(drafts_Bk), memory
+    return *_no_drafts(tokens_BS, sampler), memory
 
   def learn(self, decoder, memory, forward, positions_Bi, last_B1):
     return memory

@@ -166,7 +166,14 @@ def batch_size(rows: int) -> int:
 @functools.lru_cache(maxsize=PROGRAMS)
 def _compiled(function: Callable, donated: tuple[str, ...], static: tuple, *shape):
   """The function for one shape. XLA's program is dropped with it, since no other has its partial."""
-  return jax.jit(functools.partial(function, **dict(static)), donate_argnames=donated)
+  return jax.jit(functools.partial(function, **dict(static)), donate_argnames=donated, compiler_options=options())
+
+
+def options() -> dict:
+  """XLA's options for a pass. On a CPU: no order for the sake of operations side by side, as they are so small that
+  handing one to another thread costs more than to run it.
+  """
+  return {'xla_cpu_enable_concurrency_optimized_scheduler': False} if jax.default_backend() == 'cpu' else {}
 
 
 def _read(state: DecodeState, end_B, texts: Sequence[Detokenizer], stream: Stream | None) -> DecodeState:

@@ -97,7 +97,7 @@ class LanguageModel:
         mass.
       drafter: 'futures'; 'lookup', which copies what followed an earlier occurrence of the last few
         tokens; or another, smaller model.
-      adaptive: in each pass draft 1 to `draft` tokens, chosen from the recent acceptance of the
+      adaptive: in each pass draft 0 to `draft` tokens, chosen from the recent acceptance of the
         batch and from costs, which are measured on the first call with a shape. The lengths depend
         on timings, so it implies `same_seed`.
       same_seed: drafts and tokens share their random numbers, so that a sample does not depend on
@@ -136,7 +136,7 @@ class LanguageModel:
       raise BadInput(f'adaptive: needs the exact criterion; with {criterion.name} the text would '
                      'depend on timings')
     sampler = self.sampler(*parameters, same_seed or adaptive, criterion)
-    if adaptive and checked_drafter.depth > 1:
+    if adaptive and checked_drafter.depth:
       engine = self._adaptive_engine(checked_drafter, sampler, rows, limit_B)
     else:
       engine = self.engine(checked_drafter, sampler, (checked_drafter.depth,))
@@ -169,10 +169,10 @@ class LanguageModel:
     return Engine(decoder, drafter, sampler, self.tokenizer.eos, self.tokenizer.pad, lengths)
 
   def _adaptive_engine(self, drafter: Drafter, sampler: Sampler, rows, limit_B) -> Engine:
-    """An engine that chooses 1 to drafter.depth drafts a pass; costs are measured once for each
+    """An engine that chooses 0 to drafter.depth drafts a pass; costs are measured once for each
     shape.
     """
-    engine = self.engine(drafter, sampler, tuple(range(1, drafter.depth + 1)))
+    engine = self.engine(drafter, sampler, tuple(range(drafter.depth + 1)))
     key = engine.key(rows, limit_B)
     if key not in self._pass_costs:
       self._pass_costs[key] = measure_pass_seconds(engine.of_each_length(), rows, limit_B)

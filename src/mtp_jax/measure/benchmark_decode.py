@@ -11,7 +11,7 @@ import numpy as np
 
 from mtp_jax.config import BadInput
 from mtp_jax.decode.drafters import NoDrafts
-from mtp_jax.decode.engine import Engine, measure_pass_seconds
+from mtp_jax.decode.engine import Engine, measure_pass_seconds, options
 from mtp_jax.decode.requests import sampling_parameters
 from mtp_jax.formats import llama
 from mtp_jax.lm import LanguageModel
@@ -133,11 +133,10 @@ class _BareForwards:
     caches = jax.tree.map(jnp.copy, decoder.caches(B, S))  # each a buffer of its own, since they are donated
     inputs = jax.block_until_ready((tokens_Bi, positions_Bi, caches))
     start = time.perf_counter()
-    jax.block_until_ready(_bare_forwards(decoder, *inputs, np.int32(passes)))
+    jax.block_until_ready(_compiled_forwards()(decoder, *inputs, np.int32(passes)))
     return time.perf_counter() - start
 
 
-@functools.partial(jax.jit, donate_argnames='caches')
 def _bare_forwards(decoder, tokens_Bi, positions_Bi, caches, passes):
   def forward(_, carried):
     tokens_Bi, caches = carried
@@ -145,6 +144,11 @@ def _bare_forwards(decoder, tokens_Bi, positions_Bi, caches, passes):
     return jnp.argmax(decoder.logits(forward.next_BiD), -1).astype(jnp.int32), caches
 
   return jax.lax.fori_loop(0, passes, forward, (tokens_Bi, caches))
+
+
+@functools.cache
+def _compiled_forwards():
+  return jax.jit(_bare_forwards, donate_argnames='caches', compiler_options=options())
 
 
 def _pass_seconds(lm: LanguageModel, group: list, k: int, options: dict) -> list[float]:
