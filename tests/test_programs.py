@@ -21,7 +21,8 @@ def count(event, **_):
   if name in counts:
     counts[name] += 1
 jax.monitoring.register_event_listener(count)
-programs.keep_programs(Config(data=DataConfig(cache=sys.argv[1]), train=TrainConfig(programs_kept=sys.argv[2] == 'True')))
+kept = TrainConfig(programs_kept=sys.argv[2] == 'True')
+programs.keep_programs(Config(data=DataConfig(cache=sys.argv[1]), train=kept))
 found = float(jax.jit(lambda x: jnp.sin(x @ x).sum())(jnp.ones((8, 8))))
 print(json.dumps([counts['cache_hits'], counts['cache_misses'], found]))
 """

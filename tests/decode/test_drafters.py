@@ -58,7 +58,7 @@ def test_drafters_beyond_the_trained_depth_change_no_token(trained, name):
 
 
 def test_a_draft_model_drafts_what_it_would_generate_itself(trained):
-  """After every accepted length, and after passes without drafts: its cached drafts against its own uncached forward."""
+  """After every accepted length, and after no drafts: its cached drafts against its own uncached forward."""
   model, another = trained({'kind': 'parallel'}), trained({'kind': 'linear'})
   parts, state = start(model, PROMPTS_Bp, draft=3, drafter=DraftModel(Decoder.of(another, V), 3))
   drafts_Bk, accepted, clear = drafts_of(parts, 3), set(), []
