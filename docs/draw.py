@@ -4,7 +4,7 @@
     python docs/draw.py drafts --workdir=runs/tiny     docs/drafts.svg, from the model of `make train`
 
 --output=FILE writes elsewhere; its ending chooses the format (svg, png, pdf).
-Needs matplotlib: pip install -e '.[notebook]'.
+Needs matplotlib: pip install -e '.[report]'.
 """
 import argparse
 import pathlib

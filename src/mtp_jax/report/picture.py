@@ -18,7 +18,7 @@ def picture(path: str, width: float, height: float, columns: int = 1):
   try:
     import matplotlib
   except ImportError as error:
-    raise BadInput(f"--plot={path}: {error}; pip install -e '.[notebook]'") from None
+    raise BadInput(f"--plot={path}: {error}; pip install -e '.[report]'") from None
   matplotlib.use('Agg')
   from matplotlib import pyplot
   figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout='constrained')
