@@ -50,7 +50,9 @@ def test_drafts_are_timed_beside_plain_decoding(run_json, place):
     assert tokens_per_forward == pytest.approx(drafted['tokens_per_forward'])
     assert 0 <= drafted['drafting'] < 1 and plain['drafting'] == 0
     assert all(row['floor_seconds'] > 0 and row['over_floor'] > 0 for row in (plain, drafted))
-  assert not any(row['differing'] for row in rows)
+  assert not any(row['differing'] for row in (*rows, *values['adaptive']))
+  assert [row['batch'] for row in values['adaptive']] == [1, 2]
+  assert all(row['speed_up'] > 0 and 0 <= row['mean_draft'] <= 1 for row in values['adaptive'])
   assert (place / 'decode.png').read_bytes().startswith(b'\x89PNG')
 
 

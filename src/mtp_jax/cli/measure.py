@@ -249,6 +249,9 @@ def _decode_lines(flags, values: dict) -> list[str]:
            f'{row["over_floor"]:.2f}', f'{row["drafting"]:.0%}',
            ' '.join(f'{rate:.2f}' for rate in row['acceptance'])) for row in values['rows']]
   lines = [about, *table(head, rows)]
+  lines += [f'adaptive, batch {row["batch"]}: {row["speed_up"]:.2f} x plain decoding, '
+            f'{row["tokens_per_forward"]:.2f} tokens per forward, {row["mean_draft"]:.1f} drafts a pass'
+            for row in values['adaptive']]
   for theirs in values['transformers']:
     ours = [row for row in values['rows'] if row['batch'] == theirs['batch']]
     best = max(ours, key=lambda row: row['tokens_per_second'])

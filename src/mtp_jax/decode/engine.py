@@ -23,6 +23,7 @@ SHAPE_MULTIPLE = 32  # prompts and caches are padded to a multiple of this
 PROGRAMS = 64  # each holds some 10 MB and 180 memory maps, of which a process may have 65,530
 PASSES_BETWEEN_READS = 8  # at first, and at most while text is streamed or searched for stop strings
 SECONDS_BETWEEN_READS = 0.25
+MEASURED_SECONDS = 0.04
 UNLIMITED = np.int32(2**31 - 1)
 
 Stream = Callable[[int, list[int], str], None]  # of (row, new ids, new text)
@@ -125,16 +126,19 @@ class Engine:
     return time.perf_counter() - start
 
 
-def measure_pass_seconds(engines: Sequence[Engine], rows, limit_B, passes: int = 4,
-                         repeats: int = 3) -> np.ndarray:
+def measure_pass_seconds(engines: Sequence[Engine], rows, limit_B, repeats: int = 3) -> np.ndarray:
   """Seconds of a pass of each engine: float32.
 
   They are timed in alternation, so that what slows the machine down slows all of them: the least of
-  so many measurements of so many passes, after one that compiles.
+  so many measurements. Each is of as many passes as take `MEASURED_SECONDS`, so that what a call
+  costs beside its passes does not count.
   """
-  seconds = [[engine.seconds_of(rows, limit_B, passes) for engine in engines]
-             for _ in range(1 + repeats)]
-  return np.min(seconds[1:], 0).astype(np.float32) / passes
+  for engine in engines:
+    engine.seconds_of(rows, limit_B, 4)  # compiles
+  slowest = max(engine.seconds_of(rows, limit_B, 4) for engine in engines) / 4
+  passes = min(max(4, int(MEASURED_SECONDS / slowest)), 256)
+  seconds = [[engine.seconds_of(rows, limit_B, passes) for engine in engines] for _ in range(repeats)]
+  return np.min(seconds, 0).astype(np.float32) / passes
 
 
 def tally(depth_n, drafted_n, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

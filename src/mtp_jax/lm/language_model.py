@@ -324,7 +324,7 @@ class LanguageModel:
     sampler = self.sampler(*sampling_parameters(1))
     engines = [self.engine(self.drafter(draft=draft), sampler, (draft,))
                for draft in range(self.config.model.futures)]
-    return measure_pass_seconds(engines, [prompt], [self.config.data.length], 16, 6).tolist()
+    return measure_pass_seconds(engines, [prompt], [self.config.data.length], 6).tolist()
 
   def expected_speed_up(self, evaluation: dict | None = None) -> dict:
     """Speed over plain decoding to expect on the held-out documents, by draft length 0..M-1.

@@ -42,6 +42,8 @@ def benchmark_decode(
       over_floor: time of a pass over that,
       drafting: fraction of a pass's time that is spent on drafts,
       differing: continuations that are not those of draft 0 and batch 1; 0 if greedy in float32.
+    adaptive: for each batch size, with lengths chosen pass by pass, speed_up, tokens_per_forward,
+      tokens_per_second, mean_draft, differing; empty without drafts.
     transformers: for each batch size tokens_per_second, differing.
     sample: a prompt and its continuation.
 
@@ -54,6 +56,8 @@ def benchmark_decode(
              'max_length': 1 + prompt_tokens + max_tokens}
   runs = [functools.partial(lm.generate, max_tokens=max_tokens, draft=k, **options)
           for k in lengths]
+  if len(lengths) > 1:
+    runs.append(functools.partial(lm.generate, max_tokens=max_tokens, draft=lengths[-1], adaptive=True, **options))
   if against_transformers:
     runs.append(functools.partial(llama.transformers_decoder(lm), max_tokens=max_tokens))
   for batch in batches:
@@ -61,7 +65,7 @@ def benchmark_decode(
       enough = -(-len(held_out) // batch) * batch
       raise BadInput(f'--batch={batch}: {len(held_out)} prompts do not divide into such batches; '
                      f'--prompts={enough} would')
-  plain, rows, transformers_rows = [], [], []
+  plain, rows, adaptive_rows, transformers_rows = [], [], [], []
   for batch in batches:
     groups = [held_out[i:i + batch] for i in range(0, len(held_out), batch)]
     seconds, results = _alternate(runs, groups, repeats)
@@ -82,11 +86,18 @@ def benchmark_decode(
           'acceptance': [accepted / offered if offered else math.nan
                          for accepted, offered in zip(total['accepted'], total['offered'])],
           'differing': differing[k]})
+    if len(lengths) > 1:
+      n = len(lengths)  # the run after those of fixed lengths
+      total = _totals(results[n])
+      adaptive_rows.append({
+          'batch': batch, 'speed_up': seconds[0] / seconds[n],
+          'tokens_per_forward': total['tokens'] / total['forwards'], 'tokens_per_second': per_second[n],
+          'mean_draft': statistics.mean(generation.mean_draft for generation in results[n]), 'differing': differing[n]})
     if against_transformers:
       transformers_rows.append({'batch': batch, 'tokens_per_second': per_second[-1],
                                 'differing': differing[-1]})
   sample = {'prompt': lm.tokenizer.text(held_out[0]), 'text': lm.tokenizer.text(plain[0])}
-  return {'rows': rows, 'transformers': transformers_rows, 'sample': sample}
+  return {'rows': rows, 'adaptive': adaptive_rows, 'transformers': transformers_rows, 'sample': sample}
 
 
 def _totals(generations: list) -> dict:
@@ -158,7 +169,7 @@ def _pass_seconds(lm: LanguageModel, group: list, k: int, options: dict) -> list
   free, drafting = (lm.engine(drafter, sampler, (k,))
                     for drafter in (_FreeDrafts(k), lm.drafter(options['drafter'], k)))
   limits = [options['max_length']] * len(rows)
-  return measure_pass_seconds([_BareForwards(drafting, k), free, drafting], rows, limits, 16, 6).tolist()
+  return measure_pass_seconds([_BareForwards(drafting, k), free, drafting], rows, limits, 6).tolist()
 
 
 def plot(values: dict, path: str) -> None:
