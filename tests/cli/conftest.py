@@ -27,6 +27,7 @@ def place(tmp_path_factory):
            'syntax.py': 'def get_config(:\n',
            'lacks.py': 'def get_configuration():\n  pass\n',
            'forgets.py': source.replace('.to_config_dict()', ''),
+           'config.json': '{"train": {"tensorboard": false}}',
            'bad.jsonl': '{"text": "x"}\n{"text\n{"text": "y"}\n'}
   for name, text in files.items():
     (folder / name).write_text(text)

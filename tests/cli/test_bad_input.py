@@ -97,6 +97,26 @@ BAD = {
     'field said twice': (
         f'{TRAIN} --config.train.steps=3 --config.train.steps=4',
         '--config.train.steps: given 2 times; give it once'),
+    **{f'flag given twice: {name}': (command, message) for name, (command, message) in {
+        'input': ('prepare --input=a --output=x --input=b', '--input: given 2 times; give it once'),
+        'prompt': ('generate --workdir=run --prompt=a --prompt=b --prompt=c', '--prompt: given 3 times; give it once'),
+        'json': ('inspect --config=tiny.py --json --nojson', '--json: given 2 times; give it once'),
+        'config': ('inspect --config=tiny.py --config=raises.py', '--config: given 2 times; give it once')}.items()},
+    **{f'an address: {command}': (command, f'{text}: must be a path on this machine, no address; {fix}')
+       for command, text, fix in (
+           ('train --config=tiny.py --workdir=gs://bucket/run', '--workdir=gs://bucket/run', 'mount it'),
+           ('evaluate --workdir=s3://bucket/run', '--workdir=s3://bucket/run', 'mount it'),
+           ('goodput --workdir=file:///a/run', '--workdir=file:///a/run', 'write /a/run'),
+           ('goodput --workdir=run --plot=gs://b/x.png', '--plot=gs://b/x.png', 'mount it'),
+           ('generate --workdir=run --prompt_file=gs://b/x', '--prompt_file=gs://b/x', 'mount it'),
+           (f'{GENERATE} --drafter=hdfs://b/x', '--drafter=hdfs://b/x', 'mount it'),
+           ('inspect --config=tiny.py --config.data.cache=gs://b/c', 'config.data.cache=gs://b/c', 'mount it'))},
+    'config is a folder': ('inspect --config=.', '--config=.: is a folder; give a Python file, such as ./'),
+    'config is a device': ('inspect --config=/dev/null', '--config=/dev/null: is no regular file; give a Python file'),
+    'config is empty': ('inspect --config=', '--config: empty; give a Python file, such as configs/tiny.py'),
+    'config is JSON': ('inspect --config=config.json', '--config=config.json: is JSON; a config is a Python file'),
+    'config has a name that is too long': (f'inspect --config={"x" * 300}', 'no file can have such a name'),
+    'workdir has a name that is too long': (f'inspect --workdir={"x" * 300}', 'no file can have such a name'),
     'mesh too large': (
         f'{TRAIN} --config.mesh.data=16 --config.train.batch=32',
         'data 16 x fsdp 1 x context 1 x tensor 1 x expert 1 = 16 devices, but there are 8'),
@@ -295,6 +315,16 @@ def test_bad_input_is_reported_before_jax_is_imported(place):
   done = subprocess.run(command, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert len(done.stderr.splitlines()) == len(early)
+
+
+@pytest.mark.parametrize('command', [
+    'inspect --config=tiny.py --json', 'inspect --config=tiny.py', 'train --help', 'help'])
+def test_a_stdout_that_cannot_be_written_is_one_line(place, command):
+  with open('/dev/full', 'w') as full:
+    done = subprocess.run([sys.executable, '-m', 'mtp_jax', *shlex.split(command)], stdout=full,
+                          stderr=subprocess.PIPE, text=True, cwd=place)
+  assert (done.returncode, done.stderr) == (
+      1, 'mtp_jax: stdout: cannot be written (No space left on device); print to another place\n')
 
 
 def test_the_module_runs_as_a_program(place):

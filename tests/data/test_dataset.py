@@ -22,6 +22,7 @@ TEXTS = [f'document {i} é ' + 'ab' * i for i in range(40)]
 def mine(tmp_path, monkeypatch):
   """A module of the user's, in the current folder, which returns what its `made` holds; all reads are listed."""
   (tmp_path / 'mine.py').write_text('made, reads = None, []\n'
+                                    'def exits(data):\n  raise SystemExit(3)\n'
                                     'def documents(data):\n  return made\n')
   monkeypatch.chdir(tmp_path)
   monkeypatch.delitem(sys.modules, 'mine', raising=False)
@@ -132,11 +133,14 @@ def test_shards_are_closed_when_they_are_full(mine, config, monkeypatch):
 
 
 class Failing:
+  def __init__(self, error: BaseException):
+    self.error = error
+
   def __len__(self):
     return 9
 
   def __getitem__(self, i):
-    raise KeyError(f'no {i}')
+    raise self.error
 
 
 @pytest.mark.parametrize('dataset, documents, words', [
@@ -147,9 +151,14 @@ class Failing:
     ('mine:documents', [[1.5]] * 9, 'document 0 is list'),
     ('mine:documents', [{'text': 'a'}] * 9, 'document 0 is dict'),
     ('mine:documents', [[3], [259]] * 9, 'document 1 has ids from 259 to 259'),
-    ('mine:documents', ['a', '\ud800'] * 9, 'document 1.*surrogates'),
-    ('mine:documents', ['a'] * 9, 'none is left for the'),
-    ('mine:documents', Failing(), 'document 0: KeyError'),
+    ('mine:documents', ['a', '\ud800'] * 9, 'document 1: is no UTF-8: .*surrogates'),
+    ('mine:documents', ['a', b'caf\xe9'] * 9, 'document 1: is no UTF-8: .*0xe9'),
+    ('mine:documents', [b'\xff\xfea\0'] * 9, 'document 0: is no UTF-8: .*0xff'),
+    ('mine:documents', ['a'] * 9, r'none is left for the .*, and check config\.data\.validation_share=0\.2$'),
+    ('mine:documents', Failing(KeyError('no 0')), 'document 0: KeyError'),
+    ('mine:documents', Failing(SystemExit(3)), 'document 0: SystemExit: 3'),
+    ('mine:exits', TEXTS, 'SystemExit: 3'),
+    ('mine:documents', Failing(OSError(13, 'Permission denied', 'a.txt')), 'document 0: PermissionError: '),
     ('mine:documents', None, 'returns NoneType'),
     ('mine:documents', 'endless', 'has no end'),
     ('mine:documents', 'identity', 'its identity is 7')])

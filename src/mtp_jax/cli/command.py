@@ -3,6 +3,7 @@ import time
 
 STARTED = time.perf_counter()
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from mtp_jax.config import BadInput, Config, files
-from mtp_jax.config.errors import explain
+from mtp_jax.config.errors import explain, os_reason
 
 CONFIG = ('config', None,
           'the experiment, such as configs/tiny.py; --config.section.field=value changes a field')
@@ -21,6 +22,7 @@ TOKENIZER = ('tokenizer', '', "a SentencePiece model file; '': the one that --wo
 DATA = ('data', '', "prepared sets, or text files and folders of them, separated by commas; '': those of the "
                     'training run')
 PATHS = {'workdir', 'tokenizer', 'data', 'output', 'plot', 'drafter', 'prompt_file', 'text_file'}  # where ~ is the home
+LOCAL = {'workdir', 'plot', 'drafter', 'prompt_file'}  # that may not be addresses
 STEP = ('step', -1, 'step of the checkpoint; -1 is the newest')
 MESH = ('mesh', '', "devices along each axis, such as tensor=4,fsdp=2; '': the config's mesh if there are "
                     'enough devices, else one device')
@@ -50,7 +52,6 @@ def exit_code_of(run: Callable[[], int]) -> int:
   try:
     return run()
   except BrokenPipeError:  # nobody reads what is printed
-    _drop_stdout()
     return 128 + signal.SIGPIPE
   except Exception as error:
     explained = explain(error)
@@ -133,10 +134,24 @@ def use_cpu_devices(count: int) -> None:
 def print_result(flags, values: dict, lines: Iterable[str]) -> None:
   """Prints `values` as one JSON object with --json, else the lines; if anybody reads them."""
   from mtp_jax.report.log import finite
+  with contextlib.suppress(BrokenPipeError):  # the work is done, whoever reads of it
+    say(json.dumps(finite(values)) if flags.json else '\n'.join(lines))
+
+
+def say(text: str, end: str = '\n') -> None:
+  """Prints on stdout at once.
+
+  Raises:
+    BrokenPipeError: nobody reads it.
+    OSError: it cannot be written.
+  """
   try:
-    print(json.dumps(finite(values)) if flags.json else '\n'.join(lines), flush=True)
-  except BrokenPipeError:  # the work is done, whoever reads of it
+    print(text, end=end, flush=True)
+  except OSError as error:
     _drop_stdout()
+    if isinstance(error, BrokenPipeError):
+      raise
+    raise OSError(f'stdout: cannot be written ({os_reason(error)}); print to another place') from error
 
 
 def table(head: Sequence, rows: Iterable[Sequence]) -> list[str]:

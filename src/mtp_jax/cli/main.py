@@ -7,12 +7,13 @@ resume from; 141 nobody reads what is printed. `python -X dev -m mtp_jax` shows 
 import dataclasses
 import signal
 import typing
+from collections.abc import Iterable
 
 from absl import flags as absl_flags
 
 from mtp_jax.cli import data, evaluate, measure, report, run
-from mtp_jax.cli.command import PATHS, Command, exit_code_of, open_standard_streams, table
-from mtp_jax.config import BadInput, Config, expanded, files, nearest
+from mtp_jax.cli.command import LOCAL, PATHS, Command, exit_code_of, open_standard_streams, say, table
+from mtp_jax.config import BadInput, Config, check_local, expanded, files, nearest
 
 COMMANDS = {'train': run.COMMANDS['train'], **evaluate.COMMANDS, **run.COMMANDS, **report.COMMANDS, **data.COMMANDS,
             **measure.COMMANDS}
@@ -37,13 +38,13 @@ def _run(arguments: list[str]) -> int:
   words = 2 if of_two_words else 1
   name, rest = ' '.join(arguments[:words]), arguments[words:]
   if name in ('', '--help', '-h', 'help', 'benchmark'):
-    print(_overview())
+    say(_overview())
     return 0
   if name not in COMMANDS:
     raise BadInput(f'{name}: no such command; {nearest(name, COMMANDS)}')
   command = COMMANDS[name]
   if '--help' in rest or '-h' in rest:
-    print(_help(name, command))
+    say(_help(name, command))
     return 0
   return command.run(_parse(name, command, rest))
 
@@ -57,6 +58,7 @@ def _parse(name: str, command: Command, arguments: list[str]) -> absl_flags.Flag
     if argument.startswith('-') and not known:
       raise BadInput(f'{argument}: {name} has no such flag; {nearest(flag, defaults)}')
   config_arguments, others = files.split(arguments)
+  _check_given_once(others, defaults)
   values = absl_flags.FlagValues()
   for flag, default, meaning in command.flags:
     define = DEFINE.get(type(default), absl_flags.DEFINE_string)
@@ -74,7 +76,18 @@ def _parse(name: str, command: Command, arguments: list[str]) -> absl_flags.Flag
       raise BadInput(f'--{flag}=: empty; give a path')
     if values[flag].value:
       values[flag].value = expanded(values[flag].value, f'--{flag}')
+      if flag in LOCAL:
+        check_local(values[flag].value, f'--{flag}')
   return values
+
+
+def _check_given_once(arguments: list[str], flags: Iterable[str]) -> None:
+  """Raises BadInput for a flag that is given twice, of which absl takes the last one."""
+  names = [argument.lstrip('-').partition('=')[0] for argument in arguments if argument.startswith('-')]
+  names = [name if name in flags else name.removeprefix('no') for name in names]
+  for name in names:
+    if names.count(name) > 1:
+      raise BadInput(f'--{name}: given {names.count(name)} times; give it once')
 
 
 def _overview() -> str:

@@ -17,6 +17,7 @@ from mtp_jax.cli.command import (
     need,
     need_at_least,
     print_result,
+    say,
     table,
     use_cpu_devices,
 )
@@ -70,7 +71,7 @@ def certify(flags) -> int:
     findings.append(finding)
     if not flags.json:
       line = f'{verdict[finding.holds]:7} {finding.check:44} {finding.found:36}'
-      print(f'{line} allowed {finding.allowed}', flush=True)
+      say(f'{line} allowed {finding.allowed}')
   breaches = sum(not finding.holds for finding in findings)
   pictures = certificate.pictures(certificate.small(config))
   values = {'holds': not breaches,

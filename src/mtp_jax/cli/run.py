@@ -16,6 +16,7 @@ from mtp_jax.cli.command import (
     need,
     need_at_least,
     print_result,
+    say,
     table,
 )
 from mtp_jax.cli.text import typed, typed_or_read
@@ -76,7 +77,7 @@ def generate(flags) -> int:
   unprinted = [prompt_text]  # printed with the first new text, so that an error comes before it
 
   def stream(row, ids, text):
-    print((unprinted.pop() if unprinted else '') + text, end='', flush=True)
+    say((unprinted.pop() if unprinted else '') + text, end='')
 
   streams = flags.stream and not flags.json
   generation = lm.generate(

@@ -5,6 +5,7 @@ import dataclasses
 import math
 
 from mtp_jax.config.errors import BadInput, nearest
+from mtp_jax.config.paths import check_local
 from mtp_jax.config.weights import Segment, parse_weight
 
 AT_LEAST_1 = (
@@ -131,6 +132,7 @@ def _check_data(c) -> None:
   _require(c, 'data.weights', all(weight > 0 and math.isfinite(weight) for weight in d.weights),
            'must be positive; leave out a source that has no weight')
   _require(c, 'data.validation_share', 0 < d.validation_share < 1, 'must be between 0 and 1')
+  check_local(d.cache, 'config.data.cache')
   _require(c, 'data.seed', 0 <= d.seed < 2**32, 'must be at least 0 and below 2**32')
 
 

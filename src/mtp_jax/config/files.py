@@ -8,7 +8,9 @@ With schema.py the door to ml_collections.
 import importlib.machinery
 import importlib.util
 import inspect
+import json
 import os
+import stat
 import sys
 import traceback
 import typing
@@ -18,8 +20,8 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from mtp_jax.config.errors import BadInput, nearest, one_line
-from mtp_jax.config.paths import expanded
+from mtp_jax.config.errors import BadInput, cannot, nearest, one_line
+from mtp_jax.config.paths import check_local, expanded
 from mtp_jax.config.schema import SECTIONS, Config, check_name
 
 
@@ -34,14 +36,14 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
   ours = [argument for argument in arguments if _is_about_config(argument)]
   names = [_name(argument) for argument in ours]
   for argument, name in zip(ours, names):
+    if names.count(name) > 1:
+      raise BadInput(f'--{name}: given {names.count(name)} times; give it once')
     if name == 'config':
       if '=' not in argument:
         raise BadInput(f'{argument}: flags are written --name=value, such as '
                        '--config=configs/tiny.py')
       _check_exists('config', argument.partition('=')[2])
       continue
-    if names.count(name) > 1:
-      raise BadInput(f'--{name}: given {names.count(name)} times; give it once')
     check_name(name.removeprefix('no').removeprefix('config.'))
   return ours, [argument for argument in arguments if not _is_about_config(argument)]
 
@@ -95,6 +97,7 @@ def _run_file(flag: str, value: str) -> ml_collections.ConfigDict:
       argument; or it returns something else.
   """
   where, file = f'--{flag}={value}', _check_exists(flag, value)
+  _check_is_no_json(where, file)
   loader = importlib.machinery.SourceFileLoader('mtp_jax_config_file', file)
   spec = importlib.util.spec_from_file_location(loader.name, file, loader=loader)
   module = importlib.util.module_from_spec(spec)
@@ -115,6 +118,18 @@ def _run_file(flag: str, value: str) -> ml_collections.ConfigDict:
     raise BadInput(f'{where}: get_config() returned {returned}, but must return '
                    'Config(...).to_config_dict()')
   return config
+
+
+def _check_is_no_json(where: str, file: str) -> None:
+  """Raises BadInput for a file that cannot be read or holds JSON, which fails as a program."""
+  with cannot('read', where, 'make it readable, or give another file'), open(file, 'rb') as stream:
+    content = stream.read()
+  try:
+    is_json = isinstance(json.loads(content), dict | list)
+  except (ValueError, RecursionError):
+    is_json = False
+  if is_json:
+    raise BadInput(f'{where}: is JSON; a config is a Python file with a function get_config, such as configs/tiny.py')
 
 
 def _argument(value: str, get_config) -> list[str]:
@@ -155,10 +170,21 @@ def _is_about_config(argument: str) -> bool:
 def _check_exists(flag: str, value: str) -> str:
   """The path of the file of FILE[:ARGUMENT]. Raises BadInput if there is none."""
   file = expanded(value.partition(':')[0], f'--{flag}')
-  if os.path.isfile(file):
+  check_local(file, f'--{flag}')
+  if not file:
+    raise BadInput(f'--{flag}: empty; give a Python file, such as configs/tiny.py')
+  with cannot('read', f'--{flag}={file}', 'make it readable, or give another file'):
+    try:
+      mode = os.stat(file).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+      mode = None
+    folder = file if mode and stat.S_ISDIR(mode) else os.path.dirname(file) or '.'
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) and not (mode and stat.S_ISREG(mode)) else []
+  if mode and stat.S_ISREG(mode):
     return file
-  folder = os.path.dirname(file) or '.'
-  names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
   configs = [os.path.join(folder, name) for name in names if name.endswith('.py')]
+  if mode:
+    what = 'is a folder' if stat.S_ISDIR(mode) else 'is no regular file'
+    raise BadInput(f'--{flag}={file}: {what}; give a Python file' + (f', such as {configs[0]}' if configs else ''))
   raise BadInput(f'--{flag}={file}: no such file'
                  + (f'; {nearest(file, configs)}' if configs else ''))

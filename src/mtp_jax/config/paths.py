@@ -13,14 +13,23 @@ def local_path(path, where: str) -> pathlib.Path:
     where: the flag, field or argument that gave it, for messages.
 
   Raises:
-    BadInput: it is empty, no path, or begins with a ~ that stands for nothing here.
+    BadInput: it is empty, no path, an address, or begins with a ~ that stands for nothing here.
   """
   if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str):
     raise BadInput(f'{where}={path!r}: must be a path, not {type(path).__name__}')
   text = expanded(os.fspath(path), where)
   if not text:
     raise BadInput(f'{where}: empty; give a path')
+  check_local(text, where)
   return pathlib.Path(text)
+
+
+def check_local(text: str, where: str) -> None:
+  """Raises BadInput for an address, such as gs://bucket/run, where only a path on this machine will do."""
+  scheme, is_address, rest = text.partition('://')
+  if is_address and scheme.isidentifier():
+    fix = f'write {rest}' if scheme == 'file' else 'mount it, such as with gcsfuse, and give that folder'
+    raise BadInput(f'{where}={text}: must be a path on this machine, no address; {fix}')
 
 
 def expanded(text: str, where: str) -> str:

@@ -24,7 +24,7 @@ import grain
 import numpy as np
 
 from mtp_jax.config import BadInput, DataConfig, local_path
-from mtp_jax.config.errors import one_line
+from mtp_jax.config.errors import one_line, os_reason
 from mtp_jax.data.folder import Folder
 from mtp_jax.data.prepare import MODEL, locked
 from mtp_jax.data.prepared_set import FORMAT, INDEX, Prepared, open_set, write_index
@@ -72,7 +72,7 @@ def dataset_once(config: DataConfig, tokenizer: Tokenizer, note=quiet) -> Prepar
         if not (directory / INDEX).exists():
           _write(folder, dataset, config, tokenizer, made | {'dataset': identity}, note)
   except OSError as error:
-    raise BadInput(f'config.data.cache={config.cache!r}: cannot write there ({error}); '
+    raise BadInput(f'config.data.cache={config.cache!r}: cannot write there ({os_reason(error)}); '
                    'give a folder with space') from error
   return open_set(Folder(directory, 'config.data.cache'), config.cache)
 
@@ -86,7 +86,7 @@ def _opened(config: DataConfig) -> grain.MapDataset:
   try:
     make = getattr(importlib.import_module(module), function)
     dataset = make(config)
-  except Exception as error:  # the user's own code
+  except (Exception, SystemExit) as error:  # the user's own code
     raise BadInput(f'{where}: {type(error).__name__}: {one_line(error)}') from error
   if not isinstance(dataset, grain.MapDataset):
     raise BadInput(f'{where}: returns {type(dataset).__name__}; it must return a grain.MapDataset of documents')
@@ -109,7 +109,8 @@ def _write(folder: Folder, dataset: grain.MapDataset, config: DataConfig, tokeni
   for side, entries in shards.items():
     if not entries:
       raise BadInput(f'{FIELD}={config.dataset!r}: of {report["documents"]:,} documents none is left for the {side} '
-                     f'split; give at least two different ones, and check {config.validation_share=}')
+                     'split; give at least two different ones, and check '
+                     f'config.data.validation_share={config.validation_share}')
   digests = {side: [entry['sha256'] for entry in entries] for side, entries in shards.items()}
   fingerprint = hashlib.sha256(json.dumps([made, digests]).encode()).hexdigest()
   if tokenizer.model:
@@ -203,13 +204,15 @@ def _documents(dataset: grain.MapDataset, config: DataConfig,
       document = next(documents)
     except StopIteration:
       return
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
       raise BadInput(f'{where}: document {number}: {type(error).__name__}: {one_line(error)}') from error
     if isinstance(document, str | bytes):
       try:
-        yield (document.encode() if isinstance(document, str) else document), None
-      except UnicodeEncodeError as error:
-        raise BadInput(f'{where}: document {number}: {one_line(error)}') from error
+        text = document.encode() if isinstance(document, str) else document
+        text.decode()
+      except UnicodeError as error:
+        raise BadInput(f'{where}: document {number}: is no UTF-8: {one_line(error)}') from error
+      yield text, None
       continue
     ids = np.asarray(document)
     if ids.ndim != 1 or not (ids.size == 0 or np.issubdtype(ids.dtype, np.integer)):

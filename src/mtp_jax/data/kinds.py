@@ -150,7 +150,7 @@ def _is_jsonl(content: bytes, is_whole: bool, end: str, field: str) -> bool:
 def _object(line: bytes) -> dict:
   """The JSON object on a line; {} if there is none."""
   try:
-    value = json.loads(line)
+    value = json.loads(line, parse_int=float)  # of any number of digits
   except (ValueError, RecursionError):
     return {}
   return value if isinstance(value, dict) else {}

@@ -24,6 +24,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from mtp_jax.config import BadInput, local_path
+from mtp_jax.config.errors import os_reason
 from mtp_jax.data.files import File, digest, files
 from mtp_jax.data.folder import UNFINISHED, Folder
 from mtp_jax.data.kinds import kind, read_as, recognized
@@ -89,7 +90,7 @@ def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, 
       except ChildProcessError:
         raise
       except OSError as error:
-        raise OSError(f'--output={folder.url}: cannot write there ({error}); fix that and '
+        raise OSError(f'--output={folder.url}: cannot write there ({os_reason(error)}); fix that and '
                       'run the same command, it goes on where it stopped') from error
     return open_set(folder, cache)
 
@@ -133,7 +134,7 @@ def prepare_once(paths: tuple[str, ...], tokenizer: Tokenizer, validation_share:
       return open_set(Folder(directory, 'config.data.cache'), cache)
     return prepare(inputs, tokenizer, options, directory, 0, where, note, progress, cache, held_out)
   except OSError as error:
-    raise BadInput(f'config.data.cache={cache!r}: cannot write there ({error}); '
+    raise BadInput(f'config.data.cache={cache!r}: cannot write there ({os_reason(error)}); '
                    'give a folder with space') from error
 
 
@@ -257,7 +258,8 @@ def _check_bad_share(preparation: Preparation, records: int, skipped: int, expec
   kinds = ', '.join(f'{n:,} {kind}' for kind, n in counts.items())
   first = bad[0]
   line = f', line {first["line"]}' if first['line'] else ''
-  detail = f' ({first["detail"]}; --field={options.reading.field})' if first['detail'] else ''
+  field = f'; --field={options.reading.field}' if first['kind'] == 'missing_field' else ''
+  detail = f' ({first["detail"]}{field})' if first['detail'] else ''
   fix = 'fix them, or allow more and run again'
   if not preparation.where.startswith('--'):
     fix = 'fix them, or use the command prepare, which has such options, and config.data.sources'

@@ -80,7 +80,7 @@ class Fault:
 
   line: counted from 1, in the piece while it is read and in the file in the list of a set; of
     Parquet the row, with separators the document; 0 for a file that is one document.
-  detail: where the field with the text is missing, the fields that the record has.
+  detail: where the field with the text is missing, the fields that the record has; why JSON is broken.
   """
   kind: str
   file: str
@@ -186,8 +186,11 @@ class Reader:
     except UnicodeDecodeError:
       string, fault = line.decode('utf-8', errors='surrogateescape'), 'invalid_utf8'
     try:
-      record = json.loads(string.removeprefix('\ufeff'))
-    except (ValueError, RecursionError):
+      record = json.loads(string.removeprefix('\ufeff'), parse_int=float)  # of any number of digits
+    except RecursionError:
+      yield self._fault('broken_json', 'brackets nested too deeply')
+      return
+    except ValueError:
       yield self._fault('broken_json')
       return
     text = record.get(self._reading.field) if isinstance(record, dict) else None

@@ -90,7 +90,8 @@ def _check_sample(documents: list[bytes], held_out: list[bytes], skipped: list[F
   records = good + len(skipped)
   if len(skipped) > bad_share * records:
     first = skipped[0]
-    detail = f' ({first.detail}; --field={reading.field})' if first.detail else ''
+    field = f'; --field={reading.field}' if first.kind == 'missing_field' else ''
+    detail = f' ({first.detail}{field})' if first.detail else ''
     raise BadInput(f'{where}: {len(skipped):,} of {records:,} records are bad, '
                    f'more than --bad_share={bad_share}; the first is {first.kind} in {first.file}{detail}')
   if not documents or not held_out:

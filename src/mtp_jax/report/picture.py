@@ -2,6 +2,7 @@
 import contextlib
 
 from mtp_jax.config import BadInput
+from mtp_jax.config.errors import os_reason
 
 
 @contextlib.contextmanager
@@ -25,7 +26,9 @@ def picture(path: str, width: float, height: float, columns: int = 1):
   try:
     yield axes
     figure.savefig(path, dpi=150)
-  except (OSError, ValueError) as error:
+  except OSError as error:
+    raise BadInput(f'--plot={path}: cannot be written ({os_reason(error)}); give another path') from None
+  except ValueError as error:
     raise BadInput(f'--plot={path}: {error}') from None
   finally:
     pyplot.close(figure)
