@@ -1,6 +1,7 @@
 """Both tokenizers give every byte back. SentencePiece models are trained here, on a few files."""
 import io
 import pathlib
+import re
 import sysconfig
 
 import hypothesis
@@ -192,7 +193,14 @@ def test_long_lines_are_trained_on_too():
   assert any('αβγδ'.encode() in string for string in model._strings)
 
 
-@pytest.mark.parametrize('size', [100, 100_000])
-def test_a_vocabulary_that_does_not_fit_its_sample_is_one_line(size):
-  with pytest.raises(BadInput, match=f'^vocabulary of {size}: '):
-    tokenizer.train([b'a few words ' * 9] * 20, size)
+@pytest.mark.parametrize('size, fix', [
+    (100, 'too small for the characters of the sample; give at least '),
+    (262, 'too small for the characters of the sample; give at least '),
+    (100_000, 'too large for the sample; give at most ')])
+def test_a_vocabulary_that_does_not_fit_its_sample_names_one_that_does(size, fix):
+  texts = [b'a few words ' * 9] * 20
+  with pytest.raises(BadInput, match=rf'^vocabulary of {size}: {fix}(\d+)') as raised:
+    tokenizer.train(texts, size)
+  assert '--' not in str(raised.value)
+  bound = int(re.search(rf'{fix}(\d+)', str(raised.value))[1])
+  assert tokenizer.SentencePiece(tokenizer.train(texts, bound)).size == bound

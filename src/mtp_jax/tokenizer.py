@@ -95,8 +95,17 @@ def train(documents: Iterable[bytes], size: int, kind: str = 'bpe') -> bytes:
         normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=False,
         pad_id=3, max_sentence_length=8 * _SENTENCE, train_extremely_large_corpus=True, minloglevel=3)
   except RuntimeError as error:
-    raise BadInput(f'vocabulary of {size}: {" ".join(str(error).split()).rpartition("] ")[2]}') from error
+    raise BadInput(f'vocabulary of {size}: {_bound(str(error))}') from error
   return model.getvalue()
+
+
+def _bound(text: str) -> str:
+  """The words of SentencePiece about a vocabulary that is too small or too large, without its flags."""
+  if least := re.search(r'required_chars\. \d+ vs (\d+)', text):
+    return f'too small for the characters of the sample; give at least {least[1]}'
+  if most := re.search(r'set it to a value <= (\d+)', text):
+    return f'too large for the sample; give at most {most[1]}, or more text'
+  return ' '.join(text.split()).rpartition('] ')[2]
 
 
 _SENTENCE = 4096  # characters of a sentence to train on

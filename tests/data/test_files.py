@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import os
 import pathlib
+import re
 import sysconfig
 
 import pytest
@@ -57,8 +58,48 @@ def test_files_come_in_the_order_of_their_names_hashes(tmp_path):
 def test_paths_without_files_are_refused(tmp_path, given):
   (tmp_path / 'nothing').mkdir()
   tree(tmp_path, 'only hidden/.x')
-  with pytest.raises(BadInput, match=r"^--input: '.*' holds no file; give text files, JSON lines, Parquet"):
+  with pytest.raises(BadInput, match=r"^--input: '.*' holds no file.*; give text files, JSON lines, Parquet"):
     files((str(tmp_path / given),), '--input')
+
+
+def make_fifo(path):
+  os.mkfifo(path)
+
+
+@pytest.mark.parametrize('name, make, reason', [
+    ('missing', lambda path: None, 'there is none of this name; commas separate names'),
+    ('*.txt', lambda path: None, 'nothing matches'),
+    ('folder', lambda path: path.mkdir(), 'it is empty'),
+    ('link', lambda path: path.symlink_to('away'), "it is a link to 'away', where nothing is"),
+    ('circle', lambda path: path.symlink_to('circle'), "it is a link to 'circle', where nothing is"),
+    ('pipe', make_fifo, 'it is a pipe or a device, which cannot be read twice, so write it to a file'),
+    ('-', lambda path: None, 'stdin cannot be read twice, so write it to a file')])
+def test_what_is_no_file_is_refused_with_the_reason(tmp_path, monkeypatch, name, make, reason):
+  monkeypatch.chdir(tmp_path)
+  make(tmp_path / name)
+  with pytest.raises(BadInput, match=re.escape(f'--input: {name!r} holds no file: {reason}')):
+    files((name,), '--input')
+
+
+@pytest.mark.parametrize('given', ['a/closed/x.txt', 'a/closed/*.txt', 'a/*/*.txt', '**/x.txt', 'a/c*/x.txt'])
+def test_a_folder_that_may_not_be_read_is_never_left_out_in_silence(tmp_path, monkeypatch, given):
+  for name in ('open', 'closed'):
+    (tmp_path / 'a' / name).mkdir(parents=True)
+    (tmp_path / 'a' / name / 'x.txt').write_text('x')
+  monkeypatch.chdir(tmp_path)
+  closed = str(tmp_path / 'a' / 'closed')
+  monkeypatch.setattr(os, 'access', lambda path, _: os.path.abspath(path) != closed)  # since root may read all
+  with pytest.raises(BadInput, match=r"^--input: cannot read '.*a/closed/?' \(Permission denied\); make it readable"):
+    files((given,), '--input')
+
+
+@pytest.mark.parametrize('url, reason', [
+    ('zip://a.txt::{folder}/none.zip', 'none.zip: No such file or directory'),
+    ('http://127.0.0.1:9/x.txt', '127.0.0.1:9'), ('http://127.0.0.1:9/folder/', '127.0.0.1:9')])
+def test_an_address_that_leads_nowhere_is_one_line_with_the_reason(tmp_path, url, reason):
+  with pytest.raises(BadInput, match=re.escape(reason)) as raised:
+    files((url.format(folder=tmp_path),), '--input')
+  assert 'holds no file' not in str(raised.value) and '[Errno' not in str(raised.value)
 
 
 def test_a_file_is_named_as_it_was_given_wherever_links_lead(tmp_path):

@@ -6,6 +6,7 @@ are a random sample.
 """
 import contextlib
 import dataclasses
+import errno
 import functools
 import glob
 import hashlib
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 import fsspec
 
 from mtp_jax.config import BadInput
+from mtp_jax.config.errors import one_line, os_reason
 
 # Keys of fsspec's file systems.
 _MODIFIED = ('mtime', 'updated', 'LastModified', 'last_modified', 'etag', 'ETag', 'created')
@@ -92,9 +94,27 @@ def _entries(path: str, where: str) -> Iterator[tuple]:
   path = without_file_scheme(path)
   entries = _remote(path, where) if '://' in path else _local(path, where)
   if not entries:
-    raise BadInput(f'{where}: {path!r} holds no file; give text files, JSON lines, Parquet, '
+    raise BadInput(f'{where}: {path!r} holds no file{_why_not(path)}; give text files, JSON lines, Parquet, '
                    'or directories or globs of them')
   yield from entries
+
+
+def _why_not(path: str) -> str:
+  """': there is none' or another reason why a path stands for no file."""
+  place = os.path.expanduser(path)
+  if '://' in path:
+    return ''
+  if os.path.isdir(place):
+    return ', hidden ones left out' if os.listdir(place) else ': it is empty'
+  if path == '-':
+    return ': stdin cannot be read twice, so write it to a file'
+  if os.path.islink(place) and not os.path.exists(place):
+    return f': it is a link to {os.readlink(place)!r}, where nothing is'
+  if os.path.exists(place):
+    return ': it is a pipe or a device, which cannot be read twice, so write it to a file'
+  if _WILDCARD.search(path):
+    return ': nothing matches'
+  return ': there is none of this name; commas separate names, and ? stands for a comma in one'
 
 
 def without_file_scheme(path: str) -> str:
@@ -104,6 +124,7 @@ def without_file_scheme(path: str) -> str:
 
 def _local(given: str, where: str) -> list[tuple]:
   root = os.path.abspath(os.path.expanduser(given))
+  _check_readable(root, where)
   if os.path.isdir(root):
     paths = list(_walk(root, _hidden, where))
   elif os.path.isfile(root):  # before globs, since a file may have wildcards in its name
@@ -117,6 +138,19 @@ def _local(given: str, where: str) -> list[tuple]:
   return [(_name(path, os.path.dirname(root)), path, *_size(path)) for path in paths]
 
 
+def _check_readable(pattern: str, where: str) -> None:
+  """Raises BadInput for a folder that may not be read on the way to a path or to a match of a glob: its files would
+  be left out in silence.
+  """
+  folder, name = os.path.split(pattern)
+  while name:
+    needed = os.R_OK | os.X_OK if _WILDCARD.search(name) else os.X_OK
+    for place in glob.glob(folder, recursive=True) if _WILDCARD.search(folder) else [folder]:
+      if os.path.isdir(place) and not os.access(place, needed):
+        raise _unreadable(place, PermissionError(errno.EACCES, os.strerror(errno.EACCES)), where)
+    folder, name = os.path.split(folder)
+
+
 def _remote(url: str, where: str) -> list[tuple]:
   fs, path = filesystem(url, where)
   with _named(f'{where}: cannot list {url!r}'):
@@ -124,6 +158,8 @@ def _remote(url: str, where: str) -> list[tuple]:
       infos = {path: fs.info(path)}
     else:
       infos = fs.glob(path, detail=True) if _WILDCARD.search(path) else fs.find(path, detail=True)
+    if not infos and _is_web(path):
+      fs.info(path)  # raises what isfile and find hide, such as that there is no such server
   root = (_before_wildcards(path) if _WILDCARD.search(path) and not is_file else path).rstrip('/')
   above = root.partition('?')[0].rpartition('/')[0]
   entries = []
@@ -152,7 +188,10 @@ def _named(what: str):
   except (BadInput, MemoryError):
     raise
   except Exception as error:
-    reason = ' '.join(str(error).split()) or type(error).__name__
+    first = error
+    while first.__cause__:
+      first = first.__cause__
+    reason = os_reason(first) if isinstance(first, OSError) else one_line(first) or type(first).__name__
     raise BadInput(f'{what} ({reason}); check the address and the credentials') from error
 
 
@@ -169,12 +208,16 @@ def filesystem(url: str, where: str):
   """(fsspec file system, path in it).
 
   Raises:
-    BadInput: fsspec does not know the protocol, or the package for it is not installed.
+    BadInput: fsspec does not know the protocol, the package for it is not installed, or what the
+      address leads through, such as an archive, is not there.
   """
   try:
     return fsspec.core.url_to_fs(url)
-  except (ValueError, ImportError) as error:
-    raise BadInput(f'{where}: {url!r}: {" ".join(str(error).split())}') from error
+  except MemoryError:
+    raise
+  except Exception as error:  # file systems have classes of their own
+    reason = os_reason(error) if isinstance(error, OSError) else one_line(error) or type(error).__name__
+    raise BadInput(f'{where}: {url!r}: {reason}') from error
 
 
 def _walk(root: str, skip: Callable[[str], bool], where: str) -> Iterator[str]:
@@ -192,6 +235,8 @@ def _walk(root: str, skip: Callable[[str], bool], where: str) -> Iterator[str]:
     for path in (os.path.join(folder, name) for name in sorted(names) if not _hidden(name)):
       if os.path.isfile(path):
         yield path
+      elif not os.path.lexists(path):  # nor may anything in this folder be looked at
+        raise _unreadable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)), where)
       elif not os.path.exists(path):
         raise BadInput(f'{where}: {path!r} is a link to {os.readlink(path)!r}, where nothing is; '
                        'fetch what it stands for, or leave it out')

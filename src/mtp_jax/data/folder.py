@@ -45,7 +45,8 @@ class Folder:
     if self.is_local:
       if not os.path.isdir(self._path):
         return {}
-      return {entry.name: entry.stat().st_size for entry in os.scandir(self._path) if entry.is_file()}
+      # isfile is False of a link that leads in a circle, of which is_file raises
+      return {entry.name: entry.stat().st_size for entry in os.scandir(self._path) if os.path.isfile(entry.path)}
     self._fs.invalidate_cache()
     if not self._fs.isdir(self._path):
       return {}

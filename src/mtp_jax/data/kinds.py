@@ -105,7 +105,7 @@ def _recognized(file: File, reading, where: str) -> File | str:
   named = _ENDS.get(f'.{end}', '')
   content = head(file, _HEAD, where)
   is_whole = file.bytes <= _HEAD
-  compression = next((c for c, begin in _COMPRESSIONS.items() if re.match(begin, content)), '')
+  compression = _compression(content)
   if compression:
     content = _first_bytes(head(file, _COMPRESSED_HEAD, where), compression, file.name, where)
     is_whole = file.bytes <= _COMPRESSED_HEAD and len(content) < _HEAD
@@ -113,6 +113,8 @@ def _recognized(file: File, reading, where: str) -> File | str:
     return f'is named .{end}, but does not begin like {named}: damaged, or not fetched'
   end = (name if named else file.name.lower()).rpartition('.')[2]
 
+  if compression and (inner := _compression(content)):
+    return f'is {inner} within {compression}: decompress it once'
   is_parquet = content.startswith(b'PAR1')
   other = next((what for what, begin in _OTHERS if re.match(begin, content, re.DOTALL)), '')
   if is_parquet and (compression or reading.format not in ('auto', 'parquet')):
@@ -124,7 +126,10 @@ def _recognized(file: File, reading, where: str) -> File | str:
   if reading.format != 'auto' or is_parquet:
     format = reading.format if reading.format != 'auto' else 'parquet'
   elif is_binary(content) and 'nul' not in reading.keep:
-    return 'is binary: neither text nor anything that can be read (--format=text or jsonl reads it all the same)'
+    if _is_utf16(content):
+      return 'is UTF-16 text without a mark (convert it with iconv)'
+    return ('is binary: neither text nor anything that can be read (--keep=nul,invalid_utf8 reads texts that hold '
+            'such bytes)')
   elif end == 'json' and re.match(rb'\s*\[\s*\{', content.removeprefix(BOM)):
     return ('is one JSON array; write an object a line, such as by jq -c .[] '
             '(--format=text reads the file as one document)')
@@ -165,6 +170,17 @@ def is_binary(content: bytes) -> bool:
     return False
   except UnicodeDecodeError:
     return bool(_CONTROL.search(content))
+
+
+def _compression(content: bytes) -> str:
+  """How a file with these first bytes is compressed; '' if it is not."""
+  return next((name for name, begin in _COMPRESSIONS.items() if re.match(begin, content)), '')
+
+
+def _is_utf16(content: bytes) -> bool:
+  """Whether every other byte is mostly NUL, as in western text of two bytes a character."""
+  shares = sorted(content[start::2].count(0) / max(1, len(content) // 2) for start in (0, 1))
+  return shares[0] < 0.05 and shares[1] > 0.5
 
 
 def _first_bytes(content: bytes, compression: str, name: str, where: str) -> bytes:
