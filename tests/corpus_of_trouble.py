@@ -113,8 +113,10 @@ def outcome(name: str) -> tuple[int, str]:
         path.write_bytes(content)
       else:
         path.symlink_to(content)
-    command = ['prepare', f'--input={root}', f'--output={folder}/set', HELD_OUT, '--workers=0',
-               *flags.format(folder=root).split()]
+    given = flags.format(folder=root).split()
+    names = [flag.partition('=')[0] for flag in given]
+    usual = [flag for flag in (f'--input={root}', HELD_OUT) if flag.partition('=')[0] not in names]
+    command = ['prepare', f'--output={folder}/set', '--workers=0', *usual, *given]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
       code = main(command)
