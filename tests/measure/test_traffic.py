@@ -213,3 +213,42 @@ def test_a_collective_that_is_not_known_is_an_error():
   unknown = '%all-gather.9 = f32[8]{0} ragged-all-to-all(%state), x=1\n  '
   with pytest.raises(ValueError, match='all-gather.9: what a ragged-all-to-all sends is not known'):
     traffic.traffic(TPU.replace('%i = s32[] get', f'{unknown}%i = s32[] get'), slices=2)
+
+
+SLICED = '''HloModule pass
+
+ENTRY %main (weight: bf16[64,32]) -> bf16[16,32] {
+  %weight = bf16[64,32]{1,0} parameter(0)
+  %start = ((bf16[64,32]{1,0}), bf16[16,32]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%weight), \
+slice={[0:16], [0:32]}
+  ROOT %done = bf16[16,32]{1,0:T(8,128)S(1)} slice-done(%start)
+}
+'''
+
+
+def test_a_slice_fetched_into_a_chips_own_memory_is_read_and_the_rest_of_its_array_is_not():
+  assert traffic.traffic(SLICED).memory_bytes == 2 * 16 * 32
+  assert traffic.traffic(SLICED.replace('S(1)', '')).memory_bytes == 2 * 2 * 16 * 32
+
+
+SCATTERED = '''HloModule pass
+
+%write (cache: f32[64,128], slots: s32[2,1], new: f32[2,128]) -> f32[64,128] {
+  %cache = f32[64,128]{1,0} parameter(0)
+  %slots = s32[2,1]{1,0} parameter(1)
+  %new = f32[2,128]{1,0} parameter(2)
+  ROOT %written = f32[64,128]{1,0} scatter(%cache, %slots, %new), update_window_dims={1}, to_apply=%set
+}
+
+ENTRY %main (cache.1: f32[64,128], slots.1: s32[2,1], new.1: f32[2,128]) -> f32[64,128] {
+  %cache.1 = f32[64,128]{1,0} parameter(0)
+  %slots.1 = s32[2,1]{1,0} parameter(1)
+  %new.1 = f32[2,128]{1,0} parameter(2)
+  ROOT %fusion = f32[64,128]{1,0} fusion(%cache.1, %slots.1, %new.1), kind=kCustom, calls=%write
+}
+'''
+
+
+def test_entries_scattered_into_a_cache_are_read_and_written_and_the_rest_of_it_is_not():
+  entries, indices = 4 * 2 * 128, 4 * 2
+  assert traffic.traffic(SCATTERED).memory_bytes == entries + entries + entries + indices

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 
 from absl import flags as absl_flags
 
-from mtp_jax.cli import data, evaluate, measure, report, run
+from mtp_jax.cli import data, evaluate, measure, plan, report, run
 from mtp_jax.cli.command import LOCAL, PATHS, Command, exit_code_of, open_standard_streams, say, table
 from mtp_jax.config import BadInput, Config, check_local, expanded, files, nearest
 
 COMMANDS = {'train': run.COMMANDS['train'], **evaluate.COMMANDS, **run.COMMANDS, **report.COMMANDS, **data.COMMANDS,
-            **measure.COMMANDS}
+            **measure.COMMANDS, **plan.COMMANDS}
 
 DEFINE = {bool: absl_flags.DEFINE_boolean, int: absl_flags.DEFINE_integer,
           float: absl_flags.DEFINE_float}

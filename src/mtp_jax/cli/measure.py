@@ -1,4 +1,4 @@
-"""inspect, certify, plan, benchmark: what a model holds, what it costs, whether it is right."""
+"""inspect, certify, benchmark: what a model holds, what it costs, whether it is right."""
 import dataclasses
 import os
 
@@ -14,7 +14,6 @@ from mtp_jax.cli.command import (
     Command,
     config_of,
     model_of,
-    need,
     need_at_least,
     print_result,
     say,
@@ -80,90 +79,6 @@ def certify(flags) -> int:
   print_result(flags, values,
                ['', *pictures, '', f'{len(findings) - breaches} of {len(findings)} checks hold'])
   return 1 if breaches else 0
-
-
-def plan(flags) -> int:
-  """Compiles the train step for a TPU slice, on a machine without one.
-
-  Prints the memory of a chip, FLOPs, collectives, and the least time of a step and of the run, at
-  the chips' published peaks. A config whose mesh has one device is spread over all chips. Several
-  topologies show weak scaling: the same number of rows per chip on each as on the first, the mesh
-  growing along its data axis. Exit code 1 if nothing fits.
-  """
-  config = config_of(flags)
-  need(flags, 'topology')
-  topologies = flags.topology.split(',')
-  if flags.sweep and len(topologies) > 1:
-    raise BadInput(f'--topology={flags.topology}: --sweep takes one')
-  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-  use_cpu_devices(max(map(_cpu_count, topologies)))
-  from mtp_jax.measure import sweep, topology
-  from mtp_jax.measure.plan import mesh_text, plan
-  from mtp_jax.report.display import print_stderr
-  for name in topologies:
-    topology.devices(name)  # refuses a wrong one before anything is compiled
-  print_stderr(f'compiling for {flags.topology}; a step of a large model takes a minute or two')
-  if flags.sweep:
-    plans = sweep.sweep(config, flags.topology, print_stderr)
-  elif len(topologies) > 1:
-    plans = sweep.weak_scaling(config, topologies, print_stderr)
-  else:
-    plans = [plan(config, flags.topology)]
-  if flags.plot:
-    sweep.plot(plans, flags.plot)
-  values = [{name: value for name, value in vars(made).items() if name != 'hlo'} for made in plans]
-  lines = _plan_lines(plans[0], mesh_text(plans[0].mesh))
-  if len(plans) > 1:
-    head = ('topology', 'mesh', 'accumulate', 'remat', 'HBM GiB', 'fits', 'step s', 'bound',
-            'MFU at most')
-    rows = [(made.topology, mesh_text(made.mesh), made.accumulate, made.remat,
-             f'{made.hbm_bytes / 2**30:.2f}', 'yes' if made.fits else 'no',
-             f'{made.step_seconds:.3f}', made.bound, f'{made.mfu_bound:.1%}') for made in plans]
-    lines = table(head, rows) + (['', 'the first of them:', *lines] if flags.sweep else [])
-  print_result(flags, {**values[0], 'plans': values} if len(plans) > 1 else values[0], lines)
-  return 0 if any(made.fits for made in plans) else 1
-
-
-def _cpu_count(topology: str) -> int:
-  """8 for 'cpu:8', 1 for a TPU slice."""
-  return int(topology[4:]) if topology.startswith('cpu:') and topology[4:].isdigit() else 1
-
-
-def _plan_lines(p, mesh: str) -> list[str]:
-  sent = [(kind, over, _size_text(size)) for kind, by_axes in p.collective_bytes.items()
-          for over, size in by_axes.items()]
-  host = f', in the host {_size_text(p.host_bytes)}' if p.host_bytes else ''
-  by_kind = ', '.join(f'{kind} {_seconds_text(seconds)}' for kind, seconds in p.seconds.items()
-                      if seconds > 0)
-  return [
-      f'{p.parameters:,} parameters on {p.chips} chips of {p.topology}: {mesh}, microbatches '
-      f'{p.accumulate}, remat {p.remat}; compiled in {p.compile_seconds:.0f} s',
-      '',
-      f'memory of a chip, at the peak: {_size_text(p.hbm_bytes)} of '
-      f'{_size_text(p.hbm_capacity_bytes)}: {"fits" if p.fits else "DOES NOT FIT"}',
-      f'  state and batch {_size_text(p.argument_bytes)}, the rest '
-      f'{_size_text(p.hbm_bytes - p.argument_bytes)}, '
-      f"results that do not take an argument's place {_size_text(p.output_bytes)}{host}",
-      f'FLOPs of a token: {p.flops_per_token:.4g} multiplied; model FLOPs, which count nothing '
-      f'twice: {p.model_flops_per_token:.4g} with attention over the whole length, '
-      f'{p.model_flops_per_token_causal:.4g} over half of it (causal)',
-      '',
-      'sent by a chip in a step:',
-      *('  ' + row for row in table(('collective', 'mesh axes', ''), sent)[1:]),
-      '',
-      f'least seconds of a step: {by_kind}',
-      f'  bound by {p.bound}: {_seconds_text(p.step_seconds)} s, {p.tokens_per_second:,.0f} '
-      f'tokens/s, MFU at most {p.mfu_bound:.1%}, causal {p.mfu_bound_causal:.1%}',
-      f'the run of {p.run_tokens:,} tokens: at least {p.run_days:.2f} days, '
-      f'{p.chip_hours:,.0f} chip-hours']
-
-
-def _size_text(size: float) -> str:
-  return f'{size / 2**30:.2f} GiB' if size >= 2**27 else f'{size / 2**20:.2f} MiB'
-
-
-def _seconds_text(seconds: float) -> str:
-  return f'{seconds:.3f}' if seconds >= 0.01 else f'{seconds:.1e}'
 
 
 def benchmark_train(flags) -> int:
@@ -276,17 +191,6 @@ COMMANDS = {
         certify, 'check gradients, leakage and FLOPs of a small float32 twin of a config',
         (CONFIG, JSON),
         'certify --config=configs/tiny.py'),
-    'plan': Command(
-        plan, 'memory, FLOPs, collectives and least time of a step on a TPU slice, without one',
-        (CONFIG,
-         ('topology', None,
-          'a slice: v5p:4x4x4, v5e:16x16, v6e:16x16; several slices: 2xv5e:16x16; '
-          'this machine: cpu:8; several of these, separated by commas'),
-         ('sweep', False,
-          'try meshes, rematerialisation and, while nothing fits, smaller microbatches'),
-         ('plot', '', 'a PNG of the seconds of a step over the number of chips'),
-         JSON),
-        'plan --config=configs/gloeckle.py:7b,4 --topology=v5p:4x4x4'),
     'benchmark data': Command(
         benchmark_data, 'speed of making batches and of preparing text',
         (CONFIG,

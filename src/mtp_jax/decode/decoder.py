@@ -70,9 +70,9 @@ class Decoder:
     if mesh is None:
       return _decoder(model, vocabulary)
     model = jax.device_put(model, parameter_shardings(model, mesh))
-    arranged = functools.partial(_arranged, vocabulary=vocabulary, mesh=mesh)
-    placed = parameter_shardings(jax.eval_shape(arranged, model), mesh)
-    return jax.jit(arranged, out_shardings=placed)(model)
+    arrange = functools.partial(arranged, vocabulary=vocabulary, mesh=mesh)
+    placed = parameter_shardings(jax.eval_shape(arrange, model), mesh)
+    return jax.jit(arrange, out_shardings=placed)(model)
 
   def with_futures_in_forward(self, futures: int) -> 'Decoder':
     return dataclasses.replace(self, futures_in_forward=futures)
@@ -132,10 +132,11 @@ class Decoder:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _decoder(model: Model, vocabulary: int) -> Decoder:
-  return _arranged(model, vocabulary)
+  return arranged(model, vocabulary)
 
 
-def _arranged(model: Model, vocabulary: int, mesh: jax.sharding.Mesh | None = None) -> Decoder:
+def arranged(model: Model, vocabulary: int, mesh: jax.sharding.Mesh | None = None) -> Decoder:
+  """See `Decoder.of`. Parameters stay where they are."""
   c, readout = model.config, model.readout()
 
   def cast(path, x):

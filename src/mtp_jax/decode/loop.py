@@ -109,15 +109,15 @@ def decode_passes(decoder: Decoder, drafter: Drafter, sampler: Sampler, state: D
   def chosen(state):
     return best_length(state.recent_2k, pass_costs, lengths) if len(lengths) > 1 else 0
 
-  def one_pass(k, counted):
+  def pass_and_count(k, counted):
     count, state = counted
-    return count + 1, _pass(decoder, drafter, sampler, eos, k, state)
+    return count + 1, one_pass(decoder, drafter, sampler, state, eos, k)
 
   def each_length_while_chosen(counted):
     """A loop for each length; unlike branches of a conditional, loops update caches in place."""
     for i, k in enumerate(lengths):
       still_chosen = lambda counted, i=i: unfinished(counted) & (chosen(counted[1]) == i)
-      counted = jax.lax.while_loop(still_chosen, functools.partial(one_pass, k), counted)
+      counted = jax.lax.while_loop(still_chosen, functools.partial(pass_and_count, k), counted)
     return counted
 
   _, state = jax.lax.while_loop(unfinished, each_length_while_chosen, (0, state))
@@ -135,8 +135,7 @@ def best_length(recent_2k, pass_costs, lengths: tuple[int, ...]):
   return jnp.argmax(tokens_by_length[jnp.array(lengths)] / pass_costs)
 
 
-def _pass(decoder: Decoder, drafter: Drafter, sampler: Sampler,
-          eos, k: int, state: DecodeState) -> DecodeState:
+def one_pass(decoder: Decoder, drafter: Drafter, sampler: Sampler, state: DecodeState, eos, k: int) -> DecodeState:
   """Draft, forward, verify."""
   tokens_BS, length_B1 = state.tokens_BS, state.length_B[:, None]
   with jax.named_scope('draft'):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from mtp_jax.chips import Chip
 from mtp_jax.config import BadInput, Config, MeshConfig
 from mtp_jax.measure.topology import chip_of, collective_seconds, devices, first_line, slice_count
-from mtp_jax.measure.traffic import Collective, axes, traffic
+from mtp_jax.measure.traffic import Collective, Traffic, axes, traffic
 from mtp_jax.mesh import make_mesh
 from mtp_jax.model import costs
 from mtp_jax.sharding import spec
@@ -111,15 +111,11 @@ def plan(config: Config, topology: str) -> Plan:
       costs.flops_per_token(config.model, L, causal=causal)['total'] for causal in (False, True))
 
   chip, moved = chip_of(chips), traffic(hlo, slice_count(chips))
-  link_seconds, network_seconds = _communication_seconds(moved.collectives, mesh, chip)
-  seconds = {'compute': flops_per_token * tokens / mesh.size / chip.flops,
-             'memory': moved.memory_bytes / chip.hbm_bandwidth,
-             'links': link_seconds, 'network': network_seconds}
-  bound = max(seconds, key=lambda kind: -1 if math.isnan(seconds[kind]) else seconds[kind])
+  seconds, bound = least_seconds(flops_per_token * tokens / mesh.size, moved, mesh, chip)
   step_seconds, run_seconds = seconds[bound], config.train.steps * seconds[bound]
   flops_per_token_at_peak = step_seconds * mesh.size * chip.flops / tokens
 
-  memory = _memory_bytes(compiled.memory_analysis(), chips[0].platform)
+  memory = memory_bytes(compiled.memory_analysis(), chips[0].platform)
   return Plan(
       topology=topology, mesh=dict(mesh.shape), accumulate=config.train.accumulate,
       remat=config.model.remat,
@@ -155,7 +151,7 @@ def _compile(config: Config, mesh, topology: str, step_arguments: tuple):
           'or take more chips') from None
 
 
-def _memory_bytes(memory, platform: str) -> dict[str, int]:
+def memory_bytes(memory, platform: str) -> dict[str, int]:
   """Fields of `Plan` from XLA's analysis of a compiled step."""
   output = memory.output_size_in_bytes - memory.alias_size_in_bytes
   host = (memory.host_argument_size_in_bytes + memory.host_output_size_in_bytes
@@ -166,6 +162,14 @@ def _memory_bytes(memory, platform: str) -> dict[str, int]:
   return {'hbm_bytes': peak, 'argument_bytes': arguments, 'temporary_bytes': temporary,
           'output_bytes': output,
           'host_bytes': host}
+
+
+def least_seconds(flops: float, moved: Traffic, mesh, chip: Chip) -> tuple[dict[str, float], str]:
+  """(least seconds by what takes them, the longest of them) of a program. flops: of one chip."""
+  link_seconds, network_seconds = _communication_seconds(moved.collectives, mesh, chip)
+  seconds = {'compute': flops / chip.flops, 'memory': moved.memory_bytes / chip.hbm_bandwidth,
+             'links': link_seconds, 'network': network_seconds}
+  return seconds, max(seconds, key=lambda kind: -1 if math.isnan(seconds[kind]) else seconds[kind])
 
 
 def _communication_seconds(collectives: tuple[Collective, ...], mesh,

@@ -187,6 +187,9 @@ class _Module:
       return 2 * memory_bytes(line.type)
     if line.kind == 'dynamic-update-slice':
       return 2 * memory_bytes(types[1])
+    if line.kind == 'slice-start':  # operands, the slice, contexts
+      return sum(memory_bytes(type_) and size_bytes(array) + memory_bytes(array)
+                 for type_, array in zip(types, arrays(line.type)[len(types):]))
     result = line.type
     if line.kind.endswith('-start'):
       parts = arrays(result)  # to, from, context of a copy; else operands, results, contexts
@@ -236,6 +239,8 @@ class _Fusion:
       return size_bytes(use.type)
     if use.operands[0] == name and use.kind == 'dynamic-update-slice':
       return 0.0
+    if use.operands[0] == name and use.kind == 'scatter' and len(use.operands) == 3:
+      return size_bytes(self.lines[use.operands[2]].type)
     return math.inf
 
   def _written(self, result: str) -> float:
@@ -255,6 +260,8 @@ class _Fusion:
       return 0.0
     if line.kind == 'dynamic-update-slice':
       return size_bytes(self.lines[line.operands[1]].type)
+    if line.kind == 'scatter' and len(line.operands) == 3:
+      return size_bytes(self.lines[line.operands[2]].type)
     return math.inf
 
 
