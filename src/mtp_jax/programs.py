@@ -12,7 +12,7 @@ import platform
 
 import jax
 
-from mtp_jax.config import Config, local_path
+from mtp_jax.config import BadInput, Config, local_path
 
 BYTES = 4 * 2**30
 LEAST_SECONDS = 0.2  # of compilation, for a program to be kept
@@ -26,10 +26,10 @@ def keep_programs(config: Config) -> None:
   """
   if not config.train.programs_kept or jax.config.jax_compilation_cache_dir:
     return
-  folder = local_path(config.data.cache, 'config.data.cache') / 'programs' / _processor()
   try:
+    folder = local_path(config.data.cache, 'config.data.cache') / 'programs' / _processor()
     folder.mkdir(parents=True, exist_ok=True)
-  except OSError:
+  except (OSError, BadInput):
     return
   if not os.access(folder, os.W_OK):
     return

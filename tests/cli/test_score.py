@@ -30,11 +30,12 @@ def test_a_file_is_scored_as_its_content(run_json, run, place):
 
 def test_evaluate_takes_ones_own_files_and_groups(run, run_json, place):
   (place / 'mine').mkdir()
+  (place / 'own.txt').write_text('0123456789' * 5)
   (place / 'mine' / 'a.py').write_text('def f(x):\n  return x\n')
-  own = run_json('evaluate --workdir=run --input=mine,long.txt --by=kind,position')
+  own = run_json('evaluate --workdir=run --input=mine,own.txt --by=kind,position')
   assert own['count'][0] == 21 + 1 + 50 + 1 and 'speed_up_greedy' not in own
   assert sum(group['tokens'] for group in own['by_kind'].values()) == own['count'][0]
-  code, out, err = run('evaluate --workdir=run --input=mine,long.txt --by=kind,position')
+  code, out, err = run('evaluate --workdir=run --input=mine,own.txt --by=kind,position')
   assert code == 0 and err == []
   for heading, groups in (('kind ', own['by_kind']), ('position ', own['by_position'])):
     start = next(i for i, line in enumerate(out) if line.startswith(heading))

@@ -151,6 +151,7 @@ class Failing:
     ('mine:documents', [[1.5]] * 9, 'document 0 is list'),
     ('mine:documents', [{'text': 'a'}] * 9, 'document 0 is dict'),
     ('mine:documents', [[3], [259]] * 9, 'document 1 has ids from 259 to 259'),
+    ('mine:documents', [[3], [3, 257]] * 9, 'document 1 holds bos 256, eos 257'),
     ('mine:documents', ['a', '\ud800'] * 9, 'document 1: is no UTF-8: .*surrogates'),
     ('mine:documents', ['a', b'caf\xe9'] * 9, 'document 1: is no UTF-8: .*0xe9'),
     ('mine:documents', [b'\xff\xfea\0'] * 9, 'document 0: is no UTF-8: .*0xff'),

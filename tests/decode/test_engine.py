@@ -124,7 +124,7 @@ def test_the_device_never_runs_long_before_the_host_is_back(lm, clock, monkeypat
 SLOWNESS = {
     'slow at first': lambda now: 10 if now < 1.3 else 1,
     'slow at last': lambda now: 1 if now < 0.4 else 10,
-    'slower and slower': lambda now: 1 + now,
+    'slower and slower': lambda now: 1 + now / 4,
     'in waves': lambda now: 1.5 + np.sin(20 * now)}
 
 

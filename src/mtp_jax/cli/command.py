@@ -118,8 +118,9 @@ def model_of(flags):
 
 def mesh_sizes(text: str) -> dict[str, int]:
   """{'tensor': 4, 'fsdp': 2} of 'tensor=4,fsdp=2'."""
-  sizes = dict(part.partition('=')[::2] for part in text.split(','))
-  if not all(size.isdecimal() for size in sizes.values()):
+  parts = text.split(',')
+  sizes = dict(part.partition('=')[::2] for part in parts)
+  if len(sizes) < len(parts) or not all(size.isdecimal() for size in sizes.values()):
     raise BadInput(f'--mesh={text}: must be the devices along each axis, such as tensor=4,fsdp=2')
   return {axis: int(size) for axis, size in sizes.items()}
 

@@ -15,7 +15,8 @@ def report(flags) -> int:
   names = flags.workdir.split(',')
   if not all(names) or len(set(names)) < len(names):
     raise BadInput(f'--workdir={flags.workdir}: holds an empty name, or one twice; write A,B,...')
-  output = pathlib.Path(flags.output or expanded(names[0], '--workdir')) / ('' if flags.output else 'report.html')
+  from mtp_jax.checkpoint.record import locate
+  output = pathlib.Path(flags.output) if flags.output else locate(expanded(names[0], '--workdir'))[0] / 'report.html'
   from mtp_jax.decode.requests import sampling_parameters
   sampling_parameters(1, flags.temperature, flags.seed)
   from mtp_jax.measure.runs import gather

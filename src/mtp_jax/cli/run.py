@@ -196,9 +196,9 @@ COMMANDS = {
          ('drafter', 'futures',
           'futures, lookup (copies what followed the same few tokens before), or the workdir of a '
           'smaller model'),
-         ('draft', -1, 'tokens a draft has; 0: plain decoding, -1: as many as there are futures'),
+         ('draft', -1, 'drafts in a pass; 0: plain decoding, -1: one from each future past the next token'),
          ('adaptive', False,
-          'choose 1 to --draft tokens from recent acceptance and measured costs; sets --same_seed'),
+          'choose 0 to --draft tokens from recent acceptance and measured costs; sets --same_seed'),
          ('temperature', 0.0, '0 is greedy'),
          ('top_k', 0, 'sample from this many most probable tokens; 0: all'),
          ('top_p', 1.0, 'sample from the fewest tokens that have this probability together'),

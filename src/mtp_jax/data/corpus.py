@@ -157,7 +157,8 @@ def open_corpus(config: DataConfig, tokenizer: Tokenizer, note=quiet, progress=N
     source = prepare_once(config.paths, tokenizer, config.validation_share, config.cache, 'config.data.paths',
                           note, progress, config.validation)
     return Corpus(config, tokenizer, (source,))
-  datasets = (dataset_once(config, tokenizer, note),) if config.dataset else ()
+  damaged = note if config.on_damage == 'quarantine' else None
+  datasets = (dataset_once(config, tokenizer, note, damaged),) if config.dataset else ()
   return Corpus(config, tokenizer, _open_sets(config, tokenizer, 'sources', note) + datasets,
                 _open_sets(config, tokenizer, 'validation', note))
 

@@ -15,7 +15,7 @@ import importlib
 import itertools
 import json
 import os
-import shutil
+import pathlib
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -38,11 +38,12 @@ SAY_EVERY = 100_000  # documents
 FIELD = 'config.data.dataset'
 
 
-def dataset_once(config: DataConfig, tokenizer: Tokenizer, note=quiet) -> Prepared:
+def dataset_once(config: DataConfig, tokenizer: Tokenizer, note=quiet, damaged=None) -> Prepared:
   """The set of the documents of config.dataset, in a folder of config.cache.
 
   Args:
     note: see data/progress.py; told of a dataset without an identity, and while it is read.
+    damaged: as the note of `open_set`.
 
   Raises:
     BadInput: there is no such function, it fails, or what it returns is no dataset of documents that
@@ -60,10 +61,14 @@ def dataset_once(config: DataConfig, tokenizer: Tokenizer, note=quiet) -> Prepar
       note(f'{FIELD}={config.dataset!r} has no identity, so all documents are read again at each start; '
            "set dataset.identity = 'a name of these very documents' before returning it")
       with tempfile.TemporaryDirectory(prefix='.unfinished-', dir=cache) as unfinished:
-        fingerprint = _write(Folder(unfinished, 'config.data.cache'), dataset, config, tokenizer, made, note)
+        made_here = pathlib.Path(unfinished) / 'set'
+        fingerprint = _write(Folder(made_here, 'config.data.cache'), dataset, config, tokenizer, made, note)
         directory = cache / fingerprint[:16]
-        if not (directory / INDEX).exists():
-          shutil.copytree(unfinished, directory, dirs_exist_ok=True)
+        try:
+          made_here.rename(directory)  # all of it at once
+        except OSError:
+          if not (directory / INDEX).exists():  # else another start has made the same set
+            raise
     else:
       key = json.dumps(made | {'dataset': identity})
       directory = cache / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -74,7 +79,7 @@ def dataset_once(config: DataConfig, tokenizer: Tokenizer, note=quiet) -> Prepar
   except OSError as error:
     raise BadInput(f'config.data.cache={config.cache!r}: cannot write there ({os_reason(error)}); '
                    'give a folder with space') from error
-  return open_set(Folder(directory, 'config.data.cache'), config.cache)
+  return open_set(Folder(directory, 'config.data.cache'), config.cache, damaged)
 
 
 def _opened(config: DataConfig) -> grain.MapDataset:
@@ -221,4 +226,8 @@ def _documents(dataset: grain.MapDataset, config: DataConfig,
     if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.size:
       raise BadInput(f'{where}: document {number} has ids from {ids.min()} to {ids.max()}; '
                      f'config.data.tokenizer={config.tokenizer!r} has {tokenizer.size:,}')
+    t = tokenizer
+    if np.isin(ids, (t.bos, t.eos, t.pad)).any():
+      raise BadInput(f'{where}: document {number} holds bos {t.bos}, eos {t.eos} or pad {t.pad}; '
+                     'give the ids between them, a document at a time')
     yield tokenizer.decode(ids.tolist()), ids.astype(np.int32)

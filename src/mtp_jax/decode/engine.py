@@ -130,15 +130,14 @@ def measure_pass_seconds(engines: Sequence[Engine], rows, limit_B, repeats: int 
   """Seconds of a pass of each engine: float32.
 
   They are timed in alternation, so that what slows the machine down slows all of them: the least of
-  so many measurements. Each is of as many passes as take `MEASURED_SECONDS`, so that what a call
-  costs beside its passes does not count.
+  so many measurements. Each is of as many passes as take `MEASURED_SECONDS`, from 4 to 1,024, so that
+  what a call costs beside its passes does not count.
   """
   for engine in engines:
     engine.seconds_of(rows, limit_B, 4)  # compiles
-  slowest = max(engine.seconds_of(rows, limit_B, 4) for engine in engines) / 4
-  passes = min(max(4, int(MEASURED_SECONDS / slowest)), 256)
-  seconds = [[engine.seconds_of(rows, limit_B, passes) for engine in engines] for _ in range(repeats)]
-  return np.min(seconds, 0).astype(np.float32) / passes
+  passes = [int(np.clip(4 * MEASURED_SECONDS / engine.seconds_of(rows, limit_B, 4), 4, 1024)) for engine in engines]
+  seconds = [[engine.seconds_of(rows, limit_B, n) / n for engine, n in zip(engines, passes)] for _ in range(repeats)]
+  return np.min(seconds, 0).astype(np.float32)
 
 
 def tally(depth_n, drafted_n, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -170,10 +169,11 @@ def batch_size(rows: int) -> int:
 @functools.lru_cache(maxsize=PROGRAMS)
 def _compiled(function: Callable, donated: tuple[str, ...], static: tuple, *shape):
   """The function for one shape. XLA's program is dropped with it, since no other has its partial."""
-  return jax.jit(functools.partial(function, **dict(static)), donate_argnames=donated, compiler_options=options())
+  function = functools.partial(function, **dict(static))
+  return jax.jit(function, donate_argnames=donated, compiler_options=compiler_options())
 
 
-def options() -> dict:
+def compiler_options() -> dict:
   """XLA's options for a pass. On a CPU: no order for the sake of operations side by side, as they are so small that
   handing one to another thread costs more than to run it.
   """

@@ -11,7 +11,7 @@ import numpy as np
 
 from mtp_jax.config import BadInput
 from mtp_jax.decode.drafters import NoDrafts
-from mtp_jax.decode.engine import Engine, measure_pass_seconds, options
+from mtp_jax.decode.engine import Engine, compiler_options, measure_pass_seconds
 from mtp_jax.decode.requests import sampling_parameters
 from mtp_jax.formats import llama
 from mtp_jax.lm import LanguageModel
@@ -159,7 +159,7 @@ def _bare_forwards(decoder, tokens_Bi, positions_Bi, caches, passes):
 
 @functools.cache
 def _compiled_forwards():
-  return jax.jit(_bare_forwards, donate_argnames='caches', compiler_options=options())
+  return jax.jit(_bare_forwards, donate_argnames='caches', compiler_options=compiler_options())
 
 
 def _pass_seconds(lm: LanguageModel, group: list, k: int, options: dict) -> list[float]:
@@ -169,7 +169,7 @@ def _pass_seconds(lm: LanguageModel, group: list, k: int, options: dict) -> list
   free, drafting = (lm.engine(drafter, sampler, (k,))
                     for drafter in (_FreeDrafts(k), lm.drafter(options['drafter'], k)))
   limits = [options['max_length']] * len(rows)
-  return measure_pass_seconds([_BareForwards(drafting, k), free, drafting], rows, limits, 6).tolist()
+  return measure_pass_seconds([_BareForwards(free, k), free, drafting], rows, limits, 6).tolist()
 
 
 def plot(values: dict, path: str) -> None:

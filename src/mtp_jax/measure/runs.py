@@ -26,12 +26,12 @@ def gather(path: str, prompt: str, max_tokens: int, temperature: float, seed: in
   Raises:
     BadInput: the path is no workdir, or the model cannot be asked for such a sample.
   """
-  workdir, _ = locate(path)
+  workdir, step = locate(path)
   config = _config(workdir)
   counted = counts(config)
   account = goodput.account(read_events(workdir)) if (workdir / EVENTS).exists() else None
   return Run(path, config, read_log(workdir), account, counted['parameters'], counted['flops_per_token'],
-             _sample(workdir, prompt, max_tokens, temperature, seed))
+             _sample(workdir, step, prompt, max_tokens, temperature, seed))
 
 
 def _config(workdir: pathlib.Path) -> Config:
@@ -44,14 +44,18 @@ def _config(workdir: pathlib.Path) -> Config:
   return Config.from_dict(upgraded(values))
 
 
-def _sample(workdir: pathlib.Path, prompt: str, max_tokens: int, temperature: float, seed: int) -> Sample | str:
-  """A text from the newest checkpoint, or why there is none."""
+def _sample(workdir: pathlib.Path, step: int | None, prompt: str, max_tokens: int, temperature: float,
+            seed: int) -> Sample | str:
+  """A text from that checkpoint, by default the newest, or why there is none."""
   if max_tokens == 0:
     return 'No sample was asked for.'
   if not steps(workdir):
     return 'There is no checkpoint yet to generate from.'
-  lm = load(workdir)
-  prompt = prompt or _held_out_prompt(lm)
+  lm = load(workdir, step)
+  try:
+    prompt = prompt or _held_out_prompt(lm)
+  except BadInput as error:
+    return f'No sample, for no held-out document is here to begin with: {error}. --prompt=... gives one.'
   room = lm.config.data.length - len(lm.row(prompt))
   result = lm.generate(prompt, max_tokens=min(max_tokens, max(1, room)), temperature=temperature, seed=seed)
   acceptance = ' '.join(f'{a:.2f}' for a in result.acceptance)
