@@ -71,14 +71,15 @@ def test_whatever_is_damaged_a_checkpoint_is_read_right_or_refused_in_one_line(s
   assert capfd.readouterr() == ('', '')
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(saved, monkeypatch):
+@pytest.mark.parametrize('error', [PermissionError(13, 'Permission denied', 'a/file'), OSError(5, 'a disk', 'a/file')])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_called_damaged(saved, monkeypatch, error):
   config, _, workdir = saved
   mesh = make_mesh(config.mesh)
 
   def refuse(*_, **__):
-    raise PermissionError(13, 'Permission denied', 'a/file')
+    raise error
   monkeypatch.setattr(store._orbax(), 'load_checkpointables', refuse)
-  with jax.set_mesh(mesh), pytest.raises(BadInput, match='6 cannot be read .a/file: Permission denied.; remove'):
+  with jax.set_mesh(mesh), pytest.raises(BadInput, match='6 cannot be read .a/file: .*; it may be whole'):
     training.restore(config, workdir, 6, mesh)
 
 

@@ -26,6 +26,8 @@ from mtp_jax.checkpoint.record import FOLDER, older_step, steps
 from mtp_jax.config import BadInput
 from mtp_jax.config.errors import cannot, one_line, os_reason
 
+GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # such an error shows that a file is not what it was
+
 
 @functools.cache
 def _orbax():
@@ -55,12 +57,15 @@ def _reading(workdir, step: int) -> Iterator[None]:
       if 'RESOURCE_EXHAUSTED' in str(error):  # the device's memory
         raise
       causes = _causes(error)
-      refused = next((cause for cause in causes if isinstance(cause, PermissionError)), None)
-      what = f'cannot be read ({os_reason(refused)})' if refused else f'is damaged ({_shortened(causes[-1])})'
+      refused = next((cause for cause in causes if isinstance(cause, OSError) and not isinstance(cause, GONE)), None)
+      if refused:  # tells nothing of the checkpoint
+        what = f'cannot be read ({os_reason(refused)}); it may be whole: make it readable, and run again'
+      else:
+        what = f'is damaged ({_shortened(causes[-1])}); {older_step(workdir, step)}'
       del error, causes, refused
     if what:
       gc.collect()  # coroutines tell of their errors when they are deleted
-      raise BadInput(f'{_folder(workdir)}: checkpoint {step} {what}; {older_step(workdir, step)}')
+      raise BadInput(f'{_folder(workdir)}: checkpoint {step} {what}')
 
 
 @contextlib.contextmanager
