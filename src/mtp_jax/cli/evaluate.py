@@ -1,6 +1,5 @@
 """evaluate, score: what a model makes of documents, in figures."""
 import math
-import pathlib
 
 from mtp_jax.cli.command import (
     DATA,
@@ -30,7 +29,12 @@ def evaluate(flags) -> int:
   if flags.input and flags.data:
     raise BadInput('--data: not together with --input, which takes the place of held-out documents')
   lm = model_of(flags)
-  own = [pathlib.Path(name) for name in flags.input.split(',')] if flags.input else None
+  own = None
+  if flags.input:
+    from mtp_jax.data.texts import read
+    own = [*read(flags.input.split(','), '--input')]
+    if not own:
+      raise BadInput(f'--input={flags.input}: there is no document; give at least one')
   results = lm.evaluate(own, rows=flags.rows or None, by=by)
   drafts = lm.config.model.futures > 1
   if drafts and flags.speed and not own:

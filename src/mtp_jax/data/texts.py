@@ -65,4 +65,4 @@ def read(paths: Sequence[pathlib.Path | str], where: str) -> Iterator[bytes]:
       if not isinstance(record, Fault):
         yield record.text
       elif not record.kept and record.kind != 'empty':
-        raise BadInput(f'{where}: {record.file}, record {record.line}: {record.kind}; mend it or leave the file out')
+        raise BadInput(f'{where}: {record.file}, record {record.line}: {record.kind}; fix it or leave the file out')
