@@ -156,6 +156,7 @@ class _Run:
     with cannot('write', f'--workdir={workdir}', 'give a folder that can be written'):
       for name in (EVENTS, METRICS, CONFIG):
         (folder / name).open('a').close()
+    trackers = open_trackers(config.train.trackers if is_first else (), folder, self.step, config.to_dict())
 
     M = config.model.futures
     note = display.line if is_first else lambda line: print_stderr(f'{folder.name}: {line}')
@@ -175,7 +176,6 @@ class _Run:
     self.record = {'config': config.to_dict(), 'conventions': conventions(config.model),
                    'tokenizer': opened.tokenizer.digest, 'identity': opened.corpus.identity}
     self.writer = store.Writer(workdir, config.train.checkpoints_kept)
-    trackers = open_trackers(config.train.trackers if is_first else (), folder, self.step, config.to_dict())
     self.recorder = Recorder(config, folder, self.step, chips.peak_flops() * mesh.size, self.events,
                              display, trackers)
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + '\n')
