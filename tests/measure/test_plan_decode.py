@@ -54,6 +54,12 @@ def test_a_pass_multiplies_what_its_tokens_need_and_speeds_up_by_its_tokens_over
   assert drafted.tokens_per_second == pytest.approx(B * drafted.tokens_per_pass / drafted.pass_seconds)
 
 
+def test_one_device_multiplies_the_same_and_sends_nothing():
+  one, two = (plan_decode(small(), f'cpu:{n}', [1], [0], S)[0] for n in (1, 2))
+  assert one.flops == two.flops and one.sent_bytes == 0 < two.sent_bytes
+  assert two.parameter_bytes < 0.6 * one.parameter_bytes
+
+
 def test_chips_go_to_the_tensor_axis_as_far_as_they_divide_it_and_the_rest_to_fsdp():
   sizes = lambda chips, **model: decoding_sizes(small(**model), chips, 'chips')
   assert sizes(8) == MeshConfig(tensor=2, fsdp=4)

@@ -153,7 +153,7 @@ def _pass_plan(config: Config, mesh, chip: Chip, topology: str, batch: int, draf
 def pass_arguments(config: Config, mesh, batch: int, draft: int, slots: int) -> tuple:
   """Shapes of what `loop.one_pass` takes, on the mesh: decoder, drafter, sampler, state, eos."""
   c, auto = config.model, decoding_mesh(mesh)
-  placed_on = auto or mesh
+  placed_on = auto or jax.sharding.Mesh(mesh.devices, mesh.axis_names)
   on_mesh = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
   whole = lambda tree: jax.tree.map(lambda x: on_mesh(x, jax.NamedSharding(placed_on, jax.P())), tree)
   shape = lambda dtype, *sizes: whole(jax.ShapeDtypeStruct(sizes, dtype))

@@ -45,6 +45,8 @@ def devices(topology: str) -> list:
                     TPU_ACCELERATOR_TYPE='v5p-8', TPU_STDERR_LOG_LEVEL='3')
   from jax.experimental import topologies
   options = {'num_slices': int(slices)} if slices else {}
+  if set(sizes.split('x')) == {'1'}:  # one chip, a part of a host
+    options['chips_per_host_bounds'] = (1, 1, 1)
   try:
     return topologies.get_topology_desc(platform='tpu', topology_name=f'{generation}:{sizes}',
                                         **options).devices
