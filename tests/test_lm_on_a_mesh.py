@@ -16,7 +16,8 @@ PROMPTS, MESH = ['a', 'the 12 é', '.'], {'fsdp': 4, 'tensor': 2}
 def run(tmp_path_factory):
   """The workdir of a model of three sequential futures; its 259 ids divide over no mesh."""
   folder = tmp_path_factory.mktemp('lm')
-  config = experiment(folder, model={'layers': 4, 'futures': 3, 'kind': 'sequential'}, data={'length': 128})
+  config = experiment(folder, model={'layers': 4, 'futures': 3, 'kind': 'sequential'}, data={'length': 128},
+                      train={'evaluate_rows': 4})
   write(folder / 'run', config, random_state(config, seed=5))
   return folder / 'run'
 
@@ -45,7 +46,7 @@ def test_a_model_on_a_mesh_generates_and_is_evaluated_as_on_one_device(run, lm):
 
 
 def test_any_number_of_devices_that_divides_the_model_evaluates_it(run, lm):
-  """Also one that does not divide config.train.evaluate_rows = 16."""
+  """Also one that does not divide config.train.evaluate_rows, 4."""
   three = mtp_jax.load(run, mesh={'data': 3}).evaluate()
   np.testing.assert_allclose(three['nats'], lm.evaluate()['nats'], rtol=1e-5)
   assert three['count'] == lm.evaluate()['count']
