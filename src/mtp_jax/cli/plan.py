@@ -144,7 +144,8 @@ def _decode_lines(plans, acceptance: list[float]) -> list[str]:
       f'{_size_text(first.hbm_capacity_bytes)}',
       *([f'acceptance by depth {worded}; speed-up if passes take their least time'] if acceptance else []),
       *table(head, rows),
-      'HBM, read, written and sent: of one chip; FLOPs and tokens/s: of all']
+      'HBM, read, written and sent: of one chip; FLOPs and tokens/s: of all. The float32 parameters that load() keeps '
+      'are not counted']
 
 
 def _cpu_count(topology: str) -> int:
