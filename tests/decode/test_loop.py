@@ -286,3 +286,16 @@ def test_speculative_sampling_keeps_the_distribution_over_many_passes(trained, f
   statistic = ((observed - expected)**2 / expected)[often].sum()
   statistic += (observed - expected)[~often].sum()**2 / max(1, expected[~often].sum())
   assert statistic < chi_squared_bound(int(often.sum()))
+
+
+@pytest.mark.parametrize('accepted', [0, 2, 8])
+def test_drafts_that_cost_more_than_they_give_are_seldom_tried_again(trained, accepted):
+  """From 20 drafts of which so many were accepted: after more than 100 passes without drafts, but not never."""
+  parts, state = start(trained({'kind': 'parallel'}), PROMPTS_Bp[:1], LENGTHS_B[:1], np.array([10**6]), draft=1)
+  state = dataclasses.replace(state, recent_2k=jnp.array([[20.0], [accepted]]))
+  costs, passes = np.array([1, 1.7], np.float32), 0
+  while not int(best_length(state.recent_2k, costs, (0, 1))):
+    state = decode_passes(*parts, state, NEVER, np.int32(10), lengths=(0,))
+    passes += 10
+    assert passes < 1000
+  assert passes > 100

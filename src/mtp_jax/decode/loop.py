@@ -28,6 +28,9 @@ from mtp_jax.decode.placement import place
 from mtp_jax.decode.verify import Sampler
 from mtp_jax.model.attention import write
 
+DECAY = 0.95  # of what earlier drafts count, in a pass
+DECAY_WITHOUT_DRAFTS = 0.99  # in a pass that learns nothing of drafts: what loses is seldom tried again
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -180,4 +183,4 @@ def _append(state: DecodeState, drafts_Bk, accepted_B, token_B, eos) -> DecodeSt
       drafted_BS=write(state.drafted_BS, jnp.full_like(new_Bi, k), written_Bi),
       length_B=length_B,
       done_B=done_B,
-      recent_2k=(0.95 * state.recent_2k).at[:, :k].add(counts_2k))
+      recent_2k=((DECAY if k else DECAY_WITHOUT_DRAFTS) * state.recent_2k).at[:, :k].add(counts_2k))
