@@ -37,7 +37,7 @@ def test_a_moved_run_loads_generates_evaluates_and_goes_on(moved, capfd):
   with pytest.raises(BadInput, match="config.data.paths: 'documents' holds no file"):
     lm.evaluate()
   there = mtp_jax.load(workdir, data=str(folder / 'documents'))
-  assert there.evaluate(4)['count'][0] > 0
+  assert there.evaluate(rows=4)['count'][0] > 0
   assert there.corpus.identity['sources'] == lm.record['identity']['sources']
   code = main(['evaluate', f'--workdir={workdir}', f'--data={folder / "documents"}', '--rows=4', '--nospeed', '--json'])
   assert code == 0 and json.loads(capfd.readouterr().out)['step'] == 6
