@@ -179,11 +179,13 @@ class Writer:
     """
     self.wait()
     with _writing(self.folder):
+      checkpointer, self.checkpointer = self.checkpointer, None  # one that failed would raise the same again
       if jax.process_index() == 0:
         _make_folder(self.folder)
-      self.checkpointer = self.checkpointer or self._open()
+      checkpointer = checkpointer or self._open()
       arrays = {'parameters': as_dict(parameters), 'training': as_dict(training)}
-      self.pending = self.checkpointer.save_checkpointables_async(step, arrays, custom_metadata=record)
+      self.pending = checkpointer.save_checkpointables_async(step, arrays, custom_metadata=record)
+      self.checkpointer = checkpointer
 
   def wait(self) -> None:
     """Waits for the save in progress. Raises OSError when it failed; another save may follow."""
@@ -193,7 +195,7 @@ class Writer:
     with _writing(self.folder):
       checkpointer, self.checkpointer = self.checkpointer, None
       pending.result()
-      self.checkpointer = checkpointer  # one whose save failed would raise the same again: the next save opens another
+      self.checkpointer = checkpointer
 
   def close(self) -> None:
     """Waits for the save in progress. Raises OSError when it failed."""
