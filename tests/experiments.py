@@ -14,6 +14,7 @@ from mtp_jax.data.parts import Options
 from mtp_jax.data.prepare import prepare
 from mtp_jax.data.prepared_set import Prepared
 from mtp_jax.data.shards import Stream
+from mtp_jax.lm import load
 from mtp_jax.mesh import make_mesh
 from mtp_jax.model.model import conventions
 from mtp_jax.objective import Read, future_states
@@ -130,6 +131,13 @@ def write(workdir, config: Config, state: training.State, step: int = 3,
   ours.save(step, state.model, state.without_model(), record)
   if not writer:
     ours.close()
+
+
+def random_lm(folder, seed: int = 5, **sections):
+  """The `LanguageModel` of random parameters of a tiny config, from a checkpoint in folder / 'run'."""
+  config = experiment(folder, **sections)
+  write(folder / 'run', config, random_state(config, seed=seed))
+  return load(folder / 'run')
 
 
 def write_config_file(path, config: Config) -> None:

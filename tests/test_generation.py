@@ -1,8 +1,7 @@
 """Samples of a prompt, documents from their beginning, why a row ended, and how a result is shown."""
 import pytest
-from experiments import experiment, generate_clearly, random_state, write
+from experiments import generate_clearly, random_lm
 
-import mtp_jax
 from mtp_jax.config import BadInput
 
 SAMPLED = {'max_tokens': 12, 'temperature': 1.0}
@@ -10,10 +9,7 @@ SAMPLED = {'max_tokens': 12, 'temperature': 1.0}
 
 @pytest.fixture(scope='module')
 def lm(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('generation')
-  config = experiment(folder, model={'layers': 4, 'futures': 3}, data={'length': 128})
-  write(folder / 'run', config, random_state(config, seed=5))
-  return mtp_jax.load(folder / 'run')
+  return random_lm(tmp_path_factory.mktemp('generation'), model={'layers': 4, 'futures': 3}, data={'length': 128})
 
 
 def test_n_samples_are_those_of_the_prompt_written_n_times(lm):

@@ -10,10 +10,9 @@ import hypothesis
 import numpy as np
 import numpy_forward
 import pytest
-from experiments import experiment, generate_clearly, random_state, write
+from experiments import generate_clearly, random_lm
 from test_any_argument import ANY, allowed, times
 
-import mtp_jax
 from mtp_jax.config import BadInput
 
 if not importlib.util.find_spec('lm_eval'):
@@ -50,10 +49,7 @@ metric_list: [{metric: exact_match}]
 
 @pytest.fixture(scope='module')
 def lm(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('harness')
-  config = experiment(folder, model={'layers': 4, 'futures': 3}, data={'length': 32})
-  write(folder / 'run', config, random_state(config, seed=5))
-  return mtp_jax.load(folder / 'run')
+  return random_lm(tmp_path_factory.mktemp('harness'), model={'layers': 4, 'futures': 3}, data={'length': 32})
 
 
 @pytest.fixture(scope='module')

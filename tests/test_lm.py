@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from experiments import experiment, generate_clearly, random_state, write
+from experiments import generate_clearly, random_lm, random_state, write
 
 import mtp_jax
 from mtp_jax.config import BadInput, MeshConfig
@@ -23,10 +23,7 @@ def lm(tmp_path_factory):
 
 
 def random_model_of(folder, seed: int = 5, **model) -> mtp_jax.LanguageModel:
-  config = experiment(folder, model={'layers': 4} | model, objective={'weights': (1.0,)},
-                      data={'length': 128})
-  write(folder / 'run', config, random_state(config, seed=seed))
-  return mtp_jax.load(folder / 'run')
+  return random_lm(folder, seed, model={'layers': 4} | model, objective={'weights': (1.0,)}, data={'length': 128})
 
 
 @pytest.fixture(scope='module')

@@ -149,6 +149,7 @@ class Failing:
     ('mine:nothing', TEXTS, 'AttributeError'),
     ('mine:documents', [1.5] * 9, 'document 0 is float'),
     ('mine:documents', [[1.5]] * 9, 'document 0 is list'),
+    ('mine:documents', [[[1], [2, 3]]] * 9, 'document 0 is list'),
     ('mine:documents', [{'text': 'a'}] * 9, 'document 0 is dict'),
     ('mine:documents', [[3], [259]] * 9, 'document 1 has ids from 259 to 259'),
     ('mine:documents', [[3], [3, 257]] * 9, 'document 1 holds bos 256, eos 257'),

@@ -5,9 +5,8 @@ import gc
 import jax
 import numpy as np
 import pytest
-from experiments import experiment, generate_clearly, random_state, write
+from experiments import generate_clearly, random_lm
 
-import mtp_jax
 from mtp_jax.decode import engine
 from mtp_jax.decode.engine import Engine, batch_size, measure_pass_seconds
 from mtp_jax.decode.requests import sampling_parameters
@@ -15,11 +14,8 @@ from mtp_jax.decode.requests import sampling_parameters
 
 @pytest.fixture(scope='module')
 def lm(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('engine')
-  config = experiment(folder, model={'layers': 4, 'futures': 3}, objective={'weights': (1.0,)},
-                      data={'length': 128})
-  write(folder / 'run', config, random_state(config, seed=5))
-  return mtp_jax.load(folder / 'run')
+  return random_lm(tmp_path_factory.mktemp('engine'), model={'layers': 4, 'futures': 3}, objective={'weights': (1.0,)},
+                   data={'length': 128})
 
 
 class Clock:

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from experiments import experiment, is_clear, random_state, write
+from experiments import is_clear, random_lm
 
-import mtp_jax
 from mtp_jax import objective
 from mtp_jax.config import MeshConfig
 from mtp_jax.evaluation import acceptance
@@ -111,10 +110,7 @@ def test_one_future_drafts_nothing(tiny, random_model, packed):
 
 @pytest.fixture(scope='module')
 def lm(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('acceptance')
-  config = experiment(folder, model={'layers': 5, 'futures': 4}, data={'length': 64})
-  write(folder / 'run', config, random_state(config, seed=5))
-  return mtp_jax.load(folder / 'run')
+  return random_lm(tmp_path_factory.mktemp('acceptance'), model={'layers': 5, 'futures': 4}, data={'length': 64})
 
 
 def as_row(lm, ids) -> dict:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from experiments import experiment, random_state, write
+from experiments import random_lm, random_state, write
 
 import mtp_jax
 from mtp_jax import tokenizer
@@ -62,9 +62,7 @@ def lm(tmp_path_factory):
   (folder / 'documents').mkdir()
   for i in range(12):
     (folder / 'documents' / f'{i}.py').write_text(f'def f{i}(x):  # {"é" * i}\n  return [x, {i}]\n' * (i // 4 + 1))
-  config = experiment(folder, model={'layers': 4, 'futures': 3}, data={'length': 32})
-  write(folder / 'run', config, random_state(config, seed=5))
-  return mtp_jax.load(folder / 'run')
+  return random_lm(folder, model={'layers': 4, 'futures': 3}, data={'length': 32})
 
 
 def test_the_kind_of_a_token_does_not_depend_on_where_its_row_begins(lm):

@@ -4,7 +4,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from experiments import experiment, random_state, write
+from experiments import random_lm
 
 import mtp_jax
 from mtp_jax.config import BadInput
@@ -13,10 +13,7 @@ from mtp_jax.report import display
 
 @pytest.fixture(scope='module')
 def lm(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('own')
-  config = experiment(folder, model={'layers': 4, 'futures': 3})
-  write(folder / 'run', config, random_state(config, seed=5))
-  return mtp_jax.load(folder / 'run')
+  return random_lm(tmp_path_factory.mktemp('own'), model={'layers': 4, 'futures': 3})
 
 
 @pytest.fixture(scope='module')

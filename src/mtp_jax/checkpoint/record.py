@@ -15,9 +15,10 @@ import os
 import pathlib
 
 from mtp_jax.config import BadInput, Config, local_path, upgraded
-from mtp_jax.config.errors import cannot, os_reason
+from mtp_jax.config.errors import cannot, in_words
 
 FOLDER = 'checkpoints'
+CONFIG = 'config.json'  # of the newest start, beside the checkpoints
 TOKENIZER = 'tokenizer.model'  # a copy in the workdir, so that the run can be moved
 # Files of Orbax in a complete checkpoint.
 METADATA, COMMITTED = '_CHECKPOINT_METADATA', 'commit_success.txt'
@@ -90,7 +91,7 @@ def read_record(workdir: pathlib.Path, step: int | None = None) -> dict:
     record |= {key: kind(record[key]) for key, kind in TYPES.items()}
     record |= {'config': upgraded(record['config'])}
   except OSError as error:
-    raise BadInput(f'{path}: cannot be read ({os_reason(error)}); {older_step(workdir, chosen)}') from None
+    raise BadInput(f'{path}: cannot be read ({in_words(error)}); {older_step(workdir, chosen)}') from None
   except (ValueError, KeyError, TypeError) as error:
     raise BadInput(f'{path}: lacks the record of config and conventions ({error!r}); '
                    f'{older_step(workdir, chosen)}') from None

@@ -24,7 +24,7 @@ import numpy as np
 
 from mtp_jax.checkpoint.record import FOLDER, older_step, steps
 from mtp_jax.config import BadInput
-from mtp_jax.config.errors import cannot, one_line, os_reason
+from mtp_jax.config.errors import cannot, in_words
 
 GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # such an error shows that a file is not what it was
 
@@ -59,7 +59,7 @@ def _reading(workdir, step: int) -> Iterator[None]:
       causes = _causes(error)
       refused = next((cause for cause in causes if isinstance(cause, OSError) and not isinstance(cause, GONE)), None)
       if refused:  # tells nothing of the checkpoint
-        what = f'cannot be read ({os_reason(refused)}); it may be whole: make it readable, and run again'
+        what = f'cannot be read ({in_words(refused)}); it may be whole: make it readable, and run again'
       else:
         what = f'is damaged ({_shortened(causes[-1])}); {older_step(workdir, step)}'
       del error, causes, refused
@@ -95,7 +95,7 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 def _shortened(error: BaseException) -> str:
   """The beginning and the end of an error's text."""
-  line = os_reason(error) if isinstance(error, OSError) else one_line(error) or type(error).__name__
+  line = in_words(error)
   return line if len(line) <= 200 else f'{line[:100]} ... {line[-90:]}'
 
 

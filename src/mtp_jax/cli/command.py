@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 from mtp_jax.config import BadInput, Config, files
-from mtp_jax.config.errors import explain, os_reason
+from mtp_jax.config.errors import explain, in_words
 
 CONFIG = ('config', None,
           'the experiment, such as configs/tiny.py; --config.section.field=value changes a field')
@@ -152,7 +152,7 @@ def say(text: str, end: str = '\n') -> None:
     _drop_stdout()
     if isinstance(error, BrokenPipeError):
       raise
-    raise OSError(f'stdout: cannot be written ({os_reason(error)}); print to another place') from error
+    raise OSError(f'stdout: cannot be written ({in_words(error)}); print to another place') from error
 
 
 def table(head: Sequence, rows: Iterable[Sequence]) -> list[str]:

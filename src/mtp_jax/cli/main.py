@@ -7,7 +7,6 @@ resume from; 141 nobody reads what is printed. `python -X dev -m mtp_jax` shows 
 import dataclasses
 import signal
 import typing
-from collections.abc import Iterable
 
 from absl import flags as absl_flags
 
@@ -58,7 +57,8 @@ def _parse(name: str, command: Command, arguments: list[str]) -> absl_flags.Flag
     if argument.startswith('-') and not known:
       raise BadInput(f'{argument}: {name} has no such flag; {nearest(flag, defaults)}')
   config_arguments, others = files.split(arguments)
-  _check_given_once(others, defaults)
+  names = [argument.lstrip('-').partition('=')[0] for argument in others if argument.startswith('-')]
+  files.check_given_once([name if name in defaults else name.removeprefix('no') for name in names])
   values = absl_flags.FlagValues()
   for flag, default, meaning in command.flags:
     define = DEFINE.get(type(default), absl_flags.DEFINE_string)
@@ -79,15 +79,6 @@ def _parse(name: str, command: Command, arguments: list[str]) -> absl_flags.Flag
       if flag in LOCAL:
         check_local(values[flag].value, f'--{flag}')
   return values
-
-
-def _check_given_once(arguments: list[str], flags: Iterable[str]) -> None:
-  """Raises BadInput for a flag that is given twice, of which absl takes the last one."""
-  names = [argument.lstrip('-').partition('=')[0] for argument in arguments if argument.startswith('-')]
-  names = [name if name in flags else name.removeprefix('no') for name in names]
-  for name in names:
-    if names.count(name) > 1:
-      raise BadInput(f'--{name}: given {names.count(name)} times; give it once')
 
 
 def _overview() -> str:

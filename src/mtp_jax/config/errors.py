@@ -23,11 +23,11 @@ def explain(error: Exception) -> tuple[str, int] | None:
   """
   if isinstance(error, BadInput):
     return one_line(error), 2
-  text = one_line(error) or type(error).__name__
+  text = in_words(error)
   if isinstance(error, RuntimeError) and 'initialize backend' in text:
     return f'JAX_PLATFORMS: {text}', 2
   if isinstance(error, OSError):
-    return one_line(os_reason(error)), 1
+    return one_line(text), 1
   if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text:
     return f'out of memory: {text}', 1
   by_the_machine = isinstance(error, (ImportError, RuntimeError))
@@ -50,12 +50,12 @@ def cannot(verb: str, where: str, fix: str) -> Iterator[None]:
   except OSError as error:
     if not error.errno:
       raise
-    raise BadInput(f'{where}: cannot {verb} ({os_reason(error)}); {fix}') from error
+    raise BadInput(f'{where}: cannot {verb} ({in_words(error)}); {fix}') from error
 
 
-def os_reason(error: OSError) -> str:
-  """'a/b: Permission denied', without the number of the error."""
-  if not error.strerror:
+def in_words(error: BaseException) -> str:
+  """What an error says, in one line: of an OSError 'a/b: Permission denied', without its number."""
+  if not getattr(error, 'strerror', None):
     return one_line(error) or type(error).__name__
   paths = [os.fsdecode(path) for path in (error.filename, error.filename2) if isinstance(path, str | bytes)]
   return ': '.join([*paths[:1], error.strerror])

@@ -35,9 +35,8 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
   arguments = _with_values(arguments)
   ours = [argument for argument in arguments if _is_about_config(argument)]
   names = [_name(argument) for argument in ours]
+  check_given_once(names)
   for argument, name in zip(ours, names):
-    if names.count(name) > 1:
-      raise BadInput(f'--{name}: given {names.count(name)} times; give it once')
     if name == 'config':
       if '=' not in argument:
         raise BadInput(f'{argument}: flags are written --name=value, such as '
@@ -46,6 +45,13 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
       continue
     check_name(name.removeprefix('no').removeprefix('config.'))
   return ours, [argument for argument in arguments if not _is_about_config(argument)]
+
+
+def check_given_once(names: Sequence[str]) -> None:
+  """Raises BadInput for a flag that is given twice."""
+  for name in names:
+    if names.count(name) > 1:
+      raise BadInput(f'--{name}: given {names.count(name)} times; give it once')
 
 
 def _with_values(arguments: Sequence[str]) -> list[str]:

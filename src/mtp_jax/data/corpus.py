@@ -12,7 +12,7 @@ import numpy as np
 
 from mtp_jax import tokenizer as tokenizers
 from mtp_jax.config import BadInput, DataConfig
-from mtp_jax.config.errors import os_reason
+from mtp_jax.config.errors import in_words
 from mtp_jax.data.dataset import dataset_once
 from mtp_jax.data.folder import Damaged, Folder
 from mtp_jax.data.packing import Consecutive, pack
@@ -204,8 +204,7 @@ def load_tokenizer(name: str, where: str = 'config.data.tokenizer') -> Tokenizer
   try:
     return tokenizers.SentencePiece(Folder(folder, where).read(file))
   except (OSError, BadInput) as error:
-    reason = os_reason(error) if isinstance(error, OSError) else error
-    raise BadInput(f'{where}={name!r}: {reason}') from error
+    raise BadInput(f'{where}={name!r}: {in_words(error)}') from error
 
 
 def tokenizer_of(source: Prepared) -> Tokenizer:

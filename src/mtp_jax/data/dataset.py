@@ -24,13 +24,13 @@ import grain
 import numpy as np
 
 from mtp_jax.config import BadInput, DataConfig, local_path
-from mtp_jax.config.errors import one_line, os_reason
+from mtp_jax.config.errors import in_words, one_line
 from mtp_jax.data.folder import Folder
 from mtp_jax.data.prepare import MODEL, locked
 from mtp_jax.data.prepared_set import FORMAT, INDEX, Prepared, open_set, write_index
 from mtp_jax.data.progress import quiet
 from mtp_jax.data.shards import ShardWriter, dtype_of
-from mtp_jax.data.split import Split, better_split, content_hash
+from mtp_jax.data.split import Split, better_split, content_hash, why_again
 from mtp_jax.tokenizer import Tokenizer
 
 SHARD_TOKENS = 2**26
@@ -77,7 +77,7 @@ def dataset_once(config: DataConfig, tokenizer: Tokenizer, note=quiet, damaged=N
         if not (directory / INDEX).exists():
           _write(folder, dataset, config, tokenizer, made | {'dataset': identity}, note)
   except OSError as error:
-    raise BadInput(f'config.data.cache={config.cache!r}: cannot write there ({os_reason(error)}); '
+    raise BadInput(f'config.data.cache={config.cache!r}: cannot write there ({in_words(error)}); '
                    'give a folder with space') from error
   return open_set(Folder(directory, 'config.data.cache'), config.cache, damaged)
 
@@ -107,8 +107,7 @@ def _write(folder: Folder, dataset: grain.MapDataset, config: DataConfig, tokeni
   report = _write_shards(folder, dataset, config, tokenizer, first, note)
   split = better_split(first, [_as_of_a_part(report)])
   if split != first:
-    how = 'the end of each long one is held out' if split.by_position else 'one is held out'
-    note(f'few documents: {how}; all are read again')
+    note(why_again(split))
     report = _write_shards(folder, dataset, config, tokenizer, split, note)
   shards = report['shards']
   for side, entries in shards.items():
@@ -219,15 +218,17 @@ def _documents(dataset: grain.MapDataset, config: DataConfig,
         raise BadInput(f'{where}: document {number}: is no UTF-8: {one_line(error)}') from error
       yield text, None
       continue
-    ids = np.asarray(document)
+    try:
+      ids = np.asarray(document)
+    except ValueError:  # rows of unequal length
+      ids = np.array(None)
     if ids.ndim != 1 or not (ids.size == 0 or np.issubdtype(ids.dtype, np.integer)):
       raise BadInput(f'{where}: document {number} is {type(document).__name__}; '
                      'it must be a str, bytes, or a list or array of token ids')
     if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.size:
       raise BadInput(f'{where}: document {number} has ids from {ids.min()} to {ids.max()}; '
                      f'config.data.tokenizer={config.tokenizer!r} has {tokenizer.size:,}')
-    t = tokenizer
-    if np.isin(ids, (t.bos, t.eos, t.pad)).any():
-      raise BadInput(f'{where}: document {number} holds bos {t.bos}, eos {t.eos} or pad {t.pad}; '
-                     'give the ids between them, a document at a time')
+    if np.isin(ids, (tokenizer.bos, tokenizer.eos, tokenizer.pad)).any():
+      raise BadInput(f'{where}: document {number} holds bos {tokenizer.bos}, eos {tokenizer.eos} or pad '
+                     f'{tokenizer.pad}; give the ids between them, a document at a time')
     yield tokenizer.decode(ids.tolist()), ids.astype(np.int32)

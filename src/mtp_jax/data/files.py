@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 import fsspec
 
 from mtp_jax.config import BadInput
-from mtp_jax.config.errors import one_line, os_reason
+from mtp_jax.config.errors import in_words
 
 # Keys of fsspec's file systems.
 _MODIFIED = ('mtime', 'updated', 'LastModified', 'last_modified', 'etag', 'ETag', 'created')
@@ -191,8 +191,7 @@ def _named(what: str):
     first = error
     while first.__cause__:
       first = first.__cause__
-    reason = os_reason(first) if isinstance(first, OSError) else one_line(first) or type(first).__name__
-    raise BadInput(f'{what} ({reason}); check the address and the credentials') from error
+    raise BadInput(f'{what} ({in_words(first)}); check the address and the credentials') from error
 
 
 def _hidden(name: str) -> bool:
@@ -216,8 +215,7 @@ def filesystem(url: str, where: str):
   except MemoryError:
     raise
   except Exception as error:  # file systems have classes of their own
-    reason = os_reason(error) if isinstance(error, OSError) else one_line(error) or type(error).__name__
-    raise BadInput(f'{where}: {url!r}: {reason}') from error
+    raise BadInput(f'{where}: {url!r}: {in_words(error)}') from error
 
 
 def _walk(root: str, skip: Callable[[str], bool], where: str) -> Iterator[str]:

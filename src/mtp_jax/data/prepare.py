@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from mtp_jax.config import BadInput, local_path
-from mtp_jax.config.errors import os_reason
+from mtp_jax.config.errors import in_words
 from mtp_jax.data.files import File, digest, files
 from mtp_jax.data.folder import UNFINISHED, Folder
 from mtp_jax.data.kinds import kind, read_as, recognized
@@ -32,7 +32,7 @@ from mtp_jax.data.parts import PARTS, Options, Preparation, cut_into_parts
 from mtp_jax.data.prepared_set import FORMAT, INDEX, PLAN, Prepared, open_set, write_index
 from mtp_jax.data.progress import NoMeter, quiet
 from mtp_jax.data.records import MAY_BE_KEPT, Reading
-from mtp_jax.data.split import Split, better_split
+from mtp_jax.data.split import Split, better_split, why_again
 from mtp_jax.data.workers import tokenize_parts
 from mtp_jax.tokenizer import Tokenizer
 
@@ -81,8 +81,7 @@ def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, 
         if preparation.split == first_split and not validation:
           split = better_split(first_split, map(preparation.report, range(len(preparation.parts))))
           if split != first_split:
-            how = 'the end of each long one is held out' if split.by_position else 'one is held out'
-            note(f'few documents: {how}; all are read again')
+            note(why_again(split))
             preparation = _start_over(preparation, inputs, split)
             _tokenize_missing(preparation, size, workers, note, progress)
         _finish(preparation, inputs)
@@ -90,7 +89,7 @@ def prepare(inputs: list[File], tokenizer: Tokenizer, options: Options, output, 
       except ChildProcessError:
         raise
       except OSError as error:
-        raise OSError(f'--output={folder.url}: cannot write there ({os_reason(error)}); fix that and '
+        raise OSError(f'--output={folder.url}: cannot write there ({in_words(error)}); fix that and '
                       'run the same command, it goes on where it stopped') from error
     return open_set(folder, cache)
 
@@ -134,7 +133,7 @@ def prepare_once(paths: tuple[str, ...], tokenizer: Tokenizer, validation_share:
       return open_set(Folder(directory, 'config.data.cache'), cache)
     return prepare(inputs, tokenizer, options, directory, 0, where, note, progress, cache, held_out)
   except OSError as error:
-    raise BadInput(f'config.data.cache={cache!r}: cannot write there ({os_reason(error)}); '
+    raise BadInput(f'config.data.cache={cache!r}: cannot write there ({in_words(error)}); '
                    'give a folder with space') from error
 
 

@@ -47,6 +47,12 @@ class Split:
     return size if size >= SHORTEST_END else 0
 
 
+def why_again(split: Split) -> str:
+  """A line for the user: why all documents are read a second time, with this split."""
+  how = 'the end of each long one is held out' if split.by_position else 'one is held out'
+  return f'few documents: {how}; all are read again'
+
+
 def _line_start(text: bytes, place: int, within: int) -> int:
   """Where the next line begins, if that is within so many bytes; else the next character."""
   line_end = text.find(b'\n', place - 1, place + within)

@@ -80,7 +80,7 @@ class Engine:
     for row_p, ids in zip(prompts_Bp, rows):
       row_p[:len(ids)] = ids
     length_B[:len(rows)], limits_B[:len(rows)] = [len(ids) for ids in rows], limit_B
-    program = self._program(loop.prefill, (B, p), slots=S)
+    program = self.program(loop.prefill, (B, p), slots=S)
     return program(self.decoder, self.drafter, self.sampler, prompts_Bp, length_B, limits_B,
                    np.int32(self.eos))
 
@@ -91,7 +91,7 @@ class Engine:
 
   def decode_passes(self, state: DecodeState, passes: int) -> DecodeState:
     """The state after so many passes, or fewer if all rows end before. state is donated."""
-    program = self._program(loop.decode_passes, state.tokens_BS.shape, ('state',), lengths=self.lengths)
+    program = self.program(loop.decode_passes, state.tokens_BS.shape, ('state',), lengths=self.lengths)
     return program(self.decoder, self.drafter, self.sampler, state, np.int32(self.eos),
                    np.int32(passes), self.pass_costs)
 
@@ -104,7 +104,8 @@ class Engine:
     """All that is static in decoder, drafter and sampler."""
     return jax.tree.structure((self.decoder, self.drafter, self.sampler))
 
-  def _program(self, function: Callable, shape: tuple[int, ...], donated: tuple[str, ...] = (), **static):
+  def program(self, function: Callable, shape: tuple[int, ...], donated: tuple[str, ...] = (), **static):
+    """The function, compiled for arguments of this shape and this engine's decoder."""
     return _compiled(function, donated, tuple(static.items()), shape, self._structure)
 
   def of_each_length(self) -> list['Engine']:
@@ -170,12 +171,12 @@ def batch_size(rows: int) -> int:
 def _compiled(function: Callable, donated: tuple[str, ...], static: tuple, *shape):
   """The function for one shape. XLA's program is dropped with it, since no other has its partial."""
   function = functools.partial(function, **dict(static))
-  return jax.jit(function, donate_argnames=donated, compiler_options=compiler_options())
+  return jax.jit(function, donate_argnames=donated, compiler_options=_compiler_options())
 
 
-def compiler_options() -> dict:
-  """XLA's options for a pass. On a CPU: no order for the sake of operations side by side, as they are so small that
-  handing one to another thread costs more than to run it.
+def _compiler_options() -> dict:
+  """XLA's options for a pass. On a CPU its operations are so small that running two at once costs more than it
+  saves, so XLA need not order them for that.
   """
   return {'xla_cpu_enable_concurrency_optimized_scheduler': False} if jax.default_backend() == 'cpu' else {}
 

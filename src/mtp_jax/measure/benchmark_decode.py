@@ -11,7 +11,7 @@ import numpy as np
 
 from mtp_jax.config import BadInput
 from mtp_jax.decode.drafters import NoDrafts
-from mtp_jax.decode.engine import Engine, compiler_options, measure_pass_seconds
+from mtp_jax.decode.engine import Engine, measure_pass_seconds
 from mtp_jax.decode.requests import sampling_parameters
 from mtp_jax.formats import llama
 from mtp_jax.lm import LanguageModel
@@ -58,6 +58,7 @@ def benchmark_decode(
           for k in lengths]
   if len(lengths) > 1:
     runs.append(functools.partial(lm.generate, max_tokens=max_tokens, draft=lengths[-1], adaptive=True, **options))
+  ours = len(runs)
   if against_transformers:
     runs.append(functools.partial(llama.transformers_decoder(lm), max_tokens=max_tokens))
   for batch in batches:
@@ -74,25 +75,21 @@ def benchmark_decode(
     plain = plain or texts[0]
     per_second = [sum(map(len, text)) / s for text, s in zip(texts, seconds)]
     differing = [sum(ids != plain_ids for ids, plain_ids in zip(text, plain)) for text in texts]
+    figures = [{'batch': batch, 'speed_up': seconds[0] / seconds[i], 'tokens_per_second': per_second[i],
+                'tokens_per_forward': total['tokens'] / total['forwards'], 'differing': differing[i]}
+               for i, total in enumerate(map(_totals, results[:ours]))]
     for k in lengths:
-      total = _totals(results[k])
-      per_forward, speed_up = total['tokens'] / total['forwards'], seconds[0] / seconds[k]
+      row, total = figures[k], _totals(results[k])
       floor, free, drafting = _pass_seconds(lm, groups[0], k, options)
-      rows.append({
-          'batch': batch, 'draft': k, 'speed_up': speed_up, 'tokens_per_forward': per_forward,
-          'overhead': per_forward / speed_up, 'tokens_per_second': per_second[k],
+      rows.append(row | {
+          'draft': k, 'overhead': row['tokens_per_forward'] / row['speed_up'],
           'floor_seconds': floor, 'over_floor': drafting / floor,
           'drafting': max(0.0, 1 - free / drafting) if k else 0.0,
           'acceptance': [accepted / offered if offered else math.nan
-                         for accepted, offered in zip(total['accepted'], total['offered'])],
-          'differing': differing[k]})
-    if len(lengths) > 1:
-      n = len(lengths)  # the run after those of fixed lengths
-      total = _totals(results[n])
-      adaptive_rows.append({
-          'batch': batch, 'speed_up': seconds[0] / seconds[n],
-          'tokens_per_forward': total['tokens'] / total['forwards'], 'tokens_per_second': per_second[n],
-          'mean_draft': statistics.mean(generation.mean_draft for generation in results[n]), 'differing': differing[n]})
+                         for accepted, offered in zip(total['accepted'], total['offered'])]})
+    for row, generations in zip(figures[len(lengths):], results[len(lengths):]):
+      mean_draft = statistics.mean(generation.mean_draft for generation in generations)
+      adaptive_rows.append(row | {'mean_draft': mean_draft})
     if against_transformers:
       transformers_rows.append({'batch': batch, 'tokens_per_second': per_second[-1],
                                 'differing': differing[-1]})
@@ -143,8 +140,9 @@ class _BareForwards:
     positions_Bi = p + jnp.broadcast_to(jnp.arange(self.k + 1), tokens_Bi.shape)
     caches = jax.tree.map(jnp.copy, decoder.caches(B, S))  # each a buffer of its own, since they are donated
     inputs = jax.block_until_ready((tokens_Bi, positions_Bi, caches))
+    program = self.engine.program(_bare_forwards, (*tokens_Bi.shape, S), ('caches',))
     start = time.perf_counter()
-    jax.block_until_ready(_compiled_forwards()(decoder, *inputs, np.int32(passes)))
+    jax.block_until_ready(program(decoder, *inputs, np.int32(passes)))
     return time.perf_counter() - start
 
 
@@ -155,11 +153,6 @@ def _bare_forwards(decoder, tokens_Bi, positions_Bi, caches, passes):
     return jnp.argmax(decoder.logits(forward.next_BiD), -1).astype(jnp.int32), caches
 
   return jax.lax.fori_loop(0, passes, forward, (tokens_Bi, caches))
-
-
-@functools.cache
-def _compiled_forwards():
-  return jax.jit(_bare_forwards, donate_argnames='caches', compiler_options=compiler_options())
 
 
 def _pass_seconds(lm: LanguageModel, group: list, k: int, options: dict) -> list[float]:

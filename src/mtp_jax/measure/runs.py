@@ -2,7 +2,7 @@
 import json
 import pathlib
 
-from mtp_jax.checkpoint.record import locate, steps
+from mtp_jax.checkpoint.record import CONFIG, locate, steps
 from mtp_jax.config import BadInput, Config, upgraded
 from mtp_jax.lm import LanguageModel, load
 from mtp_jax.measure.counts import counts
@@ -11,8 +11,6 @@ from mtp_jax.report.events import FILE as EVENTS
 from mtp_jax.report.events import read_events
 from mtp_jax.report.log import read_log
 from mtp_jax.report.page import Run, Sample
-
-CONFIG = 'config.json'
 
 
 def gather(path: str, prompt: str, max_tokens: int, temperature: float, seed: int) -> Run:

@@ -2,7 +2,7 @@
 import contextlib
 
 from mtp_jax.config import BadInput
-from mtp_jax.config.errors import os_reason
+from mtp_jax.config.errors import in_words
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def picture(path: str, width: float, height: float, columns: int = 1):
     yield axes
     figure.savefig(path, dpi=150)
   except OSError as error:
-    raise BadInput(f'--plot={path}: cannot be written ({os_reason(error)}); give another path') from None
+    raise BadInput(f'--plot={path}: cannot be written ({in_words(error)}); give another path') from None
   except ValueError as error:
     raise BadInput(f'--plot={path}: {error}') from None
   finally:

@@ -16,9 +16,9 @@ import jax
 
 from mtp_jax import chips
 from mtp_jax.checkpoint import store
-from mtp_jax.checkpoint.record import TOKENIZER
+from mtp_jax.checkpoint.record import CONFIG, TOKENIZER
 from mtp_jax.config import BadInput, Config, local_path
-from mtp_jax.config.errors import cannot, os_reason
+from mtp_jax.config.errors import cannot, in_words
 from mtp_jax.data.folder import Damaged, Folder, Unreadable
 from mtp_jax.data.progress import quiet
 from mtp_jax.data.rows import validation_batches
@@ -39,8 +39,6 @@ from mtp_jax.train.opening import Opened, only_run, open_run
 from mtp_jax.train.recording import Recorder, Step
 from mtp_jax.train.step import State, compiled_init, compiled_step, restore
 from mtp_jax.train.watch import watched
-
-CONFIG = 'config.json'
 
 __all__ = ['NotFinite', 'Outcome', 'fit']
 
@@ -138,7 +136,7 @@ def _writing(workdir: pathlib.Path) -> Iterator[None]:
   except OSError as error:
     if not error.errno:  # in words already
       raise
-    raise OSError(f'--workdir={workdir}: cannot write there ({os_reason(error)}); make room or give permission, and '
+    raise OSError(f'--workdir={workdir}: cannot write there ({in_words(error)}); make room or give permission, and '
                   'run the same command to resume') from error
 
 
