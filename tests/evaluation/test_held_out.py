@@ -82,8 +82,8 @@ def test_bits_per_byte_of_a_uniform_model_are_log2_of_its_vocabulary_times_token
 
 
 def test_devices_sum_their_counts_as_often_however_long_the_rows(folder):
-  """A sum over devices at every position would be slow; and devices of several processes could wait for ever, for XLA's
-  CPU runs a loop's sums and other collectives in an order that differs among devices.
+  """A sum over devices at every position would be slow. On CPUs it could also stop several processes for ever: XLA runs
+  the sums of a loop, and other collectives, in an order that differs among devices.
   """
   def summed_bytes(length: int) -> float:
     config = experiment(folder, mesh={'fsdp': 8}, objective={'chunk': length}, data={'length': length},

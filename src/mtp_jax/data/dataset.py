@@ -6,8 +6,8 @@ which Grain's filters leave, is no document.
 
 A dataset says what it is by its attribute `identity`, a str: while that, the tokenizer and
 validation_share stay, the set in config.data.cache is used again. Without one every document is
-read and tokenized again at each start, since nothing else tells whether the data are the same; what
-was written then decides.
+read and tokenized again at each start, since nothing else tells whether the data are the same. A
+resumed run is compared with its checkpoint by a digest of the tokens.
 """
 import contextlib
 import hashlib

@@ -23,7 +23,7 @@ SHAPE_MULTIPLE = 32  # prompts and caches are padded to a multiple of this
 PROGRAMS = 64  # each holds some 10 MB and 180 memory maps, of which a process may have 65,530
 PASSES_BETWEEN_READS = 8  # at first, and at most while text is streamed or searched for stop strings
 SECONDS_BETWEEN_READS = 0.25
-MEASURED_SECONDS = 0.04
+MEASURED_SECONDS = 0.04  # of passes in one measurement of their time
 UNLIMITED = np.int32(2**31 - 1)
 
 Stream = Callable[[int, list[int], str], None]  # of (row, new ids, new text)

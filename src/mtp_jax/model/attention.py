@@ -194,8 +194,8 @@ class Cache:
   reads up to its own.
 
   The key heads of all sequences are rows, R = B x G, so that attention is one matrix product a row,
-  and XLA writes new tokens in place, without a copy. Keys have slots last, as the product with few
-  queries wants them: a processor would turn all of them around in every pass.
+  and XLA writes new tokens in place, without a copy. Keys have slots last: with slots first,
+  XLA on a CPU would transpose all of them in every pass over several tokens.
   """
   k_RKS: jax.Array
   v_RSK: jax.Array
@@ -244,6 +244,6 @@ def write(old, new, positions, axis: int = 1):
   """
   rows = jnp.arange(positions.shape[0])[:, None]
   slots = jnp.where(positions < 0, old.shape[axis], positions)
-  if slots.size == 1:  # and one that is dropped: XLA's CPU makes a copy of `old` to write one entry, not to write two
+  if slots.size == 1:  # XLA on a CPU copies `old` to write a single entry: add one, which is dropped
     slots, new = jnp.pad(slots, ((0, 0), (0, 1)), constant_values=old.shape[axis]), jnp.repeat(new, 2, 1)
   return old.at[(rows, *[slice(None)] * (axis - 1), slots)].set(new, mode='drop')
