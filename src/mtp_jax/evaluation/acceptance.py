@@ -106,7 +106,7 @@ def drafts(c: ModelConfig, h_MBLD, w_VD, read: Read, allowed_V, chunk: int) -> D
   def verified(passed_lkB, shared_lkB) -> Verified:
     by_length = []
     for k in range(c.futures):
-      # Summed after the loop, because rows are on several devices: in it, these would wait for each other at every step.
+      # Summed after the loop: rows are on several devices, which would wait for each other at every step of it.
       first_k = (x_lkB[:, :k] for x_lkB in (inside_lkB, passed_lkB, shared_lkB))
       passes = _passes(counted_lB, begins_lB, *first_k)
       forwards, offered_k, accepted_k = jax.tree.map(lambda x: jnp.sum(x, (0, -1)), passes)
