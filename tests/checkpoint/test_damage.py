@@ -121,6 +121,21 @@ def test_a_save_that_cannot_begin_is_an_oserror_in_one_line_and_leaves_no_thread
   assert steps(workdir) == [5]
 
 
+def test_after_a_save_that_could_not_begin_the_next_one_is_written(tmp_path, monkeypatch):
+  """Orbax's own clean-up, of when the folder was opened, raises in every save of the same checkpointer."""
+  config = experiment(tmp_path)
+  state, writer = random_state(config), store.Writer(tmp_path / 'run', 3)
+
+  def refuse(*_, **__):
+    raise OSError(5, 'a disk', 'a/file')
+  monkeypatch.setattr(writer.checkpointer, 'save_checkpointables_async', refuse)
+  with pytest.raises(OSError, match='a/file: a disk'):
+    write(tmp_path / 'run', config, state, 4, writer=writer)
+  with contextlib.closing(writer):
+    write(tmp_path / 'run', config, state, 5, writer=writer)
+  assert steps(tmp_path / 'run') == [5]
+
+
 @pytest.mark.parametrize('break_folder', [fill, dangle])
 def test_a_folder_that_cannot_be_written_is_bad_input_before_training(tmp_path, break_folder):
   (tmp_path / FOLDER).mkdir()

@@ -124,6 +124,15 @@ def test_a_single_long_text_is_split_by_position_and_ids_stay_whole(mine, config
     dataset_once(config, BYTES)
 
 
+def test_beside_long_texts_a_document_of_ids_stays_whole_on_the_side_of_training(mine, config):
+  book, ids = '\n'.join(f'line {i} of a long book' for i in range(2000)), BYTES.encode('as ids ' * 100)
+  module = mine([])
+  module.made = grain.MapDataset.source([0, 1]).map(lambda i: (book, ids)[i])
+  prepared = dataset_once(config, BYTES)
+  assert [BYTES.bos, *ids, BYTES.eos] in documents_of(prepared.train)
+  assert prepared.validation.documents == 1 and prepared.train.documents == 2
+
+
 def test_shards_are_closed_when_they_are_full(mine, config, monkeypatch):
   monkeypatch.setattr('mtp_jax.data.dataset.SHARD_TOKENS', 300)
   mine(TEXTS, 'v1')

@@ -123,8 +123,8 @@ def test_a_row_does_not_depend_on_its_neighbours(trained, family):
 
 
 def passes(model, limit_B, draft: int):
-  """The states before and after each pass of a greedy generation, with the drafts as memory; every fourth pass drafts
-  nothing.
+  """The states before and after each pass of a greedy generation, with the drafts as memory; three passes in a row draft,
+  and the next three draft nothing.
   """
   parts, state = start(model, PROMPTS_Bp, LENGTHS_B, limit_B, draft=draft)
   drafts_Bk = drafts_of(parts, draft)
@@ -132,7 +132,7 @@ def passes(model, limit_B, draft: int):
       dataclasses.replace(state, memory=drafts_Bk(state), caches=None))
   states = [to_host(state)]
   while not state.done_B.all():
-    state = decode_passes(*parts, state, NEVER, np.int32(1), lengths=(draft if len(states) % 4 else 0,))
+    state = decode_passes(*parts, state, NEVER, np.int32(1), lengths=(draft if len(states) % 6 in (1, 2, 3) else 0,))
     states.append(to_host(state))
   return list(zip(states, states[1:]))
 
