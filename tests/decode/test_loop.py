@@ -123,8 +123,8 @@ def test_a_row_does_not_depend_on_its_neighbours(trained, family):
 
 
 def passes(model, limit_B, draft: int):
-  """The states before and after each pass of a greedy generation, with the drafts as memory; three passes in a row draft,
-  and the next three draft nothing.
+  """The states before and after each pass of a greedy generation, with the drafts as memory; in turn three passes
+  draft, and three do not.
   """
   parts, state = start(model, PROMPTS_Bp, LENGTHS_B, limit_B, draft=draft)
   drafts_Bk = drafts_of(parts, draft)
