@@ -28,6 +28,7 @@ FAMILIES = {
     'post_norm': {'kind': 'sequential'},
     'pre_norm': {'kind': 'sequential', 'hidden_input': 'pre_norm'},
     'shared': {'kind': 'sequential', 'share_modules': True},
+    'trunk': {'kind': 'sequential', 'module_input': 'trunk'},
 }
 
 # what a run of `experiment` trains: changes of its sections

@@ -36,7 +36,8 @@ def logprobs(model, ids) -> np.ndarray:
       x = np.concatenate([e, _norm(state, module.hidden_norm_D[...], c)], -1) @ module.join_CD[...]
       x = _block(c, module.block, x)
       states.append(_norm(x, module.out_norm_D[...], c))
-      state = states[-1] if c.hidden_input == 'post_norm' else x
+      if c.module_input == 'chain':
+        state = states[-1] if c.hidden_input == 'post_norm' else x
   table = w.embed_VD[...] if c.tie_embeddings else w.unembed_VD[...]
   logits = np.stack(states) @ table.T
   if c.logit_cap:

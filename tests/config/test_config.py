@@ -61,6 +61,8 @@ WRONG = {
                         "did you mean 'parallel'?"),
     'choice unlike any': ({'model': {'dtype': 'fp8'}}, "config.model.dtype='fp8'",
                           'valid names: float32, bfloat16'),
+    'module input': ({'model': {'module_input': 'trunc'}}, "config.model.module_input='trunc'",
+                     "did you mean 'trunk'?"),
     'schedule': ({'optimizer': {'schedule': 'cosin'}}, "config.optimizer.schedule='cosin'",
                  "did you mean 'cosine'?"),
     'zero layers': ({'model': {'layers': 0}}, 'config.model.layers=0', 'must be at least 1'),
@@ -230,9 +232,12 @@ def test_curricula_are_those_of_their_paper(futures, steps):
     ('sequential', (0, 0, 1, 0), [1, 2]),
     ('sequential', (1, 0, 0, 0), []),
     ('sequential', (1, 1, 1, 1), [1, 2, 3]),
+    ('trunk', (0, 1, 0, 1), [1, 3]),
+    ('trunk', (1, 0, 0, 0), []),
 ])
 def test_a_future_needs_its_head_and_in_a_chain_those_it_depends_on(kind, active, heads):
-  assert ModelConfig(kind=kind).heads_to_run(tuple(map(bool, active))) == heads
+  fields = {'kind': 'sequential', 'module_input': 'trunk'} if kind == 'trunk' else {'kind': kind}
+  assert ModelConfig(**fields).heads_to_run(tuple(map(bool, active))) == heads
 
 
 def test_the_defaults_are_valid():

@@ -39,9 +39,12 @@ def test_a_token_influences_exactly_the_predictions_it_should(tiny, random_model
 
   wanted = np.zeros((T, M, LENGTH), bool)
   for j, m, t in np.ndindex(*wanted.shape):
-    read = t + m if c.kind == 'sequential' else t
     counted = segments[t] == segments[t + 1 + m] != 0
-    wanted[j, m, t] = counted and segments[j] == segments[t] and (j <= read or j == t + 1 + m)
+    read = [*range(t + 1), t + 1 + m]
+    if c.kind == 'sequential':  # modules 1 to m, or module m alone, are given tokens at positions of this document
+      modules = [m] if c.module_input == 'trunk' else range(1, m + 1)
+      read += [s + k for k in modules for s in range(t + 1) if segments[s] == segments[t]]
+    wanted[j, m, t] = counted and segments[j] == segments[t] and j in read
   changed = np.moveaxis(np.abs(nats[:, :-1] - nats[:, -1:]), 1, 0)
   # rows of a batch may be rounded apart, by some 1e-6; the least influence here is 2e-4
   np.testing.assert_array_equal(changed > 3e-5, wanted)
@@ -89,7 +92,8 @@ def unrolled(model, batch):
       joined_BLD = e_BLD @ module.join_CD[:16] + h_BLD @ module.join_CD[16:]
       x_BLD, _ = module.block(joined_BLD, positions_BL, keys)
       states.append(norm(x_BLD, module.out_norm_D))
-      read = states[-1] if c.hidden_input == 'post_norm' else x_BLD
+      if c.module_input == 'chain':
+        read = states[-1] if c.hidden_input == 'post_norm' else x_BLD
   nats = []
   for m, h_BLD in enumerate(states):
     logp_BLV = jax.nn.log_softmax(h_BLD @ model.unembed_VD[...].T)
@@ -102,7 +106,7 @@ def unrolled(model, batch):
 RUNS = {'parallel': [{}, {'remat': 'none'}, {'remat': 'dots', 'head_batch': 2},
                      {'remat': 'attention,qkv,mlp', 'head_batch': 4}],
         'linear': [{}, {'head_batch': 2}], 'causal': [{}, {'remat': 'none'}], 'anticausal': [{}],
-        'post_norm': [{}, {'remat': 'none'}, {'remat': 'dots'}], 'pre_norm': [{}], 'shared': [{}]}
+        'post_norm': [{}, {'remat': 'none'}, {'remat': 'dots'}], 'pre_norm': [{}], 'shared': [{}], 'trunk': [{}]}
 
 
 def test_scans_equal_a_loop_however_much_is_recomputed_or_run_at_once(tiny, random_model, packed, variant, request,

@@ -92,7 +92,8 @@ def dense(model, read, coefficient_M, o: ObjectiveConfig):
 DENSE = {name: (name, {'tie_embeddings': True}) for name in FAMILIES} | {
     'parallel in pairs': ('parallel', {'head_batch': 2}),
     'linear all at once': ('linear', {'head_batch': 4}),
-    'sequential of one': ('post_norm', {'futures': 1})}
+    'sequential of one': ('post_norm', {'futures': 1}),
+    'a shared module of the trunk': ('trunk', {'share_modules': True, 'hidden_input': 'pre_norm'})}
 
 
 @pytest.mark.parametrize('family, changes', DENSE.values(), ids=DENSE)
@@ -134,6 +135,8 @@ SKIPPED = {
     'sequential, next token': (FAMILIES['pre_norm'], (1, 0, 0, 0), 3, 3),
     'sequential, not the next token': (FAMILIES['post_norm'], (0, 1, 0, 0), 2, 3),
     'shared': (FAMILIES['shared'], (0, 0.5, 1, 0), 1, 2),
+    'modules of the trunk': (FAMILIES['trunk'], (0.5, 0, 1, 0), 2, 2),
+    'shared modules of the trunk': (FAMILIES['trunk'] | FAMILIES['shared'], (0, 0.5, 0, 1), 1, 2),
     'shared, next token': (FAMILIES['shared'], (1, 0, 0, 0), 3, 3),
 }
 
@@ -213,7 +216,7 @@ MESHES = {'fsdp-tensor': MeshConfig(fsdp=4, tensor=2), 'data-fsdp-tensor': MeshC
           'fsdp-context': MeshConfig(fsdp=4, context=2)}
 ON_MESHES = [*((family, mesh) for family in ('parallel', 'post_norm') for mesh in MESHES), ('linear', 'fsdp-tensor'),
              ('causal', 'fsdp-context'),
-             ('anticausal', 'data-fsdp-tensor'), ('shared', 'fsdp-tensor'), ('all at once', 'fsdp-context')]
+             ('anticausal', 'data-fsdp-tensor'), ('shared', 'fsdp-tensor'), ('trunk', 'fsdp-context'), ('all at once', 'fsdp-context')]
 
 
 @pytest.mark.parametrize('family, sizes', ON_MESHES)

@@ -19,6 +19,7 @@ CHOICES = {
     'model.kind': ('parallel', 'linear', 'causal', 'anticausal', 'sequential'),
     'model.placement': ('matched', 'appended'),
     'model.hidden_input': ('post_norm', 'pre_norm'),
+    'model.module_input': ('chain', 'trunk'),
     'model.dtype': ('float32', 'bfloat16'),
     'data.packing': ('stream', 'best_fit'),
     'data.boundary': ('within', 'across'),
@@ -85,7 +86,7 @@ def _check_model(c) -> None:
   _require(c, 'model.share_modules', not m.share_modules or m.kind == 'sequential',
            f"{m.kind} futures have no modules to share; set config.model.kind='sequential'")
   _require_multiple(c, 'model.heads', 'model.kv_heads')
-  if m.independent:
+  if m.kind in ('parallel', 'linear'):
     _require_multiple(c, 'model.futures', 'model.head_batch')
   _require(c, 'model.logit_cap', m.logit_cap >= 0, 'must be positive, or 0 for none')
 

@@ -50,6 +50,9 @@ class ModelConfig:
   hidden_input: str = _field(
       'post_norm', 'sequential: a module reads the previous state after its norm (post_norm) or '
                    'before it (pre_norm)')
+  module_input: str = _field(
+      'chain', "sequential: what the second and later modules read besides a token: the previous module's state "
+               '(chain: DeepSeek-V3), or the state of the trunk, as the first does (trunk: MiMo)')
   head_batch: int = _field(
       1, 'parallel, linear: heads computed at once, forward and backward; must divide M. More fill a chip '
          'that one head leaves idle, and keep more in memory: 564, 806 and 1,244 MiB of temporary memory '
@@ -88,7 +91,7 @@ class ModelConfig:
   @property
   def independent(self) -> bool:
     """Whether every future reads the trunk; else it reads its neighbour in a chain."""
-    return self.kind in ('parallel', 'linear')
+    return self.kind in ('parallel', 'linear') or self.kind == 'sequential' and self.module_input == 'trunk'
 
   def heads_to_run(self, active: tuple[bool, ...]) -> list[int]:
     """Active heads and, in a chain, those they depend on."""
@@ -100,9 +103,10 @@ class ModelConfig:
     return list(range(self.first_own_head, heads[-1] + 1))
 
   def heads_at_a_time(self, active: tuple[bool, ...]) -> int:
-    """The largest number up to head_batch that divides the number of independent heads to run; in a chain 1."""
+    """The largest number up to head_batch that divides the number of heads to run; 1 for chains and modules."""
     heads = len(self.heads_to_run(active))
-    return max(g for g in range(1, self.head_batch + 1) if heads % g == 0) if self.independent else 1
+    batched = self.kind in ('parallel', 'linear')
+    return max(g for g in range(1, self.head_batch + 1) if heads % g == 0) if batched else 1
 
   @property
   def trunk_layers(self) -> int:

@@ -129,7 +129,8 @@ class HeadChain:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SequentialModules:
-  """Memory: (the state of every position, which the first module reads; the modules' caches).
+  """Memory: (the state of every position, which the first module reads, or with module_input='trunk' all
+  modules; their caches).
 
   Module m's state at position t depends on token t+m, so a pass leaves final states at all but the
   last `depth` positions. Those and the new ones are computed again in the next pass: a window of w
@@ -172,7 +173,8 @@ def _run_module(decoder: Decoder, m: int, tokens_BS, h_BwD, positions_Bw, cache)
   """Module m at these positions: (what the next module reads, its normed state, its cache)."""
   embedding_BwD = decoder.embed(_at(tokens_BS, positions_Bw + m))
   raw_BwD, normed_BwD, cache = decoder.head(m)(embedding_BwD, h_BwD, positions_Bw, cache)
-  return normed_BwD if decoder.config.hidden_input == 'post_norm' else raw_BwD, normed_BwD, cache
+  next_BwD = normed_BwD if decoder.config.hidden_input == 'post_norm' else raw_BwD
+  return h_BwD if decoder.config.independent else next_BwD, normed_BwD, cache
 
 
 def _first(distributions: list, k: int):

@@ -155,7 +155,7 @@ def ways_to_run(config: Config) -> dict[str, dict]:
   ways |= {f'accumulation {n}': {'accumulate': n} for n in (2, 4)}
   ways |= {f'mesh {text}': {'sizes': sizes} for text, sizes in MESHES.items()}
   ways |= {f'remat {remat}': {'remat': remat} for remat in ('dots', 'full')}
-  if config.model.independent and M > 1:
+  if config.model.kind in ('parallel', 'linear') and M > 1:
     ways[f'head_batch {M}'] = {'head_batch': M}
   return ways
 
@@ -194,13 +194,15 @@ def influence(config: Config, read=Read.of) -> tuple[np.ndarray, np.ndarray]:
   model, batch = random_model(config), jax.tree.map(jnp.int32, batch)
   nats_MBL = np.asarray(jax.jit(lambda model, batch: nats(model, read(batch, c.futures)))(model, batch))
   reached = np.moveaxis(nats_MBL[:, :T] != nats_MBL[:, T:], 1, 0)
-  segments = np.asarray(batch['segments'][0])
+  segments, positions = (np.asarray(batch[key][0]) for key in ('segments', 'positions'))
   allowed = np.zeros_like(reached)
   for j, m, t in np.ndindex(*allowed.shape):
     target = t + 1 + m
-    last_given = t + m if c.kind == 'sequential' else t
+    given = t < j <= t + m and c.kind == 'sequential'
+    if c.independent:  # by this module alone, to positions of this document: to the first one token m of it
+      given = given and positions[j] >= m
     in_document = segments[t] == segments[target] == segments[j] != 0
-    allowed[j, m, t] = in_document and (j <= last_given or j == target)
+    allowed[j, m, t] = in_document and (j <= t or given or j == target)
   return reached, allowed
 
 

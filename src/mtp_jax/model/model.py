@@ -17,6 +17,7 @@ in between,
     h^0   = norm(z)
     h^k_t = norm_k(block_k(join_k [norm_e(embed(token_{t+k})) ; norm_h(h^{k-1}_t)])),  k = 1..M-1
 
+With module_input='trunk' every module reads h^0_t instead of h^{k-1}_t (MiMo): there is no chain.
 A model of one future is the plain decoder, of whatever kind. There is no loss and no sampling here.
 """
 import dataclasses
@@ -110,8 +111,8 @@ class Futures:
     return h_BLD if self.config.hidden_input == 'post_norm' else z_BLD, h_BLD
 
   def run_head(self, head, state_BLD, given_BL, positions_BL, keys):
-    """One future: (the state that the next head reads, the normed state that the unembedding
-    reads).
+    """One future: (the state that the next head reads, which is its own where all read the trunk; the
+    normed state that the unembedding reads).
 
     Args:
       given_BL: the token that a sequential module is given at each position; not read by other
@@ -120,9 +121,11 @@ class Futures:
     c = self.config
     if c.kind == 'sequential':
       raw_BLD, h_BLD, _ = head(lookup(self.embed_VD, given_BL, c.dtype), state_BLD, positions_BL, keys)
-      return h_BLD if c.hidden_input == 'post_norm' else raw_BLD, h_BLD
-    x_BLD, _ = head(state_BLD, positions_BL, keys)
-    return state_BLD if c.independent else x_BLD, self.norm(x_BLD)
+      next_BLD = h_BLD if c.hidden_input == 'post_norm' else raw_BLD
+    else:
+      next_BLD, _ = head(state_BLD, positions_BL, keys)
+      h_BLD = self.norm(next_BLD)
+    return state_BLD if c.independent else next_BLD, h_BLD
 
   def stacked(self, futures: list[int]):
     """The heads of these futures, stacked; None where all share one."""
@@ -154,7 +157,7 @@ class Futures:
     """
     if self.config.kind != 'sequential':
       return None
-    return targets_MBL[futures[0] - 1:futures[-1]]
+    return jnp.stack([targets_MBL[m - 1] for m in futures])
 
   def map(self, f, xs, z_BLD, targets_MBL, positions_BL, keys, futures: int | None = None):
     """f(h_BLD, x) of every future, stacked over M: one head after the other, in the order of the
@@ -248,4 +251,5 @@ def conventions(c: ModelConfig) -> dict:
       'rotary': 'half-split',
       'tie_embeddings': c.tie_embeddings,
       **({'logit_cap': c.logit_cap} if c.logit_cap else {}),
+      **({'module_input': 'trunk'} if sequential and c.independent else {}),
   }
