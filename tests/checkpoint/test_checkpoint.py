@@ -208,7 +208,8 @@ def test_a_damaged_record_is_refused(eight, tmp_path, damage):
 
 
 @pytest.mark.parametrize('change', [
-    {'target': 'future m predicts token t+m'}, {'module_input': 'trunk'}, {'rotary': None}, {'new in a later version': 1}],
+    {'target': 'future m predicts token t+m'}, {'module_input': 'trunk'}, {'rotary': None},
+    {'new in a later version': 1}],
     ids=str)
 def test_contradicting_conventions_are_refused(tmp_path, change):
   config = experiment(tmp_path)

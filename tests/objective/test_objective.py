@@ -216,7 +216,8 @@ MESHES = {'fsdp-tensor': MeshConfig(fsdp=4, tensor=2), 'data-fsdp-tensor': MeshC
           'fsdp-context': MeshConfig(fsdp=4, context=2)}
 ON_MESHES = [*((family, mesh) for family in ('parallel', 'post_norm') for mesh in MESHES), ('linear', 'fsdp-tensor'),
              ('causal', 'fsdp-context'),
-             ('anticausal', 'data-fsdp-tensor'), ('shared', 'fsdp-tensor'), ('trunk', 'fsdp-context'), ('all at once', 'fsdp-context')]
+             ('anticausal', 'data-fsdp-tensor'), ('shared', 'fsdp-tensor'),
+             ('trunk', 'fsdp-context'), ('all at once', 'fsdp-context')]
 
 
 @pytest.mark.parametrize('family, sizes', ON_MESHES)
