@@ -31,8 +31,9 @@ from mtp_jax.data.folder import Folder
 from mtp_jax.data.shards import Shard, ShardWriter, Stream
 from mtp_jax.model.model import Model
 
-# a shell has it ignored by what runs in the background, and by all that starts
+# a shell has the one ignored by what runs in the background, nohup the other, and by all that these start
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -29,6 +29,8 @@ FAMILIES = {
     'pre_norm': {'kind': 'sequential', 'hidden_input': 'pre_norm'},
     'shared': {'kind': 'sequential', 'share_modules': True},
     'trunk': {'kind': 'sequential', 'module_input': 'trunk'},
+    'experts': {'kind': 'sequential', 'experts': 6, 'experts_per_token': 2, 'expert_width': 10,
+                'shared_experts': 2},
 }
 
 # what a run of `experiment` trains: changes of its sections

@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mtp_jax.config import BadInput, Config, MeshConfig, nearest
-from mtp_jax.sharding import AXES, out, place, spec
+from mtp_jax.sharding import AXES, RULES, out, place, spec
 
 
 def make_mesh(sizes: MeshConfig, devices=None) -> jax.sharding.Mesh:
@@ -71,10 +71,12 @@ def mesh_of_model(config: Config, sizes: Mapping[str, int] | None = None) -> jax
     raise BadInput(f'mesh={sizes!r}: {example}')
   c = config.model
   divided = {'fsdp': {'model.width': c.width}, 'context': {'data.length': config.data.length},
-             'tensor': {f'model.{name}': getattr(c, name) for name in ('heads', 'kv_heads', 'feed_forward', 'vocab')}}
+             'tensor': {f'model.{name}': getattr(c, name) for name in ('heads', 'kv_heads', 'feed_forward', 'vocab')},
+             'expert': {'model.width': c.width, 'model.experts': c.experts}}
+  named = AXES if c.experts else tuple(axis for axis in AXES if axis != 'expert')
   for axis, size in sizes.items():
-    if axis not in ('data', 'fsdp', 'context', 'tensor'):
-      raise BadInput(f'mesh={sizes!r}: no axis {axis!r}; {nearest(str(axis), ("data", "fsdp", "context", "tensor"))}')
+    if axis not in named:
+      raise BadInput(f'mesh={sizes!r}: no axis {axis!r}; {nearest(str(axis), named)}')
     if type(size) is not int or size < 1:
       raise BadInput(f'mesh={sizes!r}: {axis} must be a whole number from 1 on; {example}')
     for field, length in divided.get(axis, {}).items():
@@ -86,6 +88,11 @@ def mesh_of_model(config: Config, sizes: Mapping[str, int] | None = None) -> jax
   return make_mesh(MeshConfig(**sizes))
 
 
+def row_parts(mesh: jax.sharding.Mesh) -> int:
+  """How many devices, or groups of them, hold different rows of a batch."""
+  return math.prod(mesh.shape[axis] for axis in RULES['B'])
+
+
 def process_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
   """(index, count): which of `count` equal shares of a batch this process reads.
 
@@ -94,13 +101,13 @@ def process_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
   Raises:
     BadInput: the rows of two processes overlap, but are not the same.
   """
-  row_groups = mesh.shape['data'] * mesh.shape['fsdp']
+  row_groups = row_parts(mesh)
   rows_of_process = {}
   for device, (rows,) in NamedSharding(mesh, spec('B')).devices_indices_map((row_groups,)).items():
     rows_of_process.setdefault(device.process_index, set()).update(range(*rows.indices(row_groups)))
   shares = sorted({tuple(sorted(rows)) for rows in rows_of_process.values()})
   if sum(map(len, shares)) != row_groups or len(set(map(len, shares))) > 1:
-    raise BadInput(f'config.mesh: data x fsdp = {row_groups} cannot be divided among {len(rows_of_process)} '
+    raise BadInput(f'config.mesh: data x fsdp x expert = {row_groups} cannot be divided among {len(rows_of_process)} '
                    'processes; make it a multiple of them, or 1')
   return shares.index(tuple(sorted(rows_of_process[jax.process_index()]))), len(shares)
 
@@ -149,7 +156,7 @@ def _reordered(x_BL, order_L):
 def token_shards() -> int:
   """P: how many devices hold different tokens."""
   mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else mesh.shape['data'] * mesh.shape['fsdp'] * mesh.shape['context']
+  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES['P'])
 
 
 def by_device(x_BL):
@@ -185,13 +192,14 @@ def sum_over_devices(x_PDV, letters: str):
   """[P, ...] -> [...]: the sum over P, of which each device keeps the part that the letters give
   it; one reduce-scatter.
 
-  The first letter is the one over fsdp: if another dimension is scattered, XLA sums up the whole on
+  The first letter is D: if another dimension is scattered, XLA sums up the whole on
   every device first.
   """
   if token_shards() == 1:
     return place(x_PDV[0], letters)
 
   def on_device(x_1DV):
-    return jax.lax.psum(jax.lax.psum_scatter(x_1DV[0], 'fsdp', tiled=True), ('data', 'context'))
+    others = tuple(axis for axis in RULES['P'] if axis not in RULES['D'])
+    return jax.lax.psum(jax.lax.psum_scatter(x_1DV[0], RULES['D'], tiled=True), others)
 
   return jax.shard_map(on_device, in_specs=spec('P' + letters), out_specs=spec(letters), check_vma=False)(x_PDV)

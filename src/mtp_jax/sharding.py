@@ -3,14 +3,17 @@
 Upper case, each the name of one axis, and where RULES say so sharded:
 
     B batch rows  L length (queries)  S keys, or slots of a cache  D width  C two states side by side, 2D
-    H query heads  G key heads  K width of a head  F feed-forward  V vocabulary  E experts
+    H query heads  G key heads  K width of a head  F feed-forward  V vocabulary
+    E experts  W width of an expert's feed-forward
     N trunk layers, stacked  M futures, stacked  T tokens of a whole row, L + M
     P devices that hold different tokens  Q queries of a key head, L x r  R rows of a cache, B x G
 
 Lower case, never sharded:
 
     d l  width and length, whole on every device
-    g  futures that run at once  n  steps of a loop: groups of futures, or chunks  t  tokens of a chunk
+    g  futures that run at once  n  steps of a loop: groups of futures, or chunks
+    t  tokens of a chunk, or of a device  j  experts of a token  a  rows of experts, t x j or e x c
+    b  rows of a tile  e  devices that hold different experts  c  rows that one sends to another at once
     r  query heads that share a key head  h  heads of either kind  x  any further axes
     p  tokens of a prompt  i  tokens that a decoder reads at once  k  drafts
     w  positions that a module runs again
@@ -29,13 +32,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'context', 'tensor', 'expert')
 RULES = {
-    'B': ('data', 'fsdp'), 'L': ('context',), 'Q': ('context',), 'D': ('fsdp',), 'C': ('fsdp',),
-    'H': ('tensor',), 'G': ('tensor',), 'F': ('tensor',), 'V': ('tensor',),
-    'E': ('expert',), 'P': ('data', 'fsdp', 'context')}
+    'B': ('data', 'fsdp', 'expert'), 'L': ('context',), 'Q': ('context',),
+    'D': ('fsdp', 'expert'), 'C': ('fsdp', 'expert'),
+    'H': ('tensor',), 'G': ('tensor',), 'F': ('tensor',), 'W': ('tensor',), 'V': ('tensor',),
+    'E': ('expert',), 'P': ('data', 'fsdp', 'expert', 'context')}
 
 
 def spec(letters: str) -> PartitionSpec:
-  """'DHK' -> P('fsdp', 'tensor', None): the first letter to ask for a mesh axis gets it; lower-case
+  """'DHK' -> P(('fsdp', 'expert'), 'tensor', None): the first letter to ask for a mesh axis gets it; lower-case
   letters ask for none.
   """
   taken, dims = set(), []
@@ -120,8 +124,9 @@ def lookup(table_VD, ids_BL, dtype):
   if jax.sharding.get_abstract_mesh().empty:
     return table_VD[ids_BL].astype(dtype)
   rows, length, _ = spec('BLD')
-  whole = PartitionSpec(tuple(axis for axis in rows if axis != 'fsdp'), length)
-  x_BLD = table_VD.at[jax.sharding.reshard(ids_BL, whole)].get(out_sharding=PartitionSpec(*whole, 'fsdp'))
+  width = RULES['D']
+  whole = PartitionSpec(tuple(axis for axis in rows if axis not in width), length)
+  x_BLD = table_VD.at[jax.sharding.reshard(ids_BL, whole)].get(out_sharding=PartitionSpec(*whole, width))
   return place(x_BLD.astype(dtype), 'BLD')
 
 

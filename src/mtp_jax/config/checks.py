@@ -10,7 +10,8 @@ from mtp_jax.config.weights import Segment, parse_weight
 
 AT_LEAST_1 = (
     'model.vocab', 'model.width', 'model.layers', 'model.heads', 'model.kv_heads',
-    'model.head_width', 'model.feed_forward', 'model.futures', 'model.head_batch',
+    'model.head_width', 'model.feed_forward', 'model.experts_per_token', 'model.expert_width',
+    'model.expert_groups', 'model.groups_per_token', 'model.futures', 'model.head_batch',
     'objective.chunk', 'data.length', 'train.steps', 'train.batch', 'train.accumulate',
     'train.log_every', 'train.evaluate_rows', 'train.checkpoint_every', 'train.checkpoints_kept',
     'train.skipped_allowed', 'train.heartbeat_seconds',
@@ -20,6 +21,7 @@ CHOICES = {
     'model.placement': ('matched', 'appended'),
     'model.hidden_input': ('post_norm', 'pre_norm'),
     'model.module_input': ('chain', 'trunk'),
+    'model.router': ('sigmoid', 'softmax'),
     'model.dtype': ('float32', 'bfloat16'),
     'data.packing': ('stream', 'best_fit'),
     'data.boundary': ('within', 'across'),
@@ -36,6 +38,7 @@ def check(config) -> None:
   """Raises BadInput for the first rule that a `Config` breaks."""
   _check_values(config)
   _check_model(config)
+  _check_experts(config)
   _check_objective(config)
   _check_data(config)
   _check_train(config)
@@ -91,24 +94,46 @@ def _check_model(c) -> None:
   _require(c, 'model.logit_cap', m.logit_cap >= 0, 'must be positive, or 0 for none')
 
 
+def _check_experts(c) -> None:
+  m = c.model
+  for field in ('experts', 'shared_experts', 'dense_layers'):
+    _require(c, f'model.{field}', getattr(m, field) >= 0, 'must not be negative')
+  _require(c, 'model.expert_scale', m.expert_scale > 0, 'must be positive')
+  if not m.experts:
+    return
+  _require_multiple(c, 'model.experts', 'model.expert_groups')
+  _require(c, 'model.groups_per_token', m.groups_per_token <= m.expert_groups,
+           f'must be at most config.model.expert_groups={m.expert_groups}')
+  within = m.experts // m.expert_groups * m.groups_per_token
+  _require(c, 'model.experts_per_token', m.experts_per_token <= within,
+           f'must be at most {within}, the experts in the groups that a token may go to')
+  _require(c, 'model.dense_layers', m.dense_layers < m.trunk_layers or m.experts_in_futures,
+           f'leaves no block with experts: the trunk has {m.trunk_layers} blocks')
+  _require(c, 'objective.balance_loss', c.objective.balance_loss >= 0, 'must not be negative')
+
+
 def _check_objective(c) -> None:
   o, M = c.objective, c.model.futures
   _require(c, 'objective.weights', 1 <= len(o.weights) <= M,
            f'needs 1 to {M} numbers, one per future; the last one repeats')
   segments = []
   for weight in o.weights:
-    try:
-      first, changes = parse_weight(weight)
-    except ValueError as error:
-      fix = f"{error}; write a number, or such as '0.3 step 0.676 0.1' or '0 linear 0:0.5 1'"
-      raise BadInput(f'config.objective.weights={o.weights!r}: {fix}') from None
-    segments += changes
-    ok = all(math.isfinite(value) and value >= 0
-             for value in (first, *(change.goal for change in changes)))
-    _require(c, 'objective.weights', ok, 'must be finite and not negative')
+    segments += _path(c, 'objective.weights', weight)
+  _path(c, 'objective.balance_rate', o.balance_rate)
   ok = all(any(o.weights_M(M, fraction)) for fraction in _turning_points(segments))
   _require(c, 'objective.weights', ok, 'must not all be 0 at once')
   _require(c, 'objective.z_loss', o.z_loss >= 0, 'must not be negative')
+
+
+def _path(c, field: str, path: float | str) -> list[Segment]:
+  """How a number changes over training. Raises BadInput unless it is well written, finite and not negative."""
+  try:
+    first, changes = parse_weight(path)
+  except ValueError as error:
+    _require(c, field, False, f"{error}; write a number, or such as '0.3 step 0.676 0.1' or '0 linear 0:0.5 1'")
+  ok = all(math.isfinite(value) and value >= 0 for value in (first, *(change.goal for change in changes)))
+  _require(c, field, ok, 'must be finite and not negative')
+  return changes
 
 
 def _turning_points(segments: list[Segment]) -> list[float]:
@@ -168,16 +193,21 @@ def _check_optimizer(c) -> None:
 
 def _check_mesh(c) -> None:
   t, x = c.train, c.mesh
-  _require(c, 'mesh.expert', x.expert == 1, 'must be 1, this model has no experts')
+  _require(c, 'mesh.expert', x.expert == 1 or c.model.experts, 'this model has no experts; use config.mesh.fsdp')
   _require_multiple(c, 'train.batch', 'train.accumulate')
-  rows = x.data * x.fsdp
+  rows = x.data * x.fsdp * x.expert
   rows_per_step = rows * t.accumulate
+  product = 'data x fsdp x expert' if x.expert > 1 else 'data x fsdp'
   _require(c, 'train.batch', t.batch % rows_per_step == 0,
-           f'a microbatch must be a multiple of data x fsdp = {rows} rows, '
+           f'a microbatch must be a multiple of {product} = {rows} rows, '
            f'such as {-(-t.batch // rows_per_step) * rows_per_step} in all')
-  _require(c, 'train.evaluate_rows', t.evaluate_rows % rows == 0,
-           f'must be a multiple of data x fsdp = {rows}')
+  _require(c, 'train.evaluate_rows', t.evaluate_rows % rows == 0, f'must be a multiple of {product} = {rows}')
   _require_multiple(c, 'data.length', 'mesh.context')
   _require_multiple(c, 'model.width', 'mesh.fsdp')
+  parts = x.fsdp * x.expert
+  _require(c, 'model.width', c.model.width % parts == 0, f'must be a multiple of fsdp x expert = {parts}')
   for field in ('heads', 'kv_heads', 'feed_forward', 'vocab'):
     _require_multiple(c, f'model.{field}', 'mesh.tensor')
+  if c.model.experts:
+    _require_multiple(c, 'model.expert_width', 'mesh.tensor')
+    _require_multiple(c, 'model.experts', 'mesh.expert')

@@ -38,6 +38,17 @@ class ModelConfig:
   kv_heads: int = _field(2, 'G: key and value heads; H/G query heads share each')
   head_width: int = _field(32, 'K: width of one attention head; even')
   feed_forward: int = _field(352, 'F: hidden width of SwiGLU')
+  experts: int = _field(0, 'E: routed experts of a block; 0: every feed-forward is dense')
+  experts_per_token: int = _field(2, 'routed experts that each token goes to')
+  shared_experts: int = _field(1, 'experts that every token goes to')
+  expert_width: int = _field(128, 'W: hidden width of an expert')
+  dense_layers: int = _field(1, 'first blocks of the trunk whose feed-forward stays dense, beside experts')
+  future_experts: bool = _field(True, "whether the futures' blocks have experts as well")
+  router: str = _field(
+      'sigmoid', 'affinity of a token and an expert: sigmoid (DeepSeek-V3), or softmax over the experts')
+  expert_groups: int = _field(1, 'groups of experts, such as those of one node')
+  groups_per_token: int = _field(1, 'groups of experts that a token may go to')
+  expert_scale: float = _field(1.0, 'factor of the sum over the routed experts')
   futures: int = _field(4, 'M: predictions at each position; 1 is the plain language model')
   kind: str = _field(
       'parallel', 'parallel or linear: independent heads; causal or anticausal: chains of heads '
@@ -69,6 +80,21 @@ class ModelConfig:
   remat: str = _field(
       'full', 'what the backward pass of a block recomputes: none, full, dots (all but matmuls), '
               'or all but the parts named, with commas: attention, qkv, mlp')
+
+  @property
+  def dense_trunk_layers(self) -> int:
+    """Blocks of the trunk whose feed-forward is dense, the first ones."""
+    return min(self.dense_layers, self.trunk_layers) if self.experts else self.trunk_layers
+
+  @property
+  def expert_trunk_layers(self) -> int:
+    """Blocks of the trunk that have experts, after the dense ones."""
+    return self.trunk_layers - self.dense_trunk_layers
+
+  @property
+  def experts_in_futures(self) -> bool:
+    """Whether the futures' blocks have experts."""
+    return bool(self.experts) and self.future_experts and self.kind != 'linear'
 
   @property
   def own_heads(self) -> int:
@@ -131,6 +157,11 @@ class ObjectiveConfig:
       (1.0,), "weight of each future in the loss, a number or such as '0.3 step 0.676 0.1'; the "
               "last one repeats")
   chunk: int = _field(1024, 'positions per device whose logits exist at once')
+  balance_rate: float | str = _field(
+      0.001, "how far the biases of experts move after each step towards an even load, a number or such as "
+             "'0.001 step 0.966 0'")
+  balance_loss: float = _field(
+      0.0001, 'weight of the loss that balances the experts within each row; it is in no metric')
   z_loss: float = _field(
       0.0, 'weight of the squared log-partition function in the loss (PaLM: 1e-4)')
 
@@ -138,6 +169,10 @@ class ObjectiveConfig:
     """The weight of each future when this fraction of training is done."""
     weights = (self.weights + self.weights[-1:] * futures)[:futures]
     return tuple(weight_at(weight, fraction) for weight in weights)
+
+  def balance_rate_at(self, fraction: float) -> float:
+    """balance_rate when this fraction of training is done."""
+    return weight_at(self.balance_rate, fraction)
 
   def active(self, futures: int, fraction: float = 0.0) -> tuple[bool, ...]:
     """Which futures have a weight above 0 when this fraction of training is done."""
@@ -227,7 +262,7 @@ class MeshConfig:
   fsdp: int = _field(1, 'splits the batch, parameters and moments')
   context: int = _field(1, 'splits the length')
   tensor: int = _field(1, 'splits heads, feed-forward and vocabulary')
-  expert: int = _field(1, 'splits experts; must be 1')
+  expert: int = _field(1, 'splits experts, and like fsdp the batch, all other parameters and moments')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -147,7 +147,7 @@ def arranged(model: Model, vocabulary: int, mesh: jax.sharding.Mesh | None = Non
     return tuple(map(layer, range(n)))
 
   return Decoder(
-      layers=unstacked(model.trunk, c.trunk_layers),
+      layers=sum((unstacked(blocks, len(blocks.attention_norm_D)) for blocks in model.stacks), ()),
       heads=unstacked(readout.heads, c.own_heads),
       final_norm_D=readout.final_norm_D,
       embed_VD=model.embed_VD[...].astype(c.dtype),

@@ -2,7 +2,7 @@
 
 A model that does not fit one device is decoded from where training holds it:
 
-    matrices    as their letters say: D over fsdp; H, G, F and V over tensor. A product over a sharded
+    matrices    as their letters say: D over fsdp and expert, E over expert; H, G, F and V over tensor. A product over a sharded
                 width is summed over devices, so a pass moves activations between devices, no weights
     caches      rows over data, fsdp and context, key heads over tensor; an axis that does not divide
                 the rows divides the key heads, or else the devices along it hold the same
@@ -16,13 +16,14 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.model.attention import Cache
-from mtp_jax.sharding import letters, spec
+from mtp_jax.sharding import RULES, letters, spec
 
-ROW_AXES = 'data', 'fsdp', 'context'
+ROW_AXES = RULES['P']
 
 
 def decoding_mesh(mesh: Mesh) -> Mesh | None:
@@ -142,8 +143,10 @@ def place(state, mesh: Mesh | None):
 
 def fitting(named: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
   """`spec`, without the axes that do not divide their dimension, such as 259 ids by 2."""
-  fits = lambda axis, size: axis is not None and size % mesh.shape[axis] == 0
-  return PartitionSpec(*(axis if fits(axis, size) else None for axis, size in zip(spec(named), shape)))
+  def fits(axes, size: int) -> bool:
+    return axes is not None and size % math.prod(mesh.shape[axis] for axis in np.ravel(axes)) == 0
+
+  return PartitionSpec(*(axes if fits(axes, size) else None for axes, size in zip(spec(named), shape)))
 
 
 def _dividing(size: int, axes: Sequence[str], mesh: Mesh) -> tuple[str, ...]:

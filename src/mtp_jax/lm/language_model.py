@@ -37,7 +37,7 @@ from mtp_jax.evaluation.breakdown import breakdown
 from mtp_jax.evaluation.groups import groupings
 from mtp_jax.evaluation.held_out import evaluate
 from mtp_jax.evaluation.scoring import Score, score
-from mtp_jax.mesh import process_share
+from mtp_jax.mesh import process_share, row_parts
 from mtp_jax.model.model import Model
 from mtp_jax.report.display import Count, Meter, print_stderr
 from mtp_jax.tokenizer import Tokenizer, byte_lengths, decodable
@@ -311,7 +311,7 @@ class LanguageModel:
 
   def _evaluation_batch(self, rows: int) -> int:
     """Rows of a batch: config.train.evaluate_rows, or as few as hold so many rows on this mesh."""
-    groups = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+    groups = row_parts(self.mesh)
     most = max(1, self.config.train.evaluate_rows // groups)
     return groups * min(most, batch_size(-(-max(1, rows) // groups)))
 

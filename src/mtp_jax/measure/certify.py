@@ -38,6 +38,11 @@ MESHES = {
     'data 2 x fsdp 2 x tensor 2': MeshConfig(data=2, fsdp=2, tensor=2),
     'context 2 x fsdp 4': MeshConfig(context=2, fsdp=4),
 }
+EXPERT_MESHES = {
+    'expert 8': MeshConfig(expert=8),
+    'expert 4 x fsdp 2': MeshConfig(expert=4, fsdp=2),
+    'expert 2 x context 2 x tensor 2': MeshConfig(expert=2, context=2, tensor=2),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +74,14 @@ def certify(config: Config) -> Iterator[Finding]:
 def small(config: Config) -> Config:
   """The twin."""
   m = config.model
+  experts = {}
+  if m.experts:
+    groups = 2 if m.groups_per_token < m.expert_groups else 1
+    experts = {'experts': 8, 'experts_per_token': min(3, m.experts_per_token), 'expert_width': 16,
+               'shared_experts': min(2, m.shared_experts), 'dense_layers': min(1, m.dense_layers),
+               'expert_groups': groups, 'groups_per_token': 1}
   model = dataclasses.replace(
-      m, vocab=48, width=32, heads=4, kv_heads=4 if m.kv_heads == m.heads else 2, head_width=8, feed_forward=48,
+      m, **experts, vocab=48, width=32, heads=4, kv_heads=4 if m.kv_heads == m.heads else 2, head_width=8, feed_forward=48,
       layers=m.layers - m.trunk_layers + 2, dtype='float32', remat='none', head_batch=1)
   weights = config.objective.weights_M(m.futures, 0.5)
   trained = tuple(weight or 0.1 for weight in weights)  # a future that is skipped at times is checked as well
@@ -153,7 +164,8 @@ def ways_to_run(config: Config) -> dict[str, dict]:
   M = config.model.futures
   ways = {'dense objective': {'loss': objective.dense}}
   ways |= {f'accumulation {n}': {'accumulate': n} for n in (2, 4)}
-  ways |= {f'mesh {text}': {'sizes': sizes} for text, sizes in MESHES.items()}
+  meshes = MESHES | (EXPERT_MESHES if config.model.experts else {})
+  ways |= {f'mesh {text}': {'sizes': sizes} for text, sizes in meshes.items()}
   ways |= {f'remat {remat}': {'remat': remat} for remat in ('dots', 'full')}
   if config.model.kind in ('parallel', 'linear') and M > 1:
     ways[f'head_batch {M}'] = {'head_batch': M}

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from mtp_jax.model.grouped import times_in_name
 from mtp_jax.measure.hlo import (
     Computation,
     Instruction,
@@ -136,7 +137,11 @@ class _Module:
       yield 1, (self._moved(line, lines), {})
 
   def _times(self, loop: Instruction) -> int:
-    """How often a loop runs: as XLA notes it, or the number with which its counter is compared."""
+    """How often a loop runs: as XLA notes it, or the number with which its counter is compared, or, where that
+    depends on the load of experts, as expected."""
+    named = re.search(r'op_name="([^"]*)/while"', loop.rest)
+    if named and times_in_name(named.group(1)):
+      return times_in_name(named.group(1))
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
     if known:
       return int(known.group(1))

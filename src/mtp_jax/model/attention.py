@@ -99,11 +99,13 @@ class Documents:
     segments_BL: int32, the number of each token's document in its row, 0 for padding; the mask is
       made from it.
     k_BSGK, v_BSGK: keys and values, once written.
+    balance: weight of a row in the loss that balances experts, read by no attention.
   """
   mask_BLS: jax.Array
   segments_BL: jax.Array
   k_BSGK: jax.Array | None = None
   v_BSGK: jax.Array | None = None
+  balance: float = dataclasses.field(default=0.0, metadata={'static': True})
   slots = None  # positions have no bound
 
   def write(self, k_BLGK, v_BLGK, positions_BL) -> 'Documents':
@@ -119,11 +121,12 @@ class Documents:
     return attend(q_BLHK, self.k_BSGK, self.v_BSGK, self.mask_BLS)
 
 
-def documents(segments_BL) -> Documents:
+def documents(segments_BL, balance: float = 0.0) -> Documents:
   """The `Documents` of segments in mesh order."""
   segments_BS, order_S = place(segments_BL, 'BS'), jnp.asarray(mesh_order(segments_BL.shape[1]))
   causal_LS = place(order_S, 'L')[:, None] >= order_S
-  return Documents((segments_BL[:, :, None] == segments_BS[:, None, :]) & causal_LS, segments_BL)
+  mask_BLS = (segments_BL[:, :, None] == segments_BS[:, None, :]) & causal_LS
+  return Documents(mask_BLS, segments_BL, balance=balance)
 
 
 def attend(q_BLHK, k_BSGK, v_BSGK, mask_BLS):

@@ -12,6 +12,7 @@ from flax import nnx
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.model.attention import GroupedQueryAttention
+from mtp_jax.model.experts import Experts
 from mtp_jax.model.feed_forward import SwiGLU
 from mtp_jax.model.norm import rms_norm
 from mtp_jax.model.parameters import matrix, scale
@@ -19,11 +20,15 @@ from mtp_jax.sharding import einsum
 
 
 class Block(nnx.Module):
-  """One transformer block; stacked blocks are one object whose parameters have a leading axis."""
+  """One transformer block; stacked blocks are one object whose parameters have a leading axis.
 
-  def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+  Args:
+    experts: whether its feed-forward is of experts.
+  """
+
+  def __init__(self, c: ModelConfig, experts: bool, rngs: nnx.Rngs):
     self.attention_norm_D, self.attention = scale(c.width), GroupedQueryAttention(c, rngs)
-    self.feed_forward_norm_D, self.feed_forward = scale(c.width), SwiGLU(c, rngs)
+    self.feed_forward_norm_D, self.feed_forward = scale(c.width), feed_forward(experts)(c, rngs)
     self.config = c
 
   def __call__(self, x_BLD, positions_BL, keys):
@@ -38,22 +43,27 @@ class Block(nnx.Module):
   def read(self, x_BLD, positions_BL, keys):
     """x_BLD after the block, of tokens whose keys and values are written already."""
     x_BLD += self.attention(self._norm(x_BLD, self.attention_norm_D), positions_BL, keys)
-    x_BLD += self.feed_forward(self._norm(x_BLD, self.feed_forward_norm_D))
+    x_BLD += self.feed_forward(self._norm(x_BLD, self.feed_forward_norm_D), keys)
     return x_BLD
 
   def _norm(self, x_BLD, scale_D: nnx.Param):
     return rms_norm(x_BLD, scale_D[...], self.config.norm_epsilon)
 
   @staticmethod
-  def flops(c: ModelConfig, keys: int) -> int:
+  def flops(c: ModelConfig, experts: bool, keys: int) -> int:
     """Forward FLOPs of one token that attends to so many keys."""
-    return GroupedQueryAttention.flops(c, keys) + SwiGLU.flops(c)
+    return GroupedQueryAttention.flops(c, keys) + feed_forward(experts).flops(c)
+
+
+def feed_forward(experts: bool) -> type:
+  """The kind of a block's feed-forward."""
+  return Experts if experts else SwiGLU
 
 
 class Linear(nnx.Module):
   """A head that is one linear map (Gloeckle et al. 2024, appendix B), called like a `Block`."""
 
-  def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+  def __init__(self, c: ModelConfig, experts: bool, rngs: nnx.Rngs):
     self.map_Dd = matrix(rngs, c.width, c.width, c.width)
 
   def __call__(self, x_BLD, positions_BL, keys):
@@ -66,5 +76,5 @@ class Linear(nnx.Module):
     return einsum('BLD,Dd->BLd', x_BLD, self.map_Dd[...])
 
   @staticmethod
-  def flops(c: ModelConfig, keys: int) -> int:
+  def flops(c: ModelConfig, experts: bool, keys: int) -> int:
     return 2 * c.width**2

@@ -14,11 +14,13 @@ import numpy as np
 from mtp_jax.config import ModelConfig
 from mtp_jax.model.attention import GroupedQueryAttention
 from mtp_jax.model.block import Block
+from mtp_jax.model.experts import Experts
+from mtp_jax.model.grouped import times_in_name
 from mtp_jax.model.model import HEADS
 
 PARTS = ('embedding', 'trunk', 'futures', 'unembedding')
-PART_OF = {'embed_VD': 'embedding', 'trunk': 'trunk', 'final_norm_D': 'trunk', 'futures': 'futures',
-           'unembed_VD': 'unembedding'}
+PART_OF = {'embed_VD': 'embedding', 'trunk': 'trunk', 'expert_trunk': 'trunk', 'final_norm_D': 'trunk',
+           'futures': 'futures', 'unembed_VD': 'unembedding'}
 
 
 def parameters(model) -> dict[str, int]:
@@ -45,8 +47,9 @@ def flops_per_token(c: ModelConfig, length: int, active: tuple[bool, ...] | None
   keys = length // 2 if causal else length
   heads = len(c.heads_to_run(active))
   counts = {
-      'trunk': 3 * c.trunk_layers * Block.flops(c, keys),
-      'futures': 3 * heads * HEADS[c.kind].flops(c, keys),
+      'trunk': 3 * (c.dense_trunk_layers * Block.flops(c, False, keys)
+                    + c.expert_trunk_layers * Block.flops(c, True, keys)),
+      'futures': 3 * heads * HEADS[c.kind].flops(c, c.experts_in_futures, keys),
       'unembedding': 3 * 2 * c.vocab * c.width * sum(active),
   }
   return counts | {'total': sum(counts.values())}
@@ -57,20 +60,23 @@ def recomputed_flops_per_token(c: ModelConfig, length: int) -> int:
   does not count.
 
   Attention computes its scores once more in the backward pass. The inner heads of a chain run once
-  to find the states that the walk back starts from.
+  to find the states that the walk back starts from. Routed experts multiply gate and up once more.
   """
   heads = len(c.heads_to_run((True,) * c.futures))
   blocks = c.trunk_layers + (0 if c.kind == 'linear' else heads)
   chained = 0 if c.independent else max(0, heads - 1)
-  return blocks * GroupedQueryAttention.score_flops(c, length) + chained * HEADS[c.kind].flops(c, length)
+  with_experts = c.expert_trunk_layers + c.experts_in_futures * heads
+  return (blocks * GroupedQueryAttention.score_flops(c, length)
+          + chained * HEADS[c.kind].flops(c, c.experts_in_futures, length)
+          + with_experts * Experts.recomputed_flops(c))
 
 
 def matmul_flops(jaxpr) -> int:
   """2 x the multiply-adds of every matrix product in a jaxpr and all jaxprs inside it, the TPU's
   attention kernels included.
 
-  Products in a loop count as often as it runs, those of a device as often as there are devices in
-  its mesh.
+  Products in a loop count as often as it runs, or is expected to under an even load of experts, those of a device
+  as often as there are devices in its mesh.
   """
   total = 0
   for equation in jaxpr.eqns:
@@ -78,12 +84,19 @@ def matmul_flops(jaxpr) -> int:
       (contracted, _), _ = equation.params['dimension_numbers']
       left = equation.invars[0].aval
       total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left.shape[i] for i in contracted)
-    times = TIMES.get(equation.primitive.name, lambda parameters: 1)(equation.params)
+    times = _expected_times(equation) or TIMES.get(equation.primitive.name, lambda parameters: 1)(equation.params)
     is_jaxpr = lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
     for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
       inner = getattr(value, 'jaxpr', value)
       total += times * matmul_flops(inner) if hasattr(inner, 'eqns') else 0
   return total
+
+
+def _expected_times(equation) -> int | None:
+  """How often a loop is expected to run, where that depends on the data."""
+  if equation.primitive.name != 'while':
+    return None
+  return times_in_name(str(equation.source_info.name_stack))
 
 
 def _tiles(kernel: dict) -> int:

@@ -13,21 +13,23 @@ from mtp_jax.sharding import einsum
 
 class SwiGLU(nnx.Module):
 
-  def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-    D, F = c.width, c.feed_forward
+  def __init__(self, c: ModelConfig, rngs: nnx.Rngs, hidden: int | None = None):
+    """hidden: F, by default config.model.feed_forward."""
+    D, F = c.width, hidden or c.feed_forward
     self.gate_DF = matrix(rngs, D, D, F)
     self.up_DF = matrix(rngs, D, D, F)
     self.down_FD = matrix(rngs, F, F, D)
 
-  def __call__(self, h_BLD):
+  def __call__(self, h_BLD, keys=None):
+    """[B, L, D]. keys: not read."""
     gate_BLF = checkpoint_name(einsum('BLD,DF->BLF', h_BLD, self.gate_DF[...]), 'mlp')
     up_BLF = checkpoint_name(einsum('BLD,DF->BLF', h_BLD, self.up_DF[...]), 'mlp')
     return swiglu(gate_BLF, up_BLF, self.down_FD[...])
 
   @staticmethod
-  def flops(c: ModelConfig) -> int:
+  def flops(c: ModelConfig, hidden: int | None = None) -> int:
     """Forward FLOPs of one token."""
-    return 2 * 3 * c.width * c.feed_forward
+    return 2 * 3 * c.width * (hidden or c.feed_forward)
 
 
 @jax.custom_vjp

@@ -52,11 +52,11 @@ class Module(nnx.Module):
   and runs a block.
   """
 
-  def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+  def __init__(self, c: ModelConfig, experts: bool, rngs: nnx.Rngs):
     D = c.width
     self.embedding_norm_D, self.hidden_norm_D, self.out_norm_D = scale(D), scale(D), scale(D)
     self.join_CD = matrix(rngs, 2 * D, 2 * D, D)
-    self.block = Block(c, rngs)
+    self.block = Block(c, experts, rngs)
 
   def __call__(self, e_BLD, h_BLD, positions_BL, keys):
     """(state before its norm, state after it, keys with those of these tokens)."""
@@ -68,9 +68,9 @@ class Module(nnx.Module):
     return x_BLD, rms_norm(x_BLD, self.out_norm_D[...], epsilon), keys
 
   @staticmethod
-  def flops(c: ModelConfig, keys: int) -> int:
+  def flops(c: ModelConfig, experts: bool, keys: int) -> int:
     """Forward FLOPs of one token that attends to so many keys."""
-    return 2 * 2 * c.width * c.width + Block.flops(c, keys)
+    return 2 * 2 * c.width * c.width + Block.flops(c, experts, keys)
 
 
 HEADS = {'parallel': Block, 'linear': Linear, 'causal': Block, 'anticausal': Block, 'sequential': Module}
@@ -202,10 +202,13 @@ class Model(nnx.Module):
     keys = jax.random.split(key, 4)
     table = lambda key: normal(key, c.width, c.vocab, c.width)
     self.embed_VD = table(keys[0])
-    self.trunk = stack(functools.partial(Block, c), c.trunk_layers, keys[1])
+    if c.dense_trunk_layers:
+      self.trunk = stack(functools.partial(Block, c, False), c.dense_trunk_layers, keys[1])
+    if c.expert_trunk_layers:
+      self.expert_trunk = stack(functools.partial(Block, c, True), c.expert_trunk_layers, jax.random.fold_in(keys[1], 1))
     self.final_norm_D = scale(c.width)
     if c.own_heads:
-      self.futures = stack(functools.partial(HEADS[c.kind], c), c.own_heads, keys[2])
+      self.futures = stack(functools.partial(HEADS[c.kind], c, c.experts_in_futures), c.own_heads, keys[2])
     if not c.tie_embeddings:
       self.unembed_VD = table(keys[3])
     self.config = c
@@ -214,13 +217,20 @@ class Model(nnx.Module):
     """[B, L, D] in the compute type."""
     return lookup(self.embed_VD[...], tokens_BL, self.config.dtype)
 
+  @property
+  def stacks(self) -> tuple[Block, ...]:
+    """The blocks of the trunk in their order: dense ones first, then those of experts."""
+    return tuple(getattr(self, name) for name in ('trunk', 'expert_trunk') if hasattr(self, name))
+
   def run_trunk(self, x_BLD, positions_BL, keys):
     """The residual stream after N blocks, not normed."""
     def layer(x_BLD, block):
       return block(x_BLD, positions_BL, keys)[0], None
 
     with jax.named_scope('trunk'):
-      return jax.lax.scan(remat(self.config, layer), x_BLD, self.trunk)[0]
+      for blocks in self.stacks:
+        x_BLD = jax.lax.scan(remat(self.config, layer), x_BLD, blocks)[0]
+      return x_BLD
 
   def readout(self) -> Futures:
     """What turns the trunk's state into predictions."""

@@ -25,12 +25,14 @@ class Read:
     targets_MBL: int32, the token that each future predicts; sequential module k is given those of
       future k-1.
     counted_MBL: bool, whether it counts.
+    rows: of the whole batch, also where this is one of its microbatches.
   """
   inputs_BL: jax.Array
   positions_BL: jax.Array
   segments_BL: jax.Array
   targets_MBL: jax.Array
   counted_MBL: jax.Array
+  rows: int = dataclasses.field(metadata={'static': True})
 
   @classmethod
   def of(cls, batch, futures: int) -> 'Read':
@@ -42,7 +44,8 @@ class Read:
     targets_MBL = jnp.stack([cut(batch['tokens'], start) for start in ahead])
     same_MBL = jnp.stack([cut(batch['segments'], start) == segments_BL for start in ahead])
     counted_MBL = same_MBL & (segments_BL > 0)
-    return cls(cut(batch['tokens'], 0), cut(batch['positions'], 0), segments_BL, targets_MBL, counted_MBL)
+    return cls(cut(batch['tokens'], 0), cut(batch['positions'], 0), segments_BL, targets_MBL, counted_MBL,
+               len(batch['tokens']))
 
   @property
   def count_M(self):

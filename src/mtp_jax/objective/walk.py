@@ -32,15 +32,15 @@ from mtp_jax.objective.targets import Labels, Read, Sums
 from mtp_jax.sharding import out
 
 
-def trunk_state(model: Model, read: Read):
+def trunk_state(model: Model, read: Read, balance_loss: float = 0.0):
   """(z_BLD of the trunk, the documents within which its tokens attend)."""
-  keys = documents(read.segments_BL)
+  keys = documents(read.segments_BL, balance_loss / read.rows)
   return model.run_trunk(model.embed(read.inputs_BL), read.positions_BL, keys), keys
 
 
-def future_states(model: Model, read: Read, futures: int | None = None):
+def future_states(model: Model, read: Read, futures: int | None = None, balance_loss: float = 0.0):
   """The normed state of every future, or of the first so many, which the unembedding reads: [M, B, L, D]."""
-  z_BLD, keys = trunk_state(model, read)
+  z_BLD, keys = trunk_state(model, read, balance_loss)
   take = lambda h_BLD, _: h_BLD
   return model.readout().map(take, None, z_BLD, read.targets_MBL, read.positions_BL, keys, futures)
 
@@ -59,7 +59,7 @@ def loss(model: Model, read: Read, coefficient_M, o: ObjectiveConfig, active: tu
   Returns:
     (float32 scalar, Sums).
   """
-  z_BLD, keys = trunk_state(model, read)
+  z_BLD, keys = trunk_state(model, read, o.balance_loss)
   active = active or (True,) * model.config.futures
   return _loss(o, active, model.readout(), z_BLD, coefficient_M, read, keys)
 
@@ -68,7 +68,7 @@ def dense(model: Model, read: Read, coefficient_M, o: ObjectiveConfig, active: t
   """`loss` as one would first write it: every future's logits at once, and JAX's own gradient. For
   comparison.
   """
-  c, h_MBLD = model.config, future_states(model, read)
+  c, h_MBLD = model.config, future_states(model, read, balance_loss=o.balance_loss)
   counted_MBL = read.counted_MBL & jnp.array(active or (True,) * c.futures)[:, None, None]
   logits_MBLV = jnp.einsum('MBLD,VD->MBLV', h_MBLD, model.readout().table(), preferred_element_type=jnp.float32)
   logits_MBLV = capped(logits_MBLV, c)

@@ -24,7 +24,7 @@ from mtp_jax.model import costs
 from mtp_jax.model.model import Model
 from mtp_jax.objective import Read, Sums
 from mtp_jax.sharding import parameter_spec
-from mtp_jax.train import optimizer
+from mtp_jax.train import balance, optimizer
 
 
 @jax.tree_util.register_dataclass
@@ -113,25 +113,28 @@ def counted_flops_per_token(config: Config) -> float:
 
 
 def step(config: Config, state: State, batch, byte_length_V, weight_M, active: tuple[bool, ...],
-         loss=objective.loss) -> tuple[State, dict]:
+         loss=objective.loss, balance_rate=0.0) -> tuple[State, dict]:
   """One optimizer step.
 
   Args:
     batch: int32[B, L + M] 'tokens', 'segments' and 'positions', rows over (data, fsdp).
     byte_length_V: int32, bytes that each id stands for.
     weight_M, active, loss: as in `gradients`.
+    balance_rate: how far the biases of experts move.
 
   Returns:
     The next state, and metrics: scalars and [M] arrays, each a sum divided once by its count; nan
       where nothing counted.
   """
   read = Read.of(batch, config.model.futures)
-  loss, sums, grads = gradients(config, state.model, read, weight_M, active, loss)
+  loss, sums, grads_and_loads = gradients(config, state.model, read, weight_M, active, loss)
+  grads = balance.without_loads(grads_and_loads)
   with jax.named_scope('update'):
     norm = optax.tree.norm(grads)
     ok = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, moments = optimizer.update(config.optimizer, config.train.steps, grads,
                                         state.optimizer, state.model, ok)
+    updates = balance.with_biases(updates, grads_and_loads, balance_rate)
     updated = optax.apply_updates(state.model, updates)
     model = jax.tree.map(lambda new, old: jnp.where(ok, new, old), updated, state.model)
     bad = (~ok).astype(jnp.int32)
@@ -154,6 +157,7 @@ def step(config: Config, state: State, batch, byte_length_V, weight_M, active: t
       'padding': jnp.mean(read.segments_BL == 0, dtype=jnp.float32),
       'skipped': following.skipped,
       'skipped_in_a_row': following.skipped_in_a_row,
+      **balance.metrics(config.model, state.model, grads_and_loads, jnp.sum(read.segments_BL > 0), active),
   }
 
 
@@ -169,7 +173,8 @@ def compiled_step(config: Config, state: State, batch, byte_length_V, fraction: 
   """
   M, o = config.model.futures, config.objective
   weight_M = np.float32(o.weights_M(M, fraction))
-  return _compiled_step(config, state, batch, byte_length_V, weight_M, active=o.active(M, fraction))
+  rate = np.float32(o.balance_rate_at(fraction))
+  return _compiled_step(config, state, batch, byte_length_V, weight_M, active=o.active(M, fraction), balance_rate=rate)
 
 
 def restore(config: Config, workdir, step: int, mesh) -> State:
