@@ -29,7 +29,7 @@ FAMILIES = {
     'pre_norm': {'kind': 'sequential', 'hidden_input': 'pre_norm'},
     'shared': {'kind': 'sequential', 'share_modules': True},
     'trunk': {'kind': 'sequential', 'module_input': 'trunk'},
-    'experts': {'kind': 'sequential', 'experts': 6, 'experts_per_token': 2, 'expert_width': 10,
+    'experts': {'kind': 'sequential', 'experts': 12, 'experts_per_token': 3, 'expert_width': 10,
                 'shared_experts': 2},
 }
 

@@ -2,8 +2,9 @@
 
 A model that does not fit one device is decoded from where training holds it:
 
-    matrices    as their letters say: D over fsdp and expert, E over expert; H, G, F and V over tensor. A product over a sharded
-                width is summed over devices, so a pass moves activations between devices, no weights
+    matrices    as their letters say: D over fsdp and expert; E over expert; H, G, F, W and V over tensor.
+                A product over a sharded width is summed over devices, so a pass moves activations between
+                devices, no weights
     caches      rows over data, fsdp and context, key heads over tensor; an axis that does not divide
                 the rows divides the key heads, or else the devices along it hold the same
     the rest    whole on every device, but D over fsdp

@@ -81,8 +81,8 @@ def small(config: Config) -> Config:
                'shared_experts': min(2, m.shared_experts), 'dense_layers': min(1, m.dense_layers),
                'expert_groups': groups, 'groups_per_token': 1}
   model = dataclasses.replace(
-      m, **experts, vocab=48, width=32, heads=4, kv_heads=4 if m.kv_heads == m.heads else 2, head_width=8, feed_forward=48,
-      layers=m.layers - m.trunk_layers + 2, dtype='float32', remat='none', head_batch=1)
+      m, **experts, vocab=48, width=32, heads=4, kv_heads=4 if m.kv_heads == m.heads else 2, head_width=8,
+      feed_forward=48, layers=m.layers - m.trunk_layers + 2, dtype='float32', remat='none', head_batch=1)
   weights = config.objective.weights_M(m.futures, 0.5)
   trained = tuple(weight or 0.1 for weight in weights)  # a future that is skipped at times is checked as well
   chunked = dataclasses.replace(config.objective, weights=trained, chunk=40)

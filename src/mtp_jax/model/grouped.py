@@ -222,7 +222,7 @@ class _Tiles:
       dgate_bW, dup_bW = back((dweighted_bW * weight_b[:, None]).astype(product_bW.dtype))
       weighted_bW = (product_bW * weight_b[:, None]).astype(dtype)
       dgate_bW, dup_bW = dgate_bW.astype(dtype), dup_bW.astype(dtype)
-      add = lambda total, a_bD, b_bW: total.at[expert].add(_outer(a_bD, b_bW))
+      add = lambda total, left, right: total.at[expert].add(_outer(left, right))
       return (dx_nbD.at[i].set(_dot(dgate_bW, gate_DW.T) + _dot(dup_bW, up_DW.T)),
               dweight_nb.at[i].set(jnp.sum((product_bW * dweighted_bW).astype(jnp.float32), -1)),
               add(dgate_EDW, x_bD, dgate_bW), add(dup_EDW, x_bD, dup_bW), add(ddown_EWD, weighted_bW, dy_bD))
@@ -267,13 +267,13 @@ def times_in_name(name: str) -> int | None:
   return int(found.group(1)) if found else None
 
 
-def _dot(a_bD, b_DW):
-  return jnp.dot(a_bD, b_DW, preferred_element_type=a_bD.dtype)
+def _dot(rows, matrix):
+  return jnp.dot(rows, matrix, preferred_element_type=rows.dtype)
 
 
-def _outer(a_bD, b_bW):
-  """float32[D, W]"""
-  return jnp.einsum('bD,bW->DW', a_bD, b_bW, preferred_element_type=jnp.float32)
+def _outer(left, right):
+  """The float32 sum over the rows of a tile."""
+  return jnp.einsum('bx,by->xy', left, right, preferred_element_type=jnp.float32)
 
 
 @jax.tree_util.register_dataclass

@@ -205,7 +205,8 @@ class Model(nnx.Module):
     if c.dense_trunk_layers:
       self.trunk = stack(functools.partial(Block, c, False), c.dense_trunk_layers, keys[1])
     if c.expert_trunk_layers:
-      self.expert_trunk = stack(functools.partial(Block, c, True), c.expert_trunk_layers, jax.random.fold_in(keys[1], 1))
+      key = jax.random.fold_in(keys[1], 1)
+      self.expert_trunk = stack(functools.partial(Block, c, True), c.expert_trunk_layers, key)
     self.final_norm_D = scale(c.width)
     if c.own_heads:
       self.futures = stack(functools.partial(HEADS[c.kind], c, c.experts_in_futures), c.own_heads, keys[2])
