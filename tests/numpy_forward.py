@@ -12,8 +12,9 @@ def logprobs(model, ids) -> np.ndarray:
   w = jax.tree_util.tree_map_with_path(lambda _, x: np.asarray(jax.device_get(x), np.float64), model)
   n, M = len(ids) - 1, c.futures
   z = w.embed_VD[...][ids[:n]]
-  for i in range(c.trunk_layers):
-    z = _block(c, _layer(w.trunk, i), z)
+  for blocks in w.stacks:
+    for i in range(len(blocks.attention_norm_D[...])):
+      z = _block(c, _layer(blocks, i), z)
   final = lambda x: _norm(x, w.final_norm_D[...], c)
   head = lambda m: _layer(w.futures, 0 if c.share_modules else m - c.first_own_head)
   if M == 1:
@@ -56,9 +57,22 @@ def _norm(x, scale, c):
 
 def _block(c, w, x):
   x = x + _attention(c, w.attention, _norm(x, w.attention_norm_D[...], c))
-  h = _norm(x, w.feed_forward_norm_D[...], c)
-  gate, up = h @ w.feed_forward.gate_DF[...], h @ w.feed_forward.up_DF[...]
-  return x + (gate / (1 + np.exp(-gate)) * up) @ w.feed_forward.down_FD[...]
+  h, f = _norm(x, w.feed_forward_norm_D[...], c), w.feed_forward
+  if not hasattr(f, 'router_DE'):
+    return x + _swiglu(h, f.gate_DF[...], f.up_DF[...], f.down_FD[...])
+  y = _swiglu(h, f.shared.gate_DF[...], f.shared.up_DF[...], f.shared.down_FD[...])
+  for t, h_D in enumerate(h):  # one token and one expert at a time
+    affinity = 1 / (1 + np.exp(-h_D @ f.router_DE[...]))
+    chosen = np.argsort(affinity + f.bias_E[...])[-c.experts_per_token:]
+    for e in chosen:
+      out = _swiglu(h_D, f.gate_EDW[...][e], f.up_EDW[...][e], f.down_EWD[...][e])
+      y[t] += c.expert_scale * affinity[e] / affinity[chosen].sum() * out
+  return x + y
+
+
+def _swiglu(h, gate_DF, up_DF, down_FD):
+  gate = h @ gate_DF
+  return (gate / (1 + np.exp(-gate)) * (h @ up_DF)) @ down_FD
 
 
 def _attention(c, w, h):

@@ -42,7 +42,7 @@ def shares(monkeypatch, sizes: dict, count: int, per_process: int) -> list[tuple
     ({'data': 2, 'context': 4}, 2, 4, [(0, 2), (1, 2)]),
     ({'context': 8}, 2, 4, [(0, 1), (0, 1)]),
     ({'tensor': 8}, 2, 4, [(0, 1), (0, 1)]),
-    ({'expert': 8}, 2, 4, [(0, 1), (0, 1)]),
+    ({'expert': 8}, 2, 4, [(0, 2), (1, 2)]),
     ({'context': 4, 'tensor': 2}, 2, 4, [(0, 1), (0, 1)]),
     # rows over pairs of processes, tensor across each pair
     ({'fsdp': 2, 'tensor': 4}, 4, 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),

@@ -19,16 +19,19 @@ from mtp_jax.train import step as training
 SUBSCRIPTS = sorted({found for path in pathlib.Path(mtp_jax.__file__).parent.rglob('*.py') if path.name != 'sharding.py'
                      for found in re.findall(r"einsum\('([A-Za-z,]+->[A-Za-z]*)'", path.read_text())})
 SIZES = {'B': 4, 'L': 6, 'S': 10, 'D': 8, 'C': 16, 'H': 4, 'G': 2, 'K': 6, 'F': 12, 'V': 14, 'P': 4, 't': 10, 'd': 8,
-         'M': 3, 'R': 8, 'Q': 6, 'i': 6}
+         'M': 3, 'R': 8, 'Q': 6, 'i': 6, 'E': 6}
+WIDTH = 'fsdp', 'expert'
 PARAMETERS = {
-    'embed_VD': P('tensor', 'fsdp'), 'unembed_VD': P('tensor', 'fsdp'), 'final_norm_D': P(None),
+    'embed_VD': P('tensor', WIDTH), 'unembed_VD': P('tensor', WIDTH), 'final_norm_D': P(None),
     'attention_norm_D': P(None, None), 'feed_forward_norm_D': P(None, None),
     'q_norm_K': P(None, None), 'k_norm_K': P(None, None),
-    'wq_DHK': P(None, 'fsdp', 'tensor', None), 'wk_DGK': P(None, 'fsdp', 'tensor', None),
-    'wv_DGK': P(None, 'fsdp', 'tensor', None), 'wo_HKD': P(None, 'tensor', None, 'fsdp'),
-    'gate_DF': P(None, 'fsdp', 'tensor'), 'up_DF': P(None, 'fsdp', 'tensor'), 'down_FD': P(None, 'tensor', 'fsdp'),
+    'wq_DHK': P(None, WIDTH, 'tensor', None), 'wk_DGK': P(None, WIDTH, 'tensor', None),
+    'wv_DGK': P(None, WIDTH, 'tensor', None), 'wo_HKD': P(None, 'tensor', None, WIDTH),
+    'gate_DF': P(None, WIDTH, 'tensor'), 'up_DF': P(None, WIDTH, 'tensor'), 'down_FD': P(None, 'tensor', WIDTH),
     'embedding_norm_D': P(None, None), 'hidden_norm_D': P(None, None), 'out_norm_D': P(None, None),
-    'join_CD': P(None, 'fsdp', None), 'map_Dd': P(None, 'fsdp', None),
+    'join_CD': P(None, WIDTH, None), 'map_Dd': P(None, WIDTH, None),
+    'router_DE': P(None, WIDTH, None), 'bias_E': P(None, None), 'gate_EDW': P(None, 'expert', 'fsdp', 'tensor'),
+    'up_EDW': P(None, 'expert', 'fsdp', 'tensor'), 'down_EWD': P(None, 'expert', 'tensor', 'fsdp'),
 }
 
 
@@ -39,15 +42,16 @@ def names(tree) -> list[tuple[str, str, jax.Array]]:
 
 
 def test_letters_choose_mesh_axes_and_the_first_to_ask_gets_one():
-  assert spec('BLD') == P(('data', 'fsdp'), 'context', None)
-  assert spec('BLV') == P(('data', 'fsdp'), 'context', 'tensor')
-  assert spec('BSGK') == P(('data', 'fsdp'), None, 'tensor', None)
-  assert spec('DHK') == P('fsdp', 'tensor', None)
+  assert spec('BLD') == P(('data', 'fsdp', 'expert'), 'context', None)
+  assert spec('BLV') == P(('data', 'fsdp', 'expert'), 'context', 'tensor')
+  assert spec('BSGK') == P(('data', 'fsdp', 'expert'), None, 'tensor', None)
+  assert spec('DHK') == P(WIDTH, 'tensor', None)
+  assert spec('EDW') == P('expert', 'fsdp', 'tensor')
   assert spec('HGK') == P('tensor', None, None)
-  assert spec('CD') == P('fsdp', None)
+  assert spec('CD') == P(WIDTH, None)
   assert spec('Vd') == P('tensor', None)
-  assert spec('DB') == P('fsdp', 'data')
-  assert spec('PTV') == P(('data', 'fsdp', 'context'), None, 'tensor')
+  assert spec('DB') == P(WIDTH, 'data')
+  assert spec('PTV') == P(('data', 'fsdp', 'expert', 'context'), None, 'tensor')
   assert spec('') == P()
 
 
@@ -56,19 +60,21 @@ def test_letters_choose_mesh_axes_and_the_first_to_ask_gets_one():
                           {'futures': 1}], ids=str)
 def test_a_parameters_suffix_is_its_shape_and_stacked_axes_lead(tiny, variant, changes):
   c = tiny(**variant | changes)
-  size = {'D': 16, 'C': 32, 'H': 4, 'G': 2, 'K': 8, 'F': 20, 'V': 24, 'd': 16}
+  size = {'D': 16, 'C': 32, 'H': 4, 'G': 2, 'K': 8, 'F': 20, 'V': 24, 'd': 16, 'E': 12, 'W': 10}
   modules = min(1, c.futures - 1) if c.share_modules else c.futures - 1
   M = modules if c.kind == 'sequential' else c.futures if c.futures > 1 else 0
   N = 5 if c.kind == 'linear' else 5 - M if c.placement == 'matched' else 5 if c.kind == 'sequential' else 4
-  stacks = {'trunk': (N,), 'futures': (M,)}
+  dense = c.dense_layers if c.experts else N
+  stacks = {'trunk': (dense,), 'expert_trunk': (N - dense,), 'futures': (M,)}
   leaves = names(jax.eval_shape(functools.partial(Model, c), jax.random.key(0)))
   for first, last, leaf in leaves:
     assert leaf.shape == stacks.get(first, ()) + tuple(size[letter] for letter in last.rpartition('_')[2]), (first,
                                                                                                              last)
     assert leaf.dtype == jnp.float32
   block = 9 + 2 * c.qk_norm
-  futures = 0 if M == 0 else 1 if c.kind == 'linear' else block + 4 * (c.kind == 'sequential')
-  assert len(leaves) == 2 + (not c.tie_embeddings) + block + futures
+  with_experts = block + 5 if c.experts else 0
+  futures = 0 if M == 0 else 1 if c.kind == 'linear' else (with_experts or block) + 4 * (c.kind == 'sequential')
+  assert len(leaves) == 2 + (not c.tie_embeddings) + block + with_experts + futures
 
 
 def assert_placed(tree, mesh):
@@ -144,8 +150,7 @@ def test_each_device_of_the_context_axis_has_a_stretch_from_the_front_and_its_mi
   with jax.set_mesh(make_mesh(MeshConfig(context=context))):
     assert mesh_order(length).tolist() == wanted
     laid = jax.jit(to_mesh_order)(x_BL)
-    assert np.asarray(laid).tolist() == x_BL[:, wanted].tolist() and laid.sharding.spec == P(('data', 'fsdp'),
-                                                                                             'context')
+    assert np.asarray(laid).tolist() == x_BL[:, wanted].tolist() and laid.sharding.spec == spec('BL')
     np.testing.assert_array_equal(jax.jit(to_text_order)(laid), x_BL)
     if length % (2 * context) == 0:  # a causal mask hides as much from each device as from the others
       assert len({int(np.sum(np.asarray(shard.data)[0] + 1)) for shard in laid.addressable_shards}) == 1

@@ -107,7 +107,8 @@ def process_share(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     rows_of_process.setdefault(device.process_index, set()).update(range(*rows.indices(row_groups)))
   shares = sorted({tuple(sorted(rows)) for rows in rows_of_process.values()})
   if sum(map(len, shares)) != row_groups or len(set(map(len, shares))) > 1:
-    raise BadInput(f'config.mesh: data x fsdp x expert = {row_groups} cannot be divided among {len(rows_of_process)} '
+    product = 'data x fsdp x expert' if mesh.shape['expert'] > 1 else 'data x fsdp'
+    raise BadInput(f'config.mesh: {product} = {row_groups} cannot be divided among {len(rows_of_process)} '
                    'processes; make it a multiple of them, or 1')
   return shares.index(tuple(sorted(rows_of_process[jax.process_index()]))), len(shares)
 

@@ -125,7 +125,7 @@ def of_kind(twin: Config, kind: str) -> Config:
 def test_attention_across_documents_is_a_leak(twin, kind, monkeypatch):
   twin = of_kind(twin, kind)
   assert next(certify.leakage(twin)).holds
-  monkeypatch.setattr(walk, 'documents', lambda segments_BL: documents(jnp.minimum(segments_BL, 1)))
+  monkeypatch.setattr(walk, 'documents', lambda segments_BL, balance: documents(jnp.minimum(segments_BL, 1)))
   finding = next(certify.leakage(twin))
   assert not finding.holds and not finding.found.startswith('0 leaks')
   assert any('L' in line for line in certify.pictures(twin)[1:-1])

@@ -22,7 +22,8 @@ from mtp_jax.sharding import place, shardings
 from mtp_jax.train import step as training
 
 B, L, D, E, W, J = 8, 12, 16, 8, 24, 3
-MESHES = {'one device': MeshConfig(), 'expert 8': MeshConfig(expert=8), 'expert 4 x fsdp 2': MeshConfig(expert=4, fsdp=2),
+MESHES = {'one device': MeshConfig(), 'expert 8': MeshConfig(expert=8),
+          'expert 4 x fsdp 2': MeshConfig(expert=4, fsdp=2),
           'expert 2 x context 2 x tensor 2': MeshConfig(expert=2, context=2, tensor=2),
           'data 2 x fsdp 2 x tensor 2': MeshConfig(data=2, fsdp=2, tensor=2)}
 

@@ -108,7 +108,8 @@ def unrolled(model, batch):
 RUNS = {'parallel': [{}, {'remat': 'none'}, {'remat': 'dots', 'head_batch': 2},
                      {'remat': 'attention,qkv,mlp', 'head_batch': 4}],
         'linear': [{}, {'head_batch': 2}], 'causal': [{}, {'remat': 'none'}], 'anticausal': [{}],
-        'post_norm': [{}, {'remat': 'none'}, {'remat': 'dots'}], 'pre_norm': [{}], 'shared': [{}], 'trunk': [{}], 'experts': [{}, {'remat': 'none'}, {'remat': 'dots'}]}
+        'post_norm': [{}, {'remat': 'none'}, {'remat': 'dots'}], 'pre_norm': [{}], 'shared': [{}], 'trunk': [{}],
+        'experts': [{}, {'remat': 'none'}, {'remat': 'dots'}]}
 
 
 def test_scans_equal_a_loop_however_much_is_recomputed_or_run_at_once(tiny, random_model, packed, variant, request,

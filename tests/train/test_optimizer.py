@@ -8,12 +8,13 @@ import pytest
 
 from mtp_jax import objective
 from mtp_jax.config import ObjectiveConfig, OptimizerConfig
+from mtp_jax.config.weights import weight_at
 from mtp_jax.train import optimizer
 
 DECAYED = {'embed_VD', 'unembed_VD', 'wq_DHK', 'wk_DGK', 'wv_DGK', 'wo_HKD', 'gate_DF', 'up_DF',
-           'down_FD', 'join_CD', 'map_Dd'}
+           'down_FD', 'join_CD', 'map_Dd', 'router_DE', 'gate_EDW', 'up_EDW', 'down_EWD'}
 PLAIN = {'final_norm_D', 'attention_norm_D', 'feed_forward_norm_D', 'q_norm_K', 'k_norm_K',
-         'embedding_norm_D', 'hidden_norm_D', 'out_norm_D'}
+         'embedding_norm_D', 'hidden_norm_D', 'out_norm_D', 'bias_E'}
 
 
 def name(path) -> str:
@@ -88,6 +89,14 @@ def test_every_parameter_gets_a_gradient_and_only_matrices_decay(
   assert len(decayed) == len(jax.tree.leaves(model)) > 0
   for (path, decays), g in zip(decayed, jax.tree.leaves(grads)):
     assert decays == (name(path) in DECAYED) and name(path) in DECAYED | PLAIN
-    is_stacked = any(part in jax.tree_util.keystr(path) for part in ('.trunk', '.futures'))
+    is_stacked = any(part in jax.tree_util.keystr(path) for part in ('.trunk', '.expert_trunk', '.futures'))
     stacked = g if is_stacked else g[None]
     assert all(np.any(layer) for layer in stacked), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize('path', ['1 cosine 0.676:0.966 0.1 step 0.989 0.033', '0.5 linear 0.25:0.5 1', '1'])
+def test_a_path_of_the_learning_rate_is_that_of_the_words_after_a_warm_up(path):
+  c = OptimizerConfig(learning_rate=2e-4, warmup_steps=100, schedule=path)
+  rates = np.asarray(optimizer.schedule(c, 1000)(np.arange(1000)))
+  wanted = [2e-4 * min(1, step / 100) * weight_at(path, step / 1000) for step in range(1000)]
+  np.testing.assert_allclose(rates, wanted, 1e-5)

@@ -26,9 +26,9 @@ CHOICES = {
     'data.packing': ('stream', 'best_fit'),
     'data.boundary': ('within', 'across'),
     'data.on_damage': ('stop', 'quarantine'),
-    'optimizer.schedule': ('cosine', 'wsd'),
     'optimizer.moments': ('device', 'host'),
 }
+SCHEDULES = ('cosine', 'wsd')
 TRACKERS = ('tensorboard', 'wandb')
 REMAT = ('none', 'full', 'dots')
 REMAT_PARTS = ('attention', 'qkv', 'mlp')
@@ -179,8 +179,12 @@ def _check_optimizer(c) -> None:
   _require(c, 'optimizer.learning_rate', p.learning_rate > 0, 'must be positive')
   _require(c, 'optimizer.warmup_steps', 0 <= p.warmup_steps < steps,
            f'must be at least 0 and below config.train.steps={steps}')
+  if p.schedule not in SCHEDULES:
+    _require(c, 'optimizer.schedule', p.schedule[:1].isdigit(),
+             f'{nearest(p.schedule, SCHEDULES)}, or a path, such as 1 linear 0.8:1 0.1')
+    _path(c, 'optimizer.schedule', p.schedule)
   _require(c, 'optimizer.decay_share',
-           p.schedule == 'cosine' or p.warmup_steps + p.decay_share * steps <= steps,
+           p.schedule != 'wsd' or p.warmup_steps + p.decay_share * steps <= steps,
            'warm-up and decay do not fit into the steps')
   for name in ('b1', 'b2'):
     _require(c, f'optimizer.{name}', 0 <= getattr(p, name) < 1, 'must be at least 0 and below 1')

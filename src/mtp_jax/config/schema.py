@@ -219,7 +219,9 @@ class OptimizerConfig:
   """AdamW (arXiv:1711.05101) with linear warm-up; defaults of Gloeckle et al., Table S13."""
   learning_rate: float = _field(3e-4, 'highest learning rate')
   warmup_steps: int = _field(100, 'steps of linear warm-up from 0')
-  schedule: str = _field('cosine', 'after the warm-up: cosine, or wsd (stable, then linear decay)')
+  schedule: str = _field(
+      'cosine', "after the warm-up: cosine, wsd (stable, then linear decay), or the factor of the rate as a path "
+                "through all steps, such as '1 cosine 0.676:0.966 0.1 step 0.989 0.033' (DeepSeek-V3)")
   decay_share: float = _field(0.2, 'wsd: fraction of all steps spent decaying')
   final_ratio: float = _field(0.03, 'last learning rate / highest')
   b1: float = _field(0.9, 'decay of the first moment')

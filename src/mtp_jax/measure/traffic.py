@@ -23,16 +23,16 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mtp_jax.model.grouped import times_in_name
 from mtp_jax.measure.hlo import (
-    Computation,
-    Instruction,
-    arrays,
-    first_group,
-    memory_bytes,
-    parse,
-    size_bytes,
+  Computation,
+  Instruction,
+  arrays,
+  first_group,
+  memory_bytes,
+  parse,
+  size_bytes,
 )
+from mtp_jax.model.grouped import times_in_name
 
 SENT_BYTES = {
     'all-gather': lambda size, n: size * (n - 1),

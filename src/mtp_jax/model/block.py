@@ -50,7 +50,7 @@ class Block(nnx.Module):
     return rms_norm(x_BLD, scale_D[...], self.config.norm_epsilon)
 
   @staticmethod
-  def flops(c: ModelConfig, experts: bool, keys: int) -> int:
+  def flops(c: ModelConfig, keys: int, experts: bool = False) -> int:
     """Forward FLOPs of one token that attends to so many keys."""
     return GroupedQueryAttention.flops(c, keys) + feed_forward(experts).flops(c)
 
@@ -76,5 +76,5 @@ class Linear(nnx.Module):
     return einsum('BLD,Dd->BLd', x_BLD, self.map_Dd[...])
 
   @staticmethod
-  def flops(c: ModelConfig, experts: bool, keys: int) -> int:
+  def flops(c: ModelConfig, keys: int, experts: bool = False) -> int:
     return 2 * c.width**2

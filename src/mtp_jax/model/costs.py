@@ -17,6 +17,7 @@ from mtp_jax.model.block import Block
 from mtp_jax.model.experts import Experts
 from mtp_jax.model.grouped import times_in_name
 from mtp_jax.model.model import HEADS
+from mtp_jax.sharding import letters
 
 PARTS = ('embedding', 'trunk', 'futures', 'unembedding')
 PART_OF = {'embed_VD': 'embedding', 'trunk': 'trunk', 'expert_trunk': 'trunk', 'final_norm_D': 'trunk',
@@ -24,11 +25,17 @@ PART_OF = {'embed_VD': 'embedding', 'trunk': 'trunk', 'expert_trunk': 'trunk', '
 
 
 def parameters(model) -> dict[str, int]:
-  """Parameters by part and in all; `model` may be a tree of shapes."""
-  counts = dict.fromkeys(PARTS, 0)
+  """Parameters by part, in all ('total'), and those that one token uses ('active'): of the routed experts only
+  its own. `model` may be a tree of shapes.
+  """
+  counts, idle, c = dict.fromkeys(PARTS, 0), 0, model.config
   for path, leaf in jax.tree_util.tree_leaves_with_path(model):
-    counts[PART_OF[path[0].name]] += math.prod(leaf.shape)
-  return counts | {'total': sum(counts.values())}
+    size = math.prod(leaf.shape)
+    counts[PART_OF[path[0].name]] += size
+    if letters(path) in ('EDW', 'EWD'):
+      idle += size * (c.experts - c.experts_per_token) // c.experts
+  total = sum(counts.values())
+  return counts | {'total': total, 'active': total - idle}
 
 
 def flops_per_token(c: ModelConfig, length: int, active: tuple[bool, ...] | None = None,
@@ -47,9 +54,9 @@ def flops_per_token(c: ModelConfig, length: int, active: tuple[bool, ...] | None
   keys = length // 2 if causal else length
   heads = len(c.heads_to_run(active))
   counts = {
-      'trunk': 3 * (c.dense_trunk_layers * Block.flops(c, False, keys)
-                    + c.expert_trunk_layers * Block.flops(c, True, keys)),
-      'futures': 3 * heads * HEADS[c.kind].flops(c, c.experts_in_futures, keys),
+      'trunk': 3 * (c.dense_trunk_layers * Block.flops(c, keys)
+                    + c.expert_trunk_layers * Block.flops(c, keys, True)),
+      'futures': 3 * heads * HEADS[c.kind].flops(c, keys, c.experts_in_futures),
       'unembedding': 3 * 2 * c.vocab * c.width * sum(active),
   }
   return counts | {'total': sum(counts.values())}
@@ -67,7 +74,7 @@ def recomputed_flops_per_token(c: ModelConfig, length: int) -> int:
   chained = 0 if c.independent else max(0, heads - 1)
   with_experts = c.expert_trunk_layers + c.experts_in_futures * heads
   return (blocks * GroupedQueryAttention.score_flops(c, length)
-          + chained * HEADS[c.kind].flops(c, c.experts_in_futures, length)
+          + chained * HEADS[c.kind].flops(c, length, c.experts_in_futures)
           + with_experts * Experts.recomputed_flops(c))
 
 

@@ -273,7 +273,7 @@ def _dot(rows, matrix):
 
 def _outer(left, right):
   """The float32 sum over the rows of a tile."""
-  return jnp.einsum('bx,by->xy', left, right, preferred_element_type=jnp.float32)
+  return jnp.dot(left.T, right, preferred_element_type=jnp.float32)
 
 
 @jax.tree_util.register_dataclass

@@ -68,9 +68,9 @@ class Module(nnx.Module):
     return x_BLD, rms_norm(x_BLD, self.out_norm_D[...], epsilon), keys
 
   @staticmethod
-  def flops(c: ModelConfig, experts: bool, keys: int) -> int:
+  def flops(c: ModelConfig, keys: int, experts: bool = False) -> int:
     """Forward FLOPs of one token that attends to so many keys."""
-    return 2 * 2 * c.width * c.width + Block.flops(c, experts, keys)
+    return 2 * 2 * c.width * c.width + Block.flops(c, keys, experts)
 
 
 HEADS = {'parallel': Block, 'linear': Linear, 'causal': Block, 'anticausal': Block, 'sequential': Module}

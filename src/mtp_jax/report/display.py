@@ -108,6 +108,8 @@ class Display:
             f'grad {values["gradient_norm"]:.2f}  update {values["update_norm"]:.3f}  '
             f'{values["tokens_per_second"]:,.0f} tokens/s  MFU {values.get("mfu", math.nan):.1%}  '
             f'data wait {values["data_wait"]:.1%}')
+    if values.get('expert_load'):
+      text += f'  busiest expert {max(values["expert_load"]):.1f} x the mean'
     if values['padding']:
       text += f'  padding {values["padding"]:.1%}'
     if values['quarantined_rows']:

@@ -52,6 +52,17 @@ def optimizer(runs) -> list[Chart]:
   return _drawn(rate, from_zero=True) + _drawn(norm, log_y=True)
 
 
+def experts(runs) -> list[Chart]:
+  """Load, its entropy and the biases of the blocks with experts."""
+  charts = [('Load of the busiest expert over the mean, of the worst block', 'expert_load', max),
+            ('Entropy of the shares of the load, of the worst block; 1 is an even load', 'expert_entropy', min),
+            ('Largest bias minus smallest, of the widest block', 'expert_bias', max)]
+  worst = lambda key, choose: lambda record: choose((v for v in record.get(key) or () if v is not None), default=None)
+  return _drawn([(title, [line for r, run in enumerate(runs)
+                          for line in _line(run, 'train', worst(key, choose), run_colour(r), 'thin',
+                                            run.name if len(runs) > 1 else '')]) for title, key, choose in charts])
+
+
 def drafts(runs) -> list[Chart]:
   """Acceptance by depth over training; tokens per forward by draft length at the end."""
   M = max(run.config.model.futures for run in runs)

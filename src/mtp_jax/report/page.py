@@ -60,7 +60,7 @@ class Run:
 def page(runs: Sequence[Run]) -> str:
   """The page as HTML."""
   style = importlib.resources.files('mtp_jax.report').joinpath('page.css').read_text()
-  title = ', '.join(run.name for run in runs)
+  title, balance = ', '.join(run.name for run in runs), figures.experts(runs)
   sections = (
       ('', _summary(runs)),
       ('Loss', _charts(figures.loss(runs), 'Thin: training, a batch at a time. Dots: validation, on held-out '
@@ -68,6 +68,8 @@ def page(runs: Sequence[Run]) -> str:
       ('Futures', _charts(figures.futures(runs), 'Future m at position t predicts token t+1+m. Thin: training. Dots: '
                           'validation.')),
       ('Optimizer', _charts(figures.optimizer(runs), '')),
+      *([('Experts', _charts(balance, 'Of each block with experts: how evenly the tokens of a step are spread over '
+                             'them.'))] if balance else []),
       ('Drafts', _charts(figures.drafts(runs), 'Acceptance at depth k: of the drafts of future k, given that all '
                          'before them were accepted, on held-out documents. Solid: greedy. Dashed: sampling at '
                          'temperature 1.')),
@@ -154,7 +156,7 @@ def _time(runs: Sequence[Run]) -> str:
 def _parts(runs: Sequence[Run]) -> str:
   content = ''
   for run in runs:
-    state = {part: 16 * count for part, count in run.parameters.items() if part != 'total'}
+    state = {part: 16 * count for part, count in run.parameters.items() if part in PART_COLOURS}
     flops = {part: count for part, count in run.flops_per_token.items() if part != 'total'}
     total = max(1, run.flops_per_token['total'])
     rows = [(part, f'{run.parameters[part]:,}', f'{16 * run.parameters[part] / 2**20:,.2f}',

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from mtp_jax.config import OptimizerConfig
+from mtp_jax.config.weights import parse_weight
 from mtp_jax.sharding import letters
 
 
@@ -39,14 +40,17 @@ def decayed(model):
 
 
 def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Learning rate at each step: linear warm-up from 0, then a cosine, or a plateau and a linear
-  decay.
+  """Learning rate at each step: linear warm-up from 0, then a cosine, a plateau and a linear decay, or a path in
+  words.
 
-  The last value is config.optimizer.final_ratio times the peak.
+  The last value is config.optimizer.final_ratio times the peak, or what the path ends with.
   """
   peak, final = c.learning_rate, c.learning_rate * c.final_ratio
   if c.schedule == 'cosine':
     after_warmup = optax.cosine_decay_schedule(peak, steps - c.warmup_steps, c.final_ratio)
+  elif c.schedule != 'wsd':
+    warmup = lambda step: jnp.minimum(1, step / max(1, c.warmup_steps))
+    return lambda step: peak * warmup(step) * _along(c.schedule, step / steps)
   else:
     decay_steps = round(c.decay_share * steps)
     plateau_steps = steps - c.warmup_steps - decay_steps
@@ -55,6 +59,19 @@ def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
     return after_warmup
   warmup = optax.linear_schedule(0.0, peak, c.warmup_steps)
   return optax.join_schedules([warmup, after_warmup], [c.warmup_steps])
+
+
+def _along(path: str, fraction):
+  """`weight_at`, of a traced fraction."""
+  value, segments = parse_weight(path)
+  before = value
+  for segment in segments:
+    width = segment.end - segment.start
+    done = jnp.clip((fraction - segment.start) / width, 0, 1) if width else fraction >= segment.start
+    if segment.shape == 'cosine':
+      done = (1 - jnp.cos(jnp.pi * done)) / 2
+    value, before = value + (segment.goal - before) * done, segment.goal
+  return value
 
 
 def learning_rate(c: OptimizerConfig, steps: int, state) -> jax.Array:

@@ -68,6 +68,7 @@ class Recorder:
     self.speed.flops += step.flops
     metrics = jax.tree.map(lambda x: x.tolist(), jax.device_get(step.metrics))
     bad_in_a_row = metrics['skipped_in_a_row']
+    assert not metrics.get('dropped'), f'step {n}: {metrics["dropped"]} rows reached no expert'
     if bad_in_a_row:
       evidence = write_evidence(self.folder, n, step.batch, metrics)
       self.display.line(f'step {n} skipped: loss {metrics["loss"]}, gradient norm {metrics["gradient_norm"]}; '
