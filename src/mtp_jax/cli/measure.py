@@ -37,13 +37,15 @@ def inspect(flags) -> int:
   from mtp_jax.model import costs, model
   step, counted, conventions = lm.step if lm else 0, counts(config), model.conventions(config.model)
   sha256 = costs.parameters_sha256(lm.model) if lm else None
-  rows = [(part, *(f'{count:,}' for side in (counted, counted['twin'])
-                   for count in (side['parameters'][part], side['flops_per_token'].get(part, 0))))
+  sides, flops_of = (counted, counted['twin']), lambda part: 'total' if part == 'active' else part
+  rows = [(part, *(f'{count:,}' for side in sides
+                   for count in (side['parameters'][part], side['flops_per_token'].get(flops_of(part), 0))))
           for part in counted['parameters']]
   lines = [f'step {step}',
            *table(('part', 'parameters', 'FLOPs/token', 'twin parameters', 'twin FLOPs/token'),
                   rows),
-           'FLOPs of the forward and backward pass; the twin is the same model with one future', '',
+           'FLOPs of the forward and backward pass; the twin is the same model with one future; active: of the routed',
+           'experts only those that a token goes to', '',
            *(f'{name}: {value}' for name, value in conventions.items())]
   if lm:
     lines.append(f'parameters SHA-256: {sha256}')

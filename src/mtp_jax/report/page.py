@@ -161,7 +161,9 @@ def _parts(runs: Sequence[Run]) -> str:
     total = max(1, run.flops_per_token['total'])
     rows = [(part, f'{run.parameters[part]:,}', f'{16 * run.parameters[part] / 2**20:,.2f}',
              f'{run.flops_per_token.get(part, 0):,}', f'{run.flops_per_token.get(part, 0) / total:.1%}')
-            for part in run.parameters]
+            for part in (*PART_COLOURS, 'total')]
+    if run.config.model.experts:
+      rows.append(('active', f'{run.parameters["active"]:,}', '', '', ''))
     content += (f'<h3>{html.escape(run.name)}</h3>' if len(runs) > 1 else '')
     content += _bar('memory of the training state', state, PART_COLOURS)
     content += _bar('FLOPs of a token', flops, PART_COLOURS)
