@@ -20,6 +20,7 @@ from decoding import (
   start,
   tallies,
 )
+from experiments import FAMILIES
 
 from mtp_jax.config import MeshConfig
 from mtp_jax.decode.decoder import Decoder
@@ -53,6 +54,16 @@ def check_equal(model, batch, mesh, **options):
 def test_every_family_generates_on_a_mesh_what_it_generates_on_one_device(trained, variant):
   state = check_equal(trained(variant), ALL, mesh_of(fsdp=4, tensor=2))
   assert tallies(state)[2].any(0).all()  # drafts of every depth were accepted
+
+
+@pytest.mark.parametrize('sizes, parts', [({'expert': 4, 'fsdp': 2}, 4), ({'expert': 2, 'data': 3}, 6),
+                                          ({'fsdp': 2, 'tensor': 2}, 4), ({'fsdp': 8}, 1)], ids=str)
+def test_experts_are_spread_over_all_devices_that_divide_them_and_generate_the_same(trained, sizes, parts):
+  model, mesh = trained(FAMILIES['experts']), mesh_of(**sizes)
+  feed_forward = Decoder.of(model, V, mesh).layers[-1].feed_forward
+  for matrix in (feed_forward.gate_EDW, feed_forward.down_EWD):
+    assert math.prod(matrix[...].sharding.shard_shape(matrix.shape)) == math.prod(matrix.shape) // parts
+  check_equal(model, ALL, mesh)
 
 
 def test_samples_of_one_seed_are_the_same_on_a_mesh(trained, family):

@@ -5,6 +5,8 @@ A model that does not fit one device is decoded from where training holds it:
     matrices    as their letters say: D over fsdp and expert; E over expert; H, G, F, W and V over tensor.
                 A product over a sharded width is summed over devices, so a pass moves activations between
                 devices, no weights
+    experts     E over all axes of rows that divide it, W over tensor: every device multiplies the rows of its own
+                experts, and the results are summed over devices
     caches      rows over data, fsdp and context, key heads over tensor; an axis that does not divide
                 the rows divides the key heads, or else the devices along it hold the same
     the rest    whole on every device, but D over fsdp
@@ -22,6 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.model.attention import Cache
+from mtp_jax.model.grouped import MATRICES, decoding_spec, dividing
 from mtp_jax.sharding import RULES, letters, spec
 
 ROW_AXES = RULES['P']
@@ -55,9 +58,9 @@ class MeshCache:
   @classmethod
   def of(cls, cache: Cache, batch: int, mesh: Mesh) -> 'MeshCache':
     """The cache of so many rows, on the mesh."""
-    row_axes = _dividing(batch, ROW_AXES, mesh)
+    row_axes = dividing(batch, ROW_AXES, mesh)
     unused = [axis for axis in ROW_AXES if axis not in row_axes]
-    head_axes = _dividing(len(cache.v_RSK) // batch, ('tensor', *unused), mesh)
+    head_axes = dividing(len(cache.v_RSK) // batch, ('tensor', *unused), mesh)
     return cls(cache, mesh, row_axes, head_axes).placed()
 
   @property
@@ -121,7 +124,11 @@ def parameter_shardings(tree, mesh: Mesh):
   def sharding(path, leaf):
     named = letters(path)
     stacked = leaf.ndim - len(named)
-    fitted = fitting(named if len(named) > 1 else named.lower(), leaf.shape[stacked:], mesh)
+    shape = leaf.shape[stacked:]
+    if named in MATRICES:
+      fitted = decoding_spec(named, shape, mesh)
+    else:
+      fitted = fitting(named if len(named) > 1 else named.lower(), shape, mesh)
     return NamedSharding(mesh, PartitionSpec(*[None] * stacked, *fitted))
 
   return jax.tree_util.tree_map_with_path(sharding, tree)
@@ -148,12 +155,3 @@ def fitting(named: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     return axes is not None and size % math.prod(mesh.shape[axis] for axis in np.ravel(axes)) == 0
 
   return PartitionSpec(*(axes if fits(axes, size) else None for axes, size in zip(spec(named), shape)))
-
-
-def _dividing(size: int, axes: Sequence[str], mesh: Mesh) -> tuple[str, ...]:
-  """Axes of several devices that divide a dimension together, each taken if it still can be."""
-  taken = []
-  for axis in axes:
-    if mesh.shape[axis] > 1 and size % (mesh.shape[axis] * math.prod(mesh.shape[a] for a in taken)) == 0:
-      taken.append(axis)
-  return tuple(taken)

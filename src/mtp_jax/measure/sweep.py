@@ -1,5 +1,6 @@
 """Plans of one config on many meshes, or on slices of growing size."""
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 
 from mtp_jax.config import BadInput, Config, MeshConfig
@@ -9,6 +10,7 @@ from mtp_jax.report.picture import picture
 
 # data, tensor, context of a mesh, for each slice; fsdp takes the rest
 SPLITS = ((1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4))
+EXPERTS = (1, 4, 8, 16)  # devices that divide the experts, where there are any
 REMATS = ('full', 'attention', 'attention,qkv', 'dots', 'none')
 
 
@@ -106,13 +108,13 @@ def _step_text(made: Plan) -> str:
 
 
 def _meshes(config: Config, chips: list) -> Iterator[MeshConfig]:
-  """Meshes that the config allows; fsdp takes what data, tensor and context leave."""
-  slices = slice_count(chips)
-  for data, tensor, context in SPLITS:
-    fsdp, rest = divmod(len(chips), slices * data * tensor * context)
+  """Meshes that the config allows; fsdp takes what the others leave."""
+  slices, parts = slice_count(chips), EXPERTS if config.model.experts else (1,)
+  for (data, tensor, context), expert in itertools.product(SPLITS, parts):
+    fsdp, rest = divmod(len(chips), slices * data * tensor * context * expert)
     if rest:
       continue
-    mesh = MeshConfig(data=data * slices, fsdp=fsdp, tensor=tensor, context=context)
+    mesh = MeshConfig(data=data * slices, fsdp=fsdp, tensor=tensor, context=context, expert=expert)
     try:
       yield dataclasses.replace(config, mesh=mesh).mesh
     except BadInput:  # such as heads that do not divide

@@ -15,7 +15,7 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.model.attention import GroupedQueryAttention
 from mtp_jax.model.block import Block
 from mtp_jax.model.experts import Experts
-from mtp_jax.model.grouped import times_in_name
+from mtp_jax.model.grouped import MATRICES, times_in_name
 from mtp_jax.model.model import HEADS
 from mtp_jax.sharding import letters
 
@@ -32,7 +32,7 @@ def parameters(model) -> dict[str, int]:
   for path, leaf in jax.tree_util.tree_leaves_with_path(model):
     size = math.prod(leaf.shape)
     counts[PART_OF[path[0].name]] += size
-    if letters(path) in ('EDW', 'EWD'):
+    if letters(path) in MATRICES:
       idle += size * (c.experts - c.experts_per_token) // c.experts
   total = sum(counts.values())
   return counts | {'total': total, 'active': total - idle}

@@ -21,7 +21,7 @@ from flax import nnx
 from mtp_jax.config import ModelConfig
 from mtp_jax.model.attention import Documents
 from mtp_jax.model.feed_forward import SwiGLU
-from mtp_jax.model.grouped import mixture
+from mtp_jax.model.grouped import mixture, mixture_in_decoding
 from mtp_jax.model.parameters import matrix
 from mtp_jax.sharding import einsum, place
 
@@ -48,8 +48,13 @@ class Experts(nnx.Module):
     real_BL = keys.segments_BL > 0 if isinstance(keys, Documents) else None
     if real_BL is not None:
       expert_BLj = jnp.where(real_BL[..., None], expert_BLj, c.experts)
-    y_BLD, load_E = mixture(h_BLD, expert_BLj, weight_BLj, self.gate_EDW[...], self.up_EDW[...], self.down_EWD[...])
-    y_BLD = _with_load(y_BLD, self.bias_E[...], load_E)
+    arguments = h_BLD, expert_BLj, weight_BLj, self.gate_EDW[...], self.up_EDW[...], self.down_EWD[...]
+    mesh = getattr(keys, 'mesh', None)  # of a cache that is spread over devices
+    if mesh is not None:
+      y_BLD = mixture_in_decoding(mesh, *arguments)
+    else:
+      y_BLD, load_E = mixture(*arguments)
+      y_BLD = _with_load(y_BLD, self.bias_E[...], load_E)
     if real_BL is not None and keys.balance:
       y_BLD = _with_loss(y_BLD, keys.balance * balance_loss(c, affinity_BLE, real_BL))
     return y_BLD + self.shared(h_BLD) if c.shared_experts else y_BLD
