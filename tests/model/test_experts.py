@@ -68,6 +68,16 @@ def test_grouped_experts_are_every_expert_over_every_token_and_so_are_their_grad
   np.testing.assert_array_equal(rows_E, [(expert == e).sum() for e in range(E)])  # nothing is dropped
 
 
+def test_of_fewer_rows_than_experts_each_is_a_tile(assert_close):
+  h, expert, weight, *matrices = map(jnp.asarray, arguments('even'))
+  h, expert, weight = h[:1, 4:6], expert[:1, 4:6], weight[:1, 4:6]  # one of the two tokens goes to no expert
+  assert (expert == E).sum() == J and (expert < E).sum() == J
+  loss = lambda function: lambda h, *others: jnp.sum(jnp.sin(function(h, expert, *others)))
+  wanted, found = (jax.value_and_grad(loss(function), range(5))(h, weight, *matrices)
+                   for function in (every_expert, lambda *x: mixture(*x)[0]))
+  assert_close(found, wanted, 2e-6)
+
+
 @pytest.mark.parametrize('rows, experts, wanted', [(1, 8, 8), (96 * 8 * 8, 8, 64), (2**22, 8, 512), (640, 4, 16)])
 def test_an_expert_fills_about_eight_tiles(rows, experts, wanted):
   assert tile_rows(rows, experts) == wanted

@@ -223,6 +223,8 @@ class _Tiles:
   @classmethod
   def of(cls, expert_tj, experts: int) -> '_Tiles':
     rows = expert_tj.size
+    if rows <= experts:
+      return cls._of_single_rows(expert_tj, experts)
     b = tile_rows(rows, experts)
     n = min(rows, (rows + experts * (b - 1)) // b)  # the most that any load needs
     expert_a = jnp.ravel(expert_tj)
@@ -244,6 +246,17 @@ class _Tiles:
     even = experts * -(-rows // (experts * b))
     return cls(expert_n, row_nb, jnp.reshape(place_a, expert_tj.shape), rows_E.astype(jnp.float32),
                tile_end_E[-1], min(n, even))
+
+  @classmethod
+  def _of_single_rows(cls, expert_tj, experts: int) -> '_Tiles':
+    """Tiles of one row, as decoding has them: there is nothing to sort."""
+    expert_a, rows = jnp.ravel(expert_tj), expert_tj.size
+    inside_a = expert_a < experts
+    place_a = jnp.where(inside_a, jnp.cumsum(inside_a) - 1, rows)
+    row_n = jnp.full(rows, rows, jnp.int32).at[place_a].set(jnp.arange(rows, dtype=jnp.int32), mode='drop')
+    rows_E = jnp.sum(expert_a[:, None] == jnp.arange(experts), 0, dtype=jnp.float32)
+    return cls(expert_a.at[row_n].get(mode='clip'), row_n[:, None], jnp.reshape(place_a, expert_tj.shape), rows_E,
+               jnp.sum(inside_a, dtype=jnp.int32), rows)
 
   def forward(self, x_tD, weight_tj, gate_EDW, up_EDW, down_EWD):
     """(y_tD, float32 sums where j is above 1; rows of each expert)."""
