@@ -2,6 +2,7 @@
 import contextlib
 import re
 import shutil
+import sys
 import threading
 
 import jax
@@ -142,3 +143,19 @@ def test_a_folder_that_cannot_be_written_is_bad_input_before_training(tmp_path, 
   break_folder(tmp_path / FOLDER)
   with pytest.raises(BadInput, match=f'^--workdir={tmp_path}: cannot write .*checkpoints: .*; give a folder'):
     store.Writer(tmp_path, 3)
+
+
+def test_an_error_that_another_thread_of_the_program_could_not_raise_is_still_told(monkeypatch):
+  told = []
+  monkeypatch.setattr(sys, 'unraisablehook', told.append)
+  store._orbax.cache_clear()
+  store._orbax()
+
+  class Broken:
+    def __del__(self):
+      raise ValueError('of the program')
+
+  thread = threading.Thread(target=lambda: Broken() and None)
+  thread.start()
+  thread.join()
+  assert [str(error.exc_value) for error in told] == ['of the program']

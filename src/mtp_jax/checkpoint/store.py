@@ -17,6 +17,7 @@ import pathlib
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator
 
 import jax
@@ -34,7 +35,7 @@ def _orbax():
   """The package, made silent: of an error that it raises, each of its threads prints a traceback."""
   from orbax.checkpoint import v1
   print_unraisable = sys.unraisablehook
-  sys.unraisablehook = lambda error: print_unraisable(error) if _in_main_thread() else None
+  sys.unraisablehook = lambda error: None if not _in_main_thread() and _is_orbax(error) else print_unraisable(error)
   for name in ('absl', 'root'):
     logging.getLogger(name).addFilter(lambda record: '/orbax/' not in record.pathname)
   return v1
@@ -42,6 +43,14 @@ def _orbax():
 
 def _in_main_thread() -> bool:
   return threading.current_thread() is threading.main_thread()
+
+
+def _is_orbax(error) -> bool:
+  """Whether what Python could not raise is a coroutine of Orbax, or a call through it or the event loop it runs."""
+  coroutine = getattr(error.object, 'cr_code', None)
+  files = [frame.filename for frame in traceback.extract_tb(error.exc_traceback)]
+  files.append(coroutine.co_filename if coroutine else '')
+  return any('orbax' in file or 'uvloop' in file for file in files)
 
 
 @contextlib.contextmanager
