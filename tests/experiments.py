@@ -33,6 +33,9 @@ FAMILIES = {
                 'shared_experts': 2},
 }
 
+# fields of ModelConfig, for four heads
+LATENT = {'attention': 'latent', 'kv_heads': 4, 'kv_rank': 40, 'query_rank': 56, 'rope_width': 6}
+
 # what a run of `experiment` trains: changes of its sections
 RUNS = {
     'parallel': {},

@@ -77,22 +77,43 @@ def _swiglu(h, gate_DF, up_DF, down_FD):
 
 def _attention(c, w, h):
   """One head at a time."""
-  n, y = len(h), 0
+  if c.attention == 'latent':
+    return _latent_attention(c, w, h)
+  y = 0
   for i in range(c.heads):
     g = i // (c.heads // c.kv_heads)
     q, k, v = h @ w.wq_DHK[...][:, i], h @ w.wk_DGK[...][:, g], h @ w.wv_DGK[...][:, g]
     if c.qk_norm:
       q, k = _norm(q, w.q_norm_K[...], c), _norm(k, w.k_norm_K[...], c)
-    scores = _rotated(c, q) @ _rotated(c, k).T / np.sqrt(c.head_width)
-    scores = np.where(np.tril(np.ones((n, n), bool)), scores, -np.inf)
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    y = y + (p / p.sum(-1, keepdims=True)) @ v @ w.wo_HKD[...][i]
+    y = y + _read(_rotated(c, q), _rotated(c, k), v) @ w.wo_HKD[...][i]
   return y
 
 
+def _latent_attention(c, w, h):
+  """One head at a time, its keys and values expanded from the latents."""
+  K, y = c.head_width, 0
+  latent, k_rotary = _norm(h @ w.kv_down_DA[...], w.kv_norm_A[...], c), _rotated(c, h @ w.k_rotary_Do[...])
+  for i in range(c.heads):
+    if c.query_rank:
+      q = _norm(h @ w.q_down_DU[...], w.q_norm_U[...], c) @ w.q_up_UHJ[...][:, i]
+    else:
+      q = h @ w.wq_DHJ[...][:, i]
+    q = np.concatenate([q[:, :K], _rotated(c, q[:, K:])], -1)
+    k = np.concatenate([latent @ w.k_up_AHK[...][:, i], k_rotary], -1)
+    y = y + _read(q, k, latent @ w.v_up_AHK[...][:, i]) @ w.wo_HKD[...][i]
+  return y
+
+
+def _read(q, k, v):
+  """Causal softmax attention of one head."""
+  scores = np.where(np.tril(np.ones((len(q), len(k)), bool)), q @ k.T / np.sqrt(q.shape[1]), -np.inf)
+  p = np.exp(scores - scores.max(-1, keepdims=True))
+  return p / p.sum(-1, keepdims=True) @ v
+
+
 def _rotated(c, x):
-  """Each pair (j, j + K/2) as a complex number, turned by position * base^(-2j/K)."""
-  half = c.head_width // 2
+  """Each pair (j, j + o/2) of o numbers as a complex number, turned by position * base^(-2j/o)."""
+  half = x.shape[1] // 2
   angle = np.arange(len(x))[:, None] * c.rope_base ** (-np.arange(half) / half)
   turned = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
   return np.concatenate([turned.real, turned.imag], -1)

@@ -5,11 +5,12 @@ import ast
 import pathlib
 import re
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
-from experiments import experiment, random_state, write
+from experiments import LATENT, experiment, random_state, write
 
 import mtp_jax
 from mtp_jax.config import Config, DataConfig, ObjectiveConfig, TrainConfig
@@ -98,7 +99,7 @@ def alphabet() -> dict[str, int]:
 
 def test_every_letter_is_explained_once():
   counts = alphabet()
-  assert set('BLSDCHGKFVENMTPR') <= set(counts) and set('dlgntrhxpikw') <= set(counts)
+  assert set('BLSDCHGKJAUFVENMTPR') <= set(counts) and set('dlgntrhxpikwo') <= set(counts)
   assert set(counts.values()) == {1}
 
 
@@ -153,7 +154,16 @@ def test_a_letter_has_one_size_in_a_step_and_an_evaluation_of_unequal_sizes(tiny
   """Where all sizes differ (B 6, L 10, M 3, T 13, ...), one letter with two meanings would have two
   sizes.
   """
-  config = Config(tiny(**variant), ObjectiveConfig(chunk=7), DataConfig(length=10), train=TrainConfig(batch=6))
+  check_letters_of_a_step(tiny(**variant), random_model, packed)
+
+
+def test_a_letter_has_one_size_with_latent_attention(tiny, random_model, packed):
+  check_letters_of_a_step(tiny(kind='sequential', **LATENT), random_model, packed,
+                          {'G': 4, 'J': 14, 'A': 40, 'U': 56, 'Q': 10})
+
+
+def check_letters_of_a_step(c, random_model, packed, changes=types.MappingProxyType({})):
+  config = Config(c, ObjectiveConfig(chunk=7), DataConfig(length=10), train=TrainConfig(batch=6))
   model, batch, ones = random_model(config.model), packed(config.model, 6, 10), jnp.ones(24, jnp.int32)
 
   def run():
@@ -164,21 +174,23 @@ def test_a_letter_has_one_size_in_a_step_and_an_evaluation_of_unequal_sizes(tiny
   sizes, twice = sizes_in(run)
   assert not twice
   known = {'B': 6, 'L': 10, 'S': 10, 'M': 3, 'D': 16, 'H': 4, 'G': 2, 'K': 8, 'V': 24, 'P': 1, 'T': 13, 'F': 20,
-           'C': 32, 'Q': 20, 'E': 12, 'W': 10}
+           'C': 32, 'Q': 20, 'E': 12, 'W': 10, 'J': 8} | changes
   assert {letter: found for letter, found in sizes.items() if letter.isupper()} == {
       letter: {known[letter]} for letter in sizes if letter.isupper()}
   assert set('BLSDHGKVMPt') <= set(sizes)
 
 
-def test_a_letter_has_one_size_in_every_function_of_a_decoder(tmp_path, family):
+@pytest.mark.parametrize('attention', [{'kv_heads': 1}, LATENT | {'kv_heads': 2}], ids=['grouped', 'latent'])
+def test_a_letter_has_one_size_in_every_function_of_a_decoder(tmp_path, family, attention):
   """Prompts of up to 32 tokens in 64 slots; a pass reads 4 tokens, 3 of them drafts."""
-  config = experiment(tmp_path, model={'vocab': 259, 'layers': 5, 'futures': 4, 'kv_heads': 1, **family})
+  config = experiment(tmp_path, model={'vocab': 259, 'layers': 5, 'futures': 4, **attention, **family})
   write(tmp_path / 'run', config, random_state(config))
   lm = mtp_jax.load(tmp_path / 'run')
   jax.clear_caches()  # so that every function is traced again
   sizes, twice = sizes_in(lambda: lm.generate(['ab', 'b', 'abc'], max_tokens=40, draft=3, max_length=60,
                                               temperature=0.7, top_k=9))
   assert not twice
-  known = {'B': {3}, 'D': {16}, 'H': {2}, 'G': {1}, 'K': {8}, 'V': {259}, 'F': {24}, 'p': {32}, 'S': {32, 64}}
+  known = {'B': {3}, 'D': {16}, 'H': {2}, 'K': {8}, 'V': {259}, 'F': {24}, 'p': {32}, 'S': {32, 64}}
+  known |= {'A': {40}, 'U': {56}, 'J': {14}} if 'kv_rank' in attention else {'G': {1}}
   assert {letter: sizes.get(letter) for letter in known} == known
   assert {3} <= sizes['k'] <= {0, 3} and {4, 32} <= sizes['i']

@@ -70,9 +70,11 @@ def mesh_of_model(config: Config, sizes: Mapping[str, int] | None = None) -> jax
   if not isinstance(sizes, Mapping):
     raise BadInput(f'mesh={sizes!r}: {example}')
   c = config.model
-  divided = {'fsdp': {'model.width': c.width}, 'context': {'data.length': config.data.length},
+  by_width = {f'model.{name}': getattr(c, name)
+              for name in ('width', *(('kv_rank', 'query_rank') if c.attention == 'latent' else ()))}
+  divided = {'fsdp': by_width, 'context': {'data.length': config.data.length},
              'tensor': {f'model.{name}': getattr(c, name) for name in ('heads', 'kv_heads', 'feed_forward', 'vocab')},
-             'expert': {'model.width': c.width, 'model.experts': c.experts}}
+             'expert': by_width | {'model.experts': c.experts}}
   named = AXES if c.experts else tuple(axis for axis in AXES if axis != 'expert')
   for axis, size in sizes.items():
     if axis not in named:

@@ -5,6 +5,8 @@ Upper case, each the name of one axis, and where RULES say so sharded:
     B batch rows  L length (queries)  S keys, or slots of a cache  D width  C two states side by side, 2D
     H query heads  G key heads  K width of a head  F feed-forward  V vocabulary
     E experts  W width of an expert's feed-forward
+    J width of a query or key: K, and in latent attention the rotary part besides
+    A rank of compressed keys and values  U rank of compressed queries
     N trunk layers, stacked  M futures, stacked  T tokens of a whole row, L + M
     P devices that hold different tokens  Q queries of a key head, L x r  R rows of a cache, B x G
 
@@ -16,7 +18,7 @@ Lower case, never sharded:
     b  rows of a tile  e  devices that hold different experts  c  rows that one sends to another at once
     r  query heads that share a key head  h  heads of either kind  x  any further axes
     p  tokens of a prompt  i  tokens that a decoder reads at once  k  drafts
-    w  positions that a module runs again
+    w  positions that a module runs again  o  the part of a head that is rotated
 
 `x_BLD` is a float array of batch x length x width, `einsum('BLD,DHK->BLHK', x_BLD, wq_DHK)`
 contracts it, and `spec('BLHK')` is where the result lives on a mesh with the axes data, fsdp,
@@ -34,6 +36,7 @@ AXES = ('data', 'fsdp', 'context', 'tensor', 'expert')
 RULES = {
     'B': ('data', 'fsdp', 'expert'), 'L': ('context',), 'Q': ('context',),
     'D': ('fsdp', 'expert'), 'C': ('fsdp', 'expert'),
+    'A': ('fsdp', 'expert'), 'U': ('fsdp', 'expert'),
     'H': ('tensor',), 'G': ('tensor',), 'F': ('tensor',), 'W': ('tensor',), 'V': ('tensor',),
     'E': ('expert',), 'P': ('data', 'fsdp', 'expert', 'context')}
 

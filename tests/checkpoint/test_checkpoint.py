@@ -32,6 +32,17 @@ def eight(tmp_path_factory):
   return config, state, folder / 'run'
 
 
+@pytest.fixture(scope='module')
+def latent(tmp_path_factory):
+  """The same of latent attention; the ranks are over fsdp."""
+  folder = tmp_path_factory.mktemp('latent')
+  ranks = {'attention': 'latent', 'kv_rank': 20, 'query_rank': 12, 'rope_width': 4}
+  config = experiment(folder, model=ranks, mesh={'fsdp': 4, 'tensor': 2})
+  state = random_state(config)
+  write(folder / 'run', config, state)
+  return config, state, folder / 'run'
+
+
 @pytest.fixture
 def run(tmp_path):
   """A fresh checkpoint of step 3 for a test to damage: (config, folder)."""
@@ -43,8 +54,9 @@ def run(tmp_path):
 @pytest.mark.parametrize('mesh', [
     ONE, EIGHT, MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(tensor=2),
     MeshConfig(fsdp=2, context=2)], ids=str)
-def test_a_state_of_eight_devices_is_bit_equal_on_any_mesh(eight, mesh):
-  config, state, workdir = eight
+@pytest.mark.parametrize('saved', ['eight', 'latent'])
+def test_a_state_of_eight_devices_is_bit_equal_on_any_mesh(saved, mesh, request):
+  config, state, workdir = request.getfixturevalue(saved)
   config, mesh = dataclasses.replace(config, mesh=mesh), make_mesh(mesh)
   with jax.set_mesh(mesh):
     loaded = training.restore(config, workdir, 3, mesh)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import numpy_forward
 import pytest
-from experiments import experiment, generate_clearly, random_state, write
+from experiments import LATENT, experiment, generate_clearly, random_state, write
 
 import mtp_jax
 from mtp_jax.config import BadInput, MeshConfig
@@ -72,6 +72,13 @@ def test_scores_are_those_of_a_float64_forward(make, variant):
       assert score.logprob == pytest.approx(float(score.logprobs[0].astype(float).sum()))
       assert score.bits_per_byte == pytest.approx(-score.logprob / math.log(2) / score.bytes)
       assert score.nats[0] == pytest.approx(-score.logprob / len(score.ids))
+
+
+@pytest.mark.parametrize('fields', [{}, {'query_rank': 0, 'kind': 'sequential', 'module_input': 'trunk'}], ids=str)
+def test_scores_of_latent_attention_are_those_of_a_float64_forward(make, fields):
+  one = make(**LATENT | fields)
+  for text, score in zip(TEXTS, one.score(TEXTS, futures=3)):
+    check(one, text, 0, score)
 
 
 @pytest.mark.parametrize('kind', ['parallel', 'anticausal', 'sequential'])

@@ -54,6 +54,17 @@ def test_a_pass_multiplies_what_its_tokens_need_and_speeds_up_by_its_tokens_over
   assert drafted.tokens_per_second == pytest.approx(B * drafted.tokens_per_pass / drafted.pass_seconds)
 
 
+def test_a_pass_over_latents_multiplies_in_the_absorbed_form():
+  """The matrices of a block, then scores and sums as wide as the latents, which all heads share."""
+  config, B = small(attention='latent', kv_heads=4, kv_rank=24, rope_width=8, query_rank=32), 4
+  c = config.model
+  made, = plan_decode(config, 'cpu:1', [B], [0], S)
+  blocks, latents = c.trunk_layers + 1, c.kv_rank + c.rope_width
+  token = blocks * (Block.flops(c, 0) + 2 * c.heads * (latents + c.kv_rank) * S) + 2 * c.width * c.vocab
+  assert made.flops == B * token
+  assert made.state_bytes == pytest.approx(4 * blocks * B * S * latents, rel=0.1)
+
+
 def test_one_device_multiplies_the_same_and_sends_nothing():
   one, two = (plan_decode(small(), f'cpu:{n}', [1], [0], S)[0] for n in (1, 2))
   assert one.flops == two.flops and one.sent_bytes == 0 < two.sent_bytes

@@ -219,10 +219,13 @@ def test_a_kernel_is_attention_within_documents_wherever_the_positions_lie(kerne
 H100 = 'NVIDIA H100 80GB HBM3'
 
 
-@pytest.mark.parametrize('kind, dtype, length, kernel', [
-    (H100, 'bfloat16', 100, kernels.cudnn), (H100, 'float32', 100, None), ('TPU v5p', 'float32', 256, kernels.splash),
-    ('TPU v5p', 'bfloat16', 128, None), ('cpu', 'bfloat16', 256, None)])
-def test_a_mesh_of_chips_runs_its_kernel_where_the_shapes_fit(kind, dtype, length, kernel):
+@pytest.mark.parametrize('kind, dtype, length, widths, kernel', [
+    (H100, 'bfloat16', 100, (64, 64), kernels.cudnn), (H100, 'float32', 100, (64, 64), None),
+    (H100, 'bfloat16', 100, (96, 64), kernels.cudnn), (H100, 'bfloat16', 100, (192, 128), None),
+    ('TPU v5p', 'float32', 256, (64, 64), kernels.splash), ('TPU v5p', 'bfloat16', 128, (64, 64), None),
+    ('TPU v5p', 'bfloat16', 256, (192, 128), kernels.splash), ('TPU v5p', 'bfloat16', 256, (144, 128), None),
+    ('cpu', 'bfloat16', 256, (64, 64), None)])
+def test_a_mesh_of_chips_runs_its_kernel_where_the_shapes_fit(kind, dtype, length, widths, kernel):
   """Two devices share the length, of which 128 positions are no whole tile each. The mesh is only
   described.
   """
@@ -230,7 +233,8 @@ def test_a_mesh_of_chips_runs_its_kernel_where_the_shapes_fit(kind, dtype, lengt
   device = jax.sharding.AbstractDevice(kind, None, platform)
   mesh = jax.sharding.AbstractMesh((1, 1, 2, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 5, abstract_device=device)
   with jax.sharding.use_abstract_mesh(mesh):
-    assert kernels.kernel_for(jax.ShapeDtypeStruct((1, length, 2, 64), dtype)) is kernel
+    wide, narrow = (jax.ShapeDtypeStruct((1, length, 2, width), dtype) for width in widths)
+    assert kernels.kernel_for(wide, narrow) is kernel
 
 
 def test_documents_attend_by_the_kernel_of_the_mesh_where_there_is_one(monkeypatch):
@@ -239,7 +243,7 @@ def test_documents_attend_by_the_kernel_of_the_mesh_where_there_is_one(monkeypat
   x = jnp.ones((1, 4, 2, 8))
   keys = documents(segments_BL).write(x, x, None)
   np.testing.assert_allclose(keys.attend(x, None), 1, rtol=1e-6)
-  monkeypatch.setattr(kernels, 'kernel_for', lambda q: lambda q, k, v, segments, mask: (q, k, v, segments, mask))
+  monkeypatch.setattr(kernels, 'kernel_for', lambda q, v: lambda q, k, v, segments, mask: (q, k, v, segments, mask))
   for given, passed_on in zip(keys.attend(x, None), (x, x, x, keys.segments_BL, keys.mask_BLS)):
     np.testing.assert_array_equal(given, passed_on)
 

@@ -10,14 +10,15 @@ from mtp_jax.config.weights import Segment, parse_weight
 
 AT_LEAST_1 = (
     'model.vocab', 'model.width', 'model.layers', 'model.heads', 'model.kv_heads',
-    'model.head_width', 'model.feed_forward', 'model.experts_per_token', 'model.expert_width',
-    'model.expert_groups', 'model.groups_per_token', 'model.futures', 'model.head_batch',
+    'model.head_width', 'model.kv_rank', 'model.rope_width', 'model.feed_forward', 'model.experts_per_token',
+    'model.expert_width', 'model.expert_groups', 'model.groups_per_token', 'model.futures', 'model.head_batch',
     'objective.chunk', 'data.length', 'train.steps', 'train.batch', 'train.accumulate',
     'train.log_every', 'train.evaluate_rows', 'train.checkpoint_every', 'train.checkpoints_kept',
     'train.skipped_allowed', 'train.heartbeat_seconds',
     'mesh.data', 'mesh.fsdp', 'mesh.context', 'mesh.tensor', 'mesh.expert')
 CHOICES = {
     'model.kind': ('parallel', 'linear', 'causal', 'anticausal', 'sequential'),
+    'model.attention': ('grouped', 'latent'),
     'model.placement': ('matched', 'appended'),
     'model.hidden_input': ('post_norm', 'pre_norm'),
     'model.module_input': ('chain', 'trunk'),
@@ -89,6 +90,12 @@ def _check_model(c) -> None:
   _require(c, 'model.share_modules', not m.share_modules or m.kind == 'sequential',
            f"{m.kind} futures have no modules to share; set config.model.kind='sequential'")
   _require_multiple(c, 'model.heads', 'model.kv_heads')
+  _require(c, 'model.query_rank', m.query_rank >= 0, 'must be a rank, or 0 for queries that are not compressed')
+  _require(c, 'model.rope_width', m.rope_width % 2 == 0, 'must be even for the rotary embedding')
+  if m.attention == 'latent':
+    _require(c, 'model.kv_heads', m.kv_heads == m.heads,
+             f'latent attention makes keys and values of every head; set {m.heads}, the number of heads')
+    _require(c, 'model.qk_norm', not m.qk_norm, 'latent attention norms what it compresses instead; set False')
   if m.kind in ('parallel', 'linear'):
     _require_multiple(c, 'model.futures', 'model.head_batch')
   _require(c, 'model.logit_cap', m.logit_cap >= 0, 'must be positive, or 0 for none')
@@ -209,7 +216,10 @@ def _check_mesh(c) -> None:
   _require_multiple(c, 'data.length', 'mesh.context')
   _require_multiple(c, 'model.width', 'mesh.fsdp')
   parts = x.fsdp * x.expert
-  _require(c, 'model.width', c.model.width % parts == 0, f'must be a multiple of fsdp x expert = {parts}')
+  divided = ('width', 'kv_rank', 'query_rank') if c.model.attention == 'latent' else ('width',)
+  for field in divided:
+    _require(c, f'model.{field}', getattr(c.model, field) % parts == 0,
+             f'must be a multiple of fsdp x expert = {parts}')
   for field in ('heads', 'kv_heads', 'feed_forward', 'vocab'):
     _require_multiple(c, f'model.{field}', 'mesh.tensor')
   if c.model.experts:

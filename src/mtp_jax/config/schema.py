@@ -37,6 +37,12 @@ class ModelConfig:
   heads: int = _field(4, 'H: query heads')
   kv_heads: int = _field(2, 'G: key and value heads; H/G query heads share each')
   head_width: int = _field(32, 'K: width of one attention head; even')
+  attention: str = _field(
+      'grouped', 'grouped: grouped-query; latent: multi-head latent attention (DeepSeek-V3), whose keys and values '
+                 'are compressed to kv_rank and whose heads have a rotary part of rope_width besides head_width')
+  query_rank: int = _field(0, 'latent: U, rank of compressed queries; 0: they are not compressed')
+  kv_rank: int = _field(512, 'latent: A, rank of compressed keys and values')
+  rope_width: int = _field(64, 'latent: width of the rotary part of a query or key; even')
   feed_forward: int = _field(352, 'F: hidden width of SwiGLU')
   experts: int = _field(0, 'E: routed experts of a block; 0: every feed-forward is dense')
   experts_per_token: int = _field(2, 'routed experts that each token goes to')

@@ -15,6 +15,7 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.decode.placement import MeshCache, empty_cache, parameter_shardings
 from mtp_jax.model.attention import Cache
 from mtp_jax.model.block import Block
+from mtp_jax.model.latent import LatentCache
 from mtp_jax.model.model import Model, capped
 from mtp_jax.model.norm import rms_norm
 from mtp_jax.sharding import einsum, letters
@@ -102,7 +103,7 @@ class Decoder:
       return list(range(c.futures - 1, -1, -1))
     return list(range(self.futures_in_forward + 1))
 
-  def head_cache(self, batch: int, slots: int) -> Cache | MeshCache | None:
+  def head_cache(self, batch: int, slots: int) -> Cache | LatentCache | MeshCache | None:
     """An empty cache for one head."""
     return None if self.config.kind == 'linear' else empty_cache(self.config, batch, slots, self.mesh)
 

@@ -8,7 +8,9 @@ A model that does not fit one device is decoded from where training holds it:
     experts     E over all axes of rows that divide it, W over tensor: every device multiplies the rows of its own
                 experts, and the results are summed over devices
     caches      rows over data, fsdp and context, key heads over tensor; an axis that does not divide
-                the rows divides the key heads, or else the devices along it hold the same
+                the rows divides the key heads, or else the devices along it hold the same. Latents are
+                shared by all heads: the devices that would hold other heads hold the same, and read
+                for their own query heads
     the rest    whole on every device, but D over fsdp
 
 The mesh has the devices of the training mesh and axes of type Auto: XLA chooses the shardings of
@@ -25,6 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mtp_jax.config import ModelConfig
 from mtp_jax.model.attention import Cache
 from mtp_jax.model.grouped import MATRICES, decoding_spec, dividing
+from mtp_jax.model.latent import LatentCache
 from mtp_jax.sharding import RULES, letters, spec
 
 ROW_AXES = RULES['P']
@@ -40,27 +43,28 @@ def decoding_mesh(mesh: Mesh) -> Mesh | None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MeshCache:
-  """A `Cache` whose rows are divided among devices.
+  """A cache whose rows are divided among devices.
 
   Each device holds the key heads and rows of the batch that are its own, in any order: only it reads
   and writes them.
 
   Attributes:
-    cache: of all rows, R over `row_axes` and `head_axes` together.
+    cache: of all rows. R of a `Cache` is over `row_axes` and `head_axes` together, B of a `LatentCache` over
+      `row_axes`.
     row_axes: mesh axes that divide the rows of the batch.
-    head_axes: mesh axes that divide the key heads.
+    head_axes: mesh axes that divide the heads.
   """
-  cache: Cache
+  cache: Cache | LatentCache
   mesh: Mesh = dataclasses.field(metadata={'static': True})
   row_axes: tuple[str, ...] = dataclasses.field(metadata={'static': True})
   head_axes: tuple[str, ...] = dataclasses.field(metadata={'static': True})
 
   @classmethod
-  def of(cls, cache: Cache, batch: int, mesh: Mesh) -> 'MeshCache':
-    """The cache of so many rows, on the mesh."""
+  def of(cls, cache: Cache | LatentCache, heads: int, batch: int, mesh: Mesh) -> 'MeshCache':
+    """The cache of so many key heads and rows, on the mesh."""
     row_axes = dividing(batch, ROW_AXES, mesh)
     unused = [axis for axis in ROW_AXES if axis not in row_axes]
-    head_axes = dividing(len(cache.v_RSK) // batch, ('tensor', *unused), mesh)
+    head_axes = dividing(heads, ('tensor', *unused), mesh)
     return cls(cache, mesh, row_axes, head_axes).placed()
 
   @property
@@ -74,7 +78,8 @@ class MeshCache:
 
   @property
   def _spec(self) -> PartitionSpec:
-    return PartitionSpec((*self.row_axes, *self.head_axes) or None)
+    of_each_head = 'G' in self.cache.new[0]
+    return PartitionSpec((*self.row_axes, *(self.head_axes if of_each_head else ())) or None)
 
   def placed(self) -> 'MeshCache':
     return self._with(jax.lax.with_sharding_constraint(self.cache, self.sharding))
@@ -83,40 +88,44 @@ class MeshCache:
     """With so many slots."""
     return self._with(self.cache.grown(slots)).placed()
 
-  def write(self, k_BLGK, v_BLGK, positions_BL) -> 'MeshCache':
-    """With new keys and values at their positions."""
-    write = lambda cache, k_BLGK, v_BLGK, positions_BL: cache.write(k_BLGK, v_BLGK, positions_BL)
-    return self._with(self._on_devices(write, self._spec, k_BLGK, v_BLGK, positions_BL))
+  def write(self, *new_and_positions) -> 'MeshCache':
+    """With new keys and values, or latents, at their positions."""
+    write = lambda cache, *arguments: cache.write(*arguments)
+    return self._with(self._on_devices(write, self.cache.new, self._spec, *new_and_positions))
 
-  def attend(self, q_BLHK, positions_BL):
-    """Softmax attention over the slots up to each query's position. [B, L, H, K]"""
-    attend = lambda cache, q_BLHK, positions_BL: cache.attend(q_BLHK, positions_BL)
-    return self._of_all_rows(self._on_devices(attend, self._spec_of(q_BLHK), q_BLHK, positions_BL))
+  def attend(self, *queries_and_positions):
+    """What the cache's own `attend` returns, of all queries."""
+    attend = lambda cache, *arguments: cache.attend(*arguments)
+    first, *_ = self.cache.queries
+    read = self._on_devices(attend, self.cache.queries, self._spec_of(first), *queries_and_positions)
+    return self._of_all_rows(read, first)
 
-  def _on_devices(self, function, out_specs, *arguments):
-    """The function of the cache and these arguments, on each device's own part of them."""
-    in_specs = (self._spec, *map(self._spec_of, arguments))
+  def _on_devices(self, function, named: tuple[str, ...], out_specs, *arguments):
+    """The function of the cache and these arguments, whose letters are given, and of positions, on each device's
+    own part of them.
+    """
+    named = (*named, 'bl')
+    in_specs = (self._spec, *map(self._spec_of, named))
     on_devices = jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    return on_devices(self.cache, *map(self._of_all_rows, arguments))
+    return on_devices(self.cache, *map(self._of_all_rows, arguments, named))
 
-  def _of_all_rows(self, x_BLhK):
-    """Heads or positions as the products before and after attention have them: rows whole, heads over tensor."""
-    fitted = fitting('blHk'[:x_BLhK.ndim], x_BLhK.shape, self.mesh)
-    return jax.lax.with_sharding_constraint(x_BLhK, NamedSharding(self.mesh, fitted))
+  def _of_all_rows(self, x, named: str):
+    """An array as the products before and after attention have it: rows whole, the rest as its letters say."""
+    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, fitting(named, x.shape, self.mesh)))
 
-  def _spec_of(self, x_BLhK) -> PartitionSpec:
-    """Of heads of either kind, or of positions."""
+  def _spec_of(self, named: str) -> PartitionSpec:
+    """Of heads of either kind, of latents, or of positions, where attention reads them."""
     rows, heads = self.row_axes or None, self.head_axes or None
-    return PartitionSpec(rows, None, heads) if x_BLhK.ndim == 4 else PartitionSpec(rows)
+    return PartitionSpec(rows, None, heads) if set(named) & {'G', 'H'} else PartitionSpec(rows)
 
-  def _with(self, cache: Cache) -> 'MeshCache':
+  def _with(self, cache: Cache | LatentCache) -> 'MeshCache':
     return dataclasses.replace(self, cache=cache)
 
 
-def empty_cache(c: ModelConfig, batch: int, slots: int, mesh: Mesh | None) -> Cache | MeshCache:
+def empty_cache(c: ModelConfig, batch: int, slots: int, mesh: Mesh | None) -> Cache | LatentCache | MeshCache:
   """An empty cache for one block."""
-  cache = Cache.empty(c, batch, slots)
-  return cache if mesh is None else MeshCache.of(cache, batch, mesh)
+  cache = (LatentCache if c.attention == 'latent' else Cache).empty(c, batch, slots)
+  return cache if mesh is None else MeshCache.of(cache, c.kv_heads, batch, mesh)
 
 
 def parameter_shardings(tree, mesh: Mesh):

@@ -82,7 +82,8 @@ def small(config: Config) -> Config:
                'expert_groups': groups, 'groups_per_token': 1}
   model = dataclasses.replace(
       m, **experts, vocab=48, width=32, heads=4, kv_heads=4 if m.kv_heads == m.heads else 2, head_width=8,
-      feed_forward=48, layers=m.layers - m.trunk_layers + 2, dtype='float32', remat='none', head_batch=1)
+      kv_rank=24, query_rank=16 if m.query_rank else 0, rope_width=4, feed_forward=48,
+      layers=m.layers - m.trunk_layers + 2, dtype='float32', remat='none', head_batch=1)
   weights = config.objective.weights_M(m.futures, 0.5)
   trained = tuple(weight or 0.1 for weight in weights)  # a future that is skipped at times is checked as well
   chunked = dataclasses.replace(config.objective, weights=trained, chunk=40)

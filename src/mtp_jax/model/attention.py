@@ -67,25 +67,25 @@ class GroupedQueryAttention(nnx.Module):
     return 2 * c.heads * c.head_width * keys
 
 
-def rotary(x_BLhK, positions_BL, base: float, slots: int | None = None):
-  """Rotates the pairs (i, i + K/2) of a head by position * base^(-2i/K).
+def rotary(x_BLho, positions_BL, base: float, slots: int | None = None):
+  """Rotates the pairs (i, i + o/2) of a head, or of a part of it, by position * base^(-2i/o).
 
   Args:
-    x_BLhK: query heads or key heads.
+    x_BLho: query heads or key heads.
     slots: a bound of the positions, if there is one: sines are then read from a table. In the loop
       of a decoder XLA computes the table once, before the loop.
   """
-  half = x_BLhK.shape[-1] // 2
-  frequency_K = jnp.tile(base ** (-jnp.arange(half) / half), 2)
+  half = x_BLho.shape[-1] // 2
+  frequency_o = jnp.tile(base ** (-jnp.arange(half) / half), 2)
   if slots is None:
-    angle = positions_BL[..., None] * frequency_K
+    angle = positions_BL[..., None] * frequency_o
     cos, sin = jnp.cos(angle), jnp.sin(angle)
   else:
-    angle = jnp.arange(slots)[:, None] * frequency_K
+    angle = jnp.arange(slots)[:, None] * frequency_o
     cos, sin = jnp.cos(angle)[positions_BL], jnp.sin(angle)[positions_BL]
-  a, b = jnp.split(x_BLhK, 2, -1)
-  turned_BLhK = jnp.concatenate([-b, a], -1)  # exact in any type, so that nothing in float32 is as large as x
-  return (x_BLhK * cos[:, :, None] + turned_BLhK * sin[:, :, None]).astype(x_BLhK.dtype)
+  a, b = jnp.split(x_BLho, 2, -1)
+  turned_BLho = jnp.concatenate([-b, a], -1)  # exact in any type, so that nothing in float32 is as large as x
+  return (x_BLho * cos[:, :, None] + turned_BLho * sin[:, :, None]).astype(x_BLho.dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -98,27 +98,27 @@ class Documents:
     mask_BLS: bool, whether a query may look at a key.
     segments_BL: int32, the number of each token's document in its row, 0 for padding; the mask is
       made from it.
-    k_BSGK, v_BSGK: keys and values, once written.
+    k_BSGJ, v_BSGK: keys and values, once written.
     balance: weight of a row in the loss that balances experts, read by no attention.
   """
   mask_BLS: jax.Array
   segments_BL: jax.Array
-  k_BSGK: jax.Array | None = None
+  k_BSGJ: jax.Array | None = None
   v_BSGK: jax.Array | None = None
   balance: float = dataclasses.field(default=0.0, metadata={'static': True})
   slots = None  # positions have no bound
 
-  def write(self, k_BLGK, v_BLGK, positions_BL) -> 'Documents':
-    return dataclasses.replace(self, k_BSGK=place(k_BLGK, 'BSGK'), v_BSGK=place(v_BLGK, 'BSGK'))
+  def write(self, k_BLGJ, v_BLGK, positions_BL) -> 'Documents':
+    return dataclasses.replace(self, k_BSGJ=place(k_BLGJ, 'BSGJ'), v_BSGK=place(v_BLGK, 'BSGK'))
 
-  def attend(self, q_BLHK, positions_BL):
+  def attend(self, q_BLHJ, positions_BL):
     """Softmax attention within documents, by the kernel of the chip where there is one. [B, L, H,
     K]
     """
-    kernel = kernels.kernel_for(q_BLHK)
+    kernel = kernels.kernel_for(q_BLHJ, self.v_BSGK)
     if kernel:
-      return kernel(q_BLHK, self.k_BSGK, self.v_BSGK, self.segments_BL, self.mask_BLS)
-    return attend(q_BLHK, self.k_BSGK, self.v_BSGK, self.mask_BLS)
+      return kernel(q_BLHJ, self.k_BSGJ, self.v_BSGK, self.segments_BL, self.mask_BLS)
+    return attend(q_BLHJ, self.k_BSGJ, self.v_BSGK, self.mask_BLS)
 
 
 def documents(segments_BL, balance: float = 0.0) -> Documents:
@@ -129,34 +129,34 @@ def documents(segments_BL, balance: float = 0.0) -> Documents:
   return Documents(mask_BLS, segments_BL, balance=balance)
 
 
-def attend(q_BLHK, k_BSGK, v_BSGK, mask_BLS):
-  """softmax(q k / sqrt(K)) v over the keys that the mask allows; scores and softmax in float32. [B,
+def attend(q_BLHJ, k_BSGJ, v_BSGK, mask_BLS):
+  """softmax(q k / sqrt(J)) v over the keys that the mask allows; scores and softmax in float32. [B,
   L, H, K]
 
   The queries of a key head, Q = L x r of r = H/G heads, are put side by side, so that each (B, G)
   is one matrix product.
   """
-  B, L, H, K = q_BLHK.shape
-  G = k_BSGK.shape[2]
-  q_BLGrK = jnp.reshape(q_BLHK * K**-0.5, (B, L, G, H // G, K), **out('BLGrK'))
-  q_BGQK = jnp.reshape(jnp.moveaxis(q_BLGrK, 2, 1), (B, G, L * H // G, K), **out('BGQK'))
-  o_BGLrK = jnp.reshape(_attend(q_BGQK, k_BSGK, v_BSGK, mask_BLS), (B, G, L, H // G, K), **out('BGLrK'))
+  B, L, H, J = q_BLHJ.shape
+  G, K = v_BSGK.shape[2:]
+  q_BLGrJ = jnp.reshape(q_BLHJ * J**-0.5, (B, L, G, H // G, J), **out('BLGrJ'))
+  q_BGQJ = jnp.reshape(jnp.moveaxis(q_BLGrJ, 2, 1), (B, G, L * H // G, J), **out('BGQJ'))
+  o_BGLrK = jnp.reshape(_attend(q_BGQJ, k_BSGJ, v_BSGK, mask_BLS), (B, G, L, H // G, K), **out('BGLrK'))
   return jnp.reshape(jnp.moveaxis(o_BGLrK, 1, 2), (B, L, H, K), **out('BLHK'))
 
 
 @jax.custom_vjp
-def _attend(q_BGQK, k_BSGK, v_BSGK, mask_BLS):
+def _attend(q_BGQJ, k_BSGJ, v_BSGK, mask_BLS):
   """Attention whose backward pass recomputes the scores (arXiv:2205.14135, section 3.1): no L x S
   array is saved.
   """
-  return _attend_forward(q_BGQK, k_BSGK, v_BSGK, mask_BLS)[0]
+  return _attend_forward(q_BGQJ, k_BSGJ, v_BSGK, mask_BLS)[0]
 
 
-def _scores(q_BGQK, k_BSGK, mask_BLS):
+def _scores(q_BGQJ, k_BSGJ, mask_BLS):
   """Masked scores, float32[B, G, Q, S]. A mask entry holds for all r query heads that share a key
   head.
   """
-  scores_BGQS = einsum('BGQK,BSGK->BGQS', q_BGQK, k_BSGK, jnp.float32)
+  scores_BGQS = einsum('BGQJ,BSGJ->BGQS', q_BGQJ, k_BSGJ, jnp.float32)
   B, G, Q, S = scores_BGQS.shape
   L = mask_BLS.shape[1]
   scores_BGLrS = jnp.reshape(scores_BGQS, (B, G, L, Q // L, S), **out('BGLrS'))
@@ -164,27 +164,27 @@ def _scores(q_BGQK, k_BSGK, mask_BLS):
   return jnp.reshape(masked_BGLrS, (B, G, Q, S), **out('BGQS'))
 
 
-def _attend_forward(q_BGQK, k_BSGK, v_BSGK, mask_BLS):
-  scores_BGQS = _scores(q_BGQK, k_BSGK, mask_BLS)
+def _attend_forward(q_BGQJ, k_BSGJ, v_BSGK, mask_BLS):
+  scores_BGQS = _scores(q_BGQJ, k_BSGJ, mask_BLS)
   top_BGQ1 = jnp.max(scores_BGQS, -1, keepdims=True)
   e_BGQS = jnp.exp(scores_BGQS - top_BGQ1)
   sum_BGQ1 = jnp.sum(e_BGQS, -1, keepdims=True)
   o_BGQK = einsum('BGQS,BSGK->BGQK', e_BGQS.astype(v_BSGK.dtype), v_BSGK, jnp.float32) / sum_BGQ1
-  o_BGQK, lse_BGQ1 = checkpoint_name((o_BGQK.astype(q_BGQK.dtype), top_BGQ1 + jnp.log(sum_BGQ1)), 'attention')
-  return o_BGQK, (q_BGQK, k_BSGK, v_BSGK, mask_BLS, o_BGQK, lse_BGQ1)
+  o_BGQK, lse_BGQ1 = checkpoint_name((o_BGQK.astype(q_BGQJ.dtype), top_BGQ1 + jnp.log(sum_BGQ1)), 'attention')
+  return o_BGQK, (q_BGQJ, k_BSGJ, v_BSGK, mask_BLS, o_BGQK, lse_BGQ1)
 
 
 def _attend_backward(residual, do_BGQK):
-  q_BGQK, k_BSGK, v_BSGK, mask_BLS, o_BGQK, lse_BGQ1 = residual
-  dtype = q_BGQK.dtype
-  p_BGQS = jnp.exp(_scores(q_BGQK, k_BSGK, mask_BLS) - lse_BGQ1)
+  q_BGQJ, k_BSGJ, v_BSGK, mask_BLS, o_BGQK, lse_BGQ1 = residual
+  dtype = q_BGQJ.dtype
+  p_BGQS = jnp.exp(_scores(q_BGQJ, k_BSGJ, mask_BLS) - lse_BGQ1)
   dp_BGQS = einsum('BGQK,BSGK->BGQS', do_BGQK, v_BSGK, jnp.float32)
   delta_BGQ1 = jnp.sum(do_BGQK.astype(jnp.float32) * o_BGQK, -1, keepdims=True)
   ds_BGQS = (p_BGQS * (dp_BGQS - delta_BGQ1)).astype(dtype)
-  dq_BGQK = einsum('BGQS,BSGK->BGQK', ds_BGQS, k_BSGK)
-  dk_BSGK = einsum('BGQS,BGQK->BSGK', ds_BGQS, q_BGQK)
+  dq_BGQJ = einsum('BGQS,BSGJ->BGQJ', ds_BGQS, k_BSGJ)
+  dk_BSGJ = einsum('BGQS,BGQJ->BSGJ', ds_BGQS, q_BGQJ)
   dv_BSGK = einsum('BGQS,BGQK->BSGK', p_BGQS.astype(dtype), do_BGQK)
-  return dq_BGQK, dk_BSGK, dv_BSGK, None
+  return dq_BGQJ, dk_BSGJ, dv_BSGK, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -202,6 +202,8 @@ class Cache:
   """
   k_RKS: jax.Array
   v_RSK: jax.Array
+  # For a mesh: the axes of what `write` and `attend` take besides positions.
+  new, queries = ('blGK', 'blGK'), ('blHK',)
 
   @classmethod
   def empty(cls, c: ModelConfig, batch: int, slots: int) -> 'Cache':

@@ -14,9 +14,15 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.model.attention import GroupedQueryAttention
 from mtp_jax.model.experts import Experts
 from mtp_jax.model.feed_forward import SwiGLU
+from mtp_jax.model.latent import LatentAttention
 from mtp_jax.model.norm import rms_norm
 from mtp_jax.model.parameters import matrix, scale
 from mtp_jax.sharding import einsum
+
+
+def attention_of(c: ModelConfig) -> type[GroupedQueryAttention | LatentAttention]:
+  """The kind of attention that the config chooses."""
+  return LatentAttention if c.attention == 'latent' else GroupedQueryAttention
 
 
 class Block(nnx.Module):
@@ -27,7 +33,7 @@ class Block(nnx.Module):
   """
 
   def __init__(self, c: ModelConfig, experts: bool, rngs: nnx.Rngs):
-    self.attention_norm_D, self.attention = scale(c.width), GroupedQueryAttention(c, rngs)
+    self.attention_norm_D, self.attention = scale(c.width), attention_of(c)(c, rngs)
     self.feed_forward_norm_D, self.feed_forward = scale(c.width), feed_forward(experts)(c, rngs)
     self.config = c
 
@@ -52,7 +58,7 @@ class Block(nnx.Module):
   @staticmethod
   def flops(c: ModelConfig, keys: int, experts: bool = False) -> int:
     """Forward FLOPs of one token that attends to so many keys."""
-    return GroupedQueryAttention.flops(c, keys) + feed_forward(experts).flops(c)
+    return attention_of(c).flops(c, keys) + feed_forward(experts).flops(c)
 
 
 def feed_forward(experts: bool) -> type:

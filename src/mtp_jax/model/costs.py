@@ -12,8 +12,7 @@ import jax
 import numpy as np
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.model.attention import GroupedQueryAttention
-from mtp_jax.model.block import Block
+from mtp_jax.model.block import Block, attention_of
 from mtp_jax.model.experts import Experts
 from mtp_jax.model.grouped import MATRICES, times_in_name
 from mtp_jax.model.model import HEADS
@@ -73,7 +72,7 @@ def recomputed_flops_per_token(c: ModelConfig, length: int) -> int:
   blocks = c.trunk_layers + (0 if c.kind == 'linear' else heads)
   chained = 0 if c.independent else max(0, heads - 1)
   with_experts = c.expert_trunk_layers + c.experts_in_futures * heads
-  return (blocks * GroupedQueryAttention.score_flops(c, length)
+  return (blocks * attention_of(c).score_flops(c, length)
           + chained * HEADS[c.kind].flops(c, length, c.experts_in_futures)
           + with_experts * Experts.recomputed_flops(c))
 

@@ -12,24 +12,25 @@ from mtp_jax.mesh import mesh_order
 from mtp_jax.sharding import place, spec
 
 
-def kernel_for(q_BLHK):
+def kernel_for(q_BLHJ, v_BSGK):
   """The attention kernel for the platform of the mesh and for such shapes, or None.
 
-  It is called with (q_BLHK, k_BSGK, v_BSGK, segments_BL, mask_BLS). A TPU's takes tiles of 128;
-  cuDNN's takes heads of up to 128 in bfloat16.
+  It is called with (q_BLHJ, k_BSGJ, v_BSGK, segments_BL, mask_BLS). A TPU's takes tiles of 128 positions and
+  widths of whole halves of 128; cuDNN's takes queries of up to 128 in bfloat16.
   """
   mesh = jax.sharding.get_abstract_mesh()
   kind = getattr(None if mesh.empty else mesh.abstract_device, 'device_kind', '')
-  _, L, _, K = q_BLHK.shape
+  _, L, _, J = q_BLHJ.shape
+  K = v_BSGK.shape[3]
   if 'TPU' in kind:
     c = mesh.shape['context']
-    return splash if L % (128 * c) == 0 and L % c**2 == 0 and K % 64 == 0 else None
+    return splash if L % (128 * c) == 0 and L % c**2 == 0 and J % 64 == K % 64 == 0 else None
   if 'NVIDIA' in kind:
-    return cudnn if q_BLHK.dtype == jnp.bfloat16 and K <= 128 and K % 8 == 0 else None
+    return cudnn if q_BLHJ.dtype == jnp.bfloat16 and K <= J <= 128 and J % 8 == 0 else None
   return None
 
 
-def splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, mask_BLS=None, interpret: bool = False):
+def splash(q_BLHJ, k_BSGJ, v_BSGK, segments_BL, mask_BLS=None, interpret: bool = False):
   """JAX's TPU kernel of causal attention within segments; it skips tiles that the causal mask
   hides. [B, L, H, K]
 
@@ -41,8 +42,8 @@ def splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, mask_BLS=None, interpret: bool =
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
   mesh = jax.sharding.get_abstract_mesh()
-  _, L, H, _ = q_BLHK.shape
-  G, context, order_L = k_BSGK.shape[2], mesh.shape['context'], mesh_order(L)
+  _, L, H, _ = q_BLHJ.shape
+  G, context, order_L = k_BSGJ.shape[2], mesh.shape['context'], mesh_order(L)
   text_order_S = None if context == 1 else np.argsort(order_L)
   tile = next(size for size in (512, 256, 128) if L // context % size == 0)
   mask = masks.CausalMask((L, L), shard_count=context)
@@ -55,21 +56,23 @@ def splash(q_BLHK, k_BSGK, v_BSGK, segments_BL, mask_BLS=None, interpret: bool =
   kernel_specs = kernel.manual_sharding_spec(jax.NamedSharding(mesh, jax.P(None, 'context')))
   kernel = jax.tree.map(jax.sharding.reshard, kernel, kernel_specs)
 
-  def on_device(kernel, q_BLHK, k_BSGK, v_BSGK, segments_BL, segments_BS):
+  def on_device(kernel, q_BLHJ, k_BSGJ, v_BSGK, segments_BL, segments_BS):
     if text_order_S is not None:
-      k_BSGK, v_BSGK, segments_BS = (x[:, text_order_S] for x in (k_BSGK, v_BSGK, segments_BS))
-    q_BHLK = jnp.moveaxis(q_BLHK * q_BLHK.shape[3]**-0.5, 2, 1)
-    k_BHSK, v_BHSK = (jnp.moveaxis(jnp.repeat(x_BSGK, H // G, 2), 2, 1) for x_BSGK in (k_BSGK, v_BSGK))
+      k_BSGJ, v_BSGK, segments_BS = (x[:, text_order_S] for x in (k_BSGJ, v_BSGK, segments_BS))
+    q_BHLJ = jnp.moveaxis(q_BLHJ * q_BLHJ.shape[3]**-0.5, 2, 1)
+    k_BHSJ, v_BHSK = (jnp.moveaxis(jnp.repeat(x, H // G, 2), 2, 1) for x in (k_BSGJ, v_BSGK))
     row = lambda q, k, v, own, all: kernel(q, k, v, segment_ids=splash_kernels.SegmentIds(own, all))
-    return jnp.moveaxis(jax.vmap(row)(q_BHLK, k_BHSK, v_BHSK, segments_BL, segments_BS), 1, 2)
+    return jnp.moveaxis(jax.vmap(row)(q_BHLJ, k_BHSJ, v_BHSK, segments_BL, segments_BS), 1, 2)
 
-  specs = kernel_specs, *map(spec, ('BLHK', 'BSGK', 'BSGK', 'BL', 'BS'))
+  specs = kernel_specs, *map(spec, ('BLHJ', 'BSGJ', 'BSGK', 'BL', 'BS'))
   return jax.shard_map(on_device, in_specs=specs, out_specs=spec('BLHK'), check_vma=False)(
-      kernel, q_BLHK, k_BSGK, v_BSGK, segments_BL, place(segments_BL, 'BS'))
+      kernel, q_BLHJ, k_BSGJ, v_BSGK, segments_BL, place(segments_BL, 'BS'))
 
 
-def cudnn(q_BLHK, k_BSGK, v_BSGK, segments_BL, mask_BLS, implementation: str = 'cudnn'):
+def cudnn(q_BLHJ, k_BSGJ, v_BSGK, segments_BL, mask_BLS, implementation: str = 'cudnn'):
   """cuDNN's flash attention, with the dense mask of the documents. [B, L, H, K]
+
+  JAX's public call takes values as wide as keys, so narrower ones are filled up with zeros.
 
   Args:
     segments_BL: not used; JAX's public call takes no segments.
@@ -77,10 +80,13 @@ def cudnn(q_BLHK, k_BSGK, v_BSGK, segments_BL, mask_BLS, implementation: str = '
   """
   whole = jax.sharding.get_abstract_mesh().shape['context'] == 1  # then later keys are skipped, not only masked
 
-  def on_device(q_BLHK, k_BSGK, v_BSGK, mask_BLS):
-    return jax.nn.dot_product_attention(
-        q_BLHK, k_BSGK, v_BSGK, mask=mask_BLS[:, None], is_causal=whole, implementation=implementation)
+  K = v_BSGK.shape[3]
 
-  specs = tuple(map(spec, ('BLHK', 'BSGK', 'BSGK', 'BLS')))
+  def on_device(q_BLHJ, k_BSGJ, v_BSGK, mask_BLS):
+    v_BSGJ = jnp.pad(v_BSGK, ((0, 0), (0, 0), (0, 0), (0, q_BLHJ.shape[3] - K)))
+    return jax.nn.dot_product_attention(
+        q_BLHJ, k_BSGJ, v_BSGJ, mask=mask_BLS[:, None], is_causal=whole, implementation=implementation)[..., :K]
+
+  specs = tuple(map(spec, ('BLHJ', 'BSGJ', 'BSGK', 'BLS')))
   return jax.shard_map(on_device, in_specs=specs, out_specs=spec('BLHK'), check_vma=False)(
-      q_BLHK, k_BSGK, v_BSGK, mask_BLS)
+      q_BLHJ, k_BSGJ, v_BSGK, mask_BLS)

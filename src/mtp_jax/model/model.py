@@ -263,4 +263,5 @@ def conventions(c: ModelConfig) -> dict:
       'tie_embeddings': c.tie_embeddings,
       **({'logit_cap': c.logit_cap} if c.logit_cap else {}),
       **({'module_input': 'trunk'} if sequential and c.independent else {}),
+      **({'attention': 'latent: of a query the last rope_width are rotated'} if c.attention == 'latent' else {}),
   }
