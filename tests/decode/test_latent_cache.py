@@ -31,7 +31,8 @@ from mtp_jax.measure.traffic import SENT_BYTES
 from mtp_jax.mesh import make_mesh
 from mtp_jax.sharding import letters
 
-KINDS = {name: LATENT | FAMILIES[name] for name in ('parallel', 'linear', 'causal', 'anticausal', 'post_norm', 'trunk')}
+KINDS = {name: LATENT | FAMILIES[name] for name in
+         ('parallel', 'linear', 'causal', 'anticausal', 'post_norm', 'trunk', 'experts')}
 KINDS['whole queries'] = LATENT | FAMILIES['trunk'] | FAMILIES['pre_norm'] | {'query_rank': 0}
 
 
@@ -62,7 +63,7 @@ def test_every_draft_length_generates_what_an_uncached_forward_generates(trained
   assert forwards[0] == (LIMITS_B - LENGTHS_B).sum() and forwards[-1] < forwards[0]
 
 
-@pytest.mark.parametrize('kind', ['parallel', 'causal', 'post_norm', 'trunk', 'whole queries'])
+@pytest.mark.parametrize('kind', ['parallel', 'causal', 'post_norm', 'trunk', 'experts', 'whole queries'])
 def test_a_mesh_of_eight_devices_generates_what_one_device_generates(trained, kind):
   model, mesh = trained(KINDS[kind]), mesh_of(fsdp=4, tensor=2)
   one_device = lambda m: rows(generate(m, PROMPTS_Bp, draft=M - 1))

@@ -215,8 +215,9 @@ def test_a_kernel_takes_keys_that_are_wider_than_values(kernel, mesh, assert_clo
   assert_close(found, without_mesh(q, k, v, g), 1e-4)
 
 
-CERTIFIED = {'latent': LATENT | {'kind': 'sequential'}, 'whole queries': LATENT | {'kind': 'causal', 'query_rank': 0},
-             'modules of the trunk': {'kind': 'sequential', 'module_input': 'trunk'}}
+TRUNK = {'kind': 'sequential', 'module_input': 'trunk'}
+CERTIFIED = {'latent': LATENT | {'kind': 'sequential'}, 'modules of the trunk': TRUNK,
+             'whole queries, experts and modules of the trunk': LATENT | TRUNK | {'query_rank': 0, 'experts': 8}}
 
 
 @pytest.mark.parametrize('fields', CERTIFIED.values(), ids=CERTIFIED)
@@ -225,4 +226,4 @@ def test_latent_attention_and_modules_of_the_trunk_are_certified(fields):
   twin = certify.small(config)
   assert twin.model.attention == config.model.attention and bool(twin.model.query_rank) == bool(config.model.query_rank)
   findings = list(certify.certify(config))
-  assert len(findings) == 12 and all(finding.holds for finding in findings), findings
+  assert len(findings) >= 12 and all(finding.holds for finding in findings), findings
