@@ -72,7 +72,7 @@ WRONG = {
     'no kv rank': ({'model': {'kv_rank': 0}}, 'config.model.kv_rank=0', 'must be at least 1'),
     'odd rope width': ({'model': {'rope_width': 5}}, 'config.model.rope_width=5', 'must be even'),
     'kv rank and fsdp': ({'model': {'attention': 'latent', 'kv_heads': 4, 'kv_rank': 36}, 'mesh': {'fsdp': 8}},
-                         'config.model.kv_rank=36', 'must be a multiple of config.mesh.fsdp=8, such as 40'),
+                         'config.model.kv_rank=36', 'must be a multiple of fsdp x expert = 8'),
     'schedule': ({'optimizer': {'schedule': 'cosin'}}, "config.optimizer.schedule='cosin'",
                  "did you mean 'cosine'?"),
     'zero layers': ({'model': {'layers': 0}}, 'config.model.layers=0', 'must be at least 1'),
