@@ -19,7 +19,7 @@ from mtp_jax.train import step as training
 SUBSCRIPTS = sorted({found for path in pathlib.Path(mtp_jax.__file__).parent.rglob('*.py') if path.name != 'sharding.py'
                      for found in re.findall(r"einsum\('([A-Za-z,]+->[A-Za-z]*)'", path.read_text())})
 SIZES = {'B': 4, 'L': 6, 'S': 10, 'D': 8, 'C': 16, 'H': 4, 'G': 2, 'K': 6, 'F': 12, 'V': 14, 'P': 4, 't': 10, 'd': 8,
-         'M': 3, 'R': 8, 'Q': 6, 'i': 6, 'E': 6}
+         'M': 3, 'R': 8, 'Q': 6, 'i': 6, 'E': 6, 'J': 10, 'A': 8, 'U': 6, 'o': 4}
 WIDTH = 'fsdp', 'expert'
 PARAMETERS = {
     'embed_VD': P('tensor', WIDTH), 'unembed_VD': P('tensor', WIDTH), 'final_norm_D': P(None),
