@@ -169,7 +169,7 @@ def check_letters_of_a_step(c, random_model, packed, changes=types.MappingProxyT
   def run():
     state = jax.eval_shape(lambda: training.init(config, jax.random.key(0)))
     jax.eval_shape(lambda state: training.step(config, state, batch, ones, jnp.ones(3), (True,) * 3), state)
-    jax.eval_shape(lambda: held_out._evaluate_batch(config, model, batch, ones, ones > 0))
+    jax.eval_shape(lambda: held_out.evaluate_batch(config, model, batch, ones, ones > 0))
 
   sizes, twice = sizes_in(run)
   assert not twice

@@ -10,6 +10,7 @@ import pytest
 from jax import P
 
 import mtp_jax
+from mtp_jax import sharding
 from mtp_jax.config import BadInput, Config, MeshConfig
 from mtp_jax.mesh import by_device, by_row, make_mesh, mesh_order, to_mesh_order, to_text_order, token_shards
 from mtp_jax.model.model import Model
@@ -18,8 +19,8 @@ from mtp_jax.train import step as training
 
 SUBSCRIPTS = sorted({found for path in pathlib.Path(mtp_jax.__file__).parent.rglob('*.py') if path.name != 'sharding.py'
                      for found in re.findall(r"einsum\('([A-Za-z,]+->[A-Za-z]*)'", path.read_text())})
-SIZES = {'B': 4, 'L': 6, 'S': 10, 'D': 8, 'C': 16, 'H': 4, 'G': 2, 'K': 6, 'F': 12, 'V': 14, 'P': 4, 't': 10, 'd': 8,
-         'M': 3, 'R': 8, 'Q': 6, 'i': 6, 'E': 6, 'J': 10, 'A': 8, 'U': 6, 'o': 4}
+SIZES = {'B': 8, 'L': 6, 'S': 10, 'D': 8, 'C': 16, 'H': 4, 'G': 2, 'K': 6, 'F': 12, 'V': 14, 'P': 8, 't': 10, 'd': 8,
+         'M': 3, 'R': 8, 'Q': 6, 'i': 6, 'E': 6, 'J': 10, 'A': 8, 'U': 12, 'o': 4}
 WIDTH = 'fsdp', 'expert'
 PARAMETERS = {
     'embed_VD': P('tensor', WIDTH), 'unembed_VD': P('tensor', WIDTH), 'final_norm_D': P(None),
@@ -156,8 +157,11 @@ def test_each_device_of_the_context_axis_has_a_stretch_from_the_front_and_its_mi
       assert len({int(np.sum(np.asarray(shard.data)[0] + 1)) for shard in laid.addressable_shards}) == 1
 
 
+@pytest.mark.parametrize('columns', [2, 4, 128])
 @pytest.mark.parametrize('sizes', [MESHES[0], MESHES[1]], ids=str)
-def test_looked_up_rows_and_their_gradient_are_those_of_one_device(sizes, assert_close):
+def test_looked_up_rows_and_their_gradient_are_those_of_one_device(sizes, columns, monkeypatch, assert_close):
+  """Each device looks up 2, 4 or all columns."""
+  monkeypatch.setattr(sharding, 'COLUMNS', columns)
   rng, mesh = np.random.default_rng(0), make_mesh(sizes)
   table_VD, ids_BL, g_BLD = rng.standard_normal((14, 8)).astype(np.float32), np.minimum(rng.integers(0, 28, (8, 6)),
                                                                                         13), rng.standard_normal((8,
@@ -205,13 +209,18 @@ def on_mesh(mesh, letters, x):
   return jax.device_put(x, jax.NamedSharding(mesh, spec(letters)))
 
 
-def test_the_gradients_of_einsum_are_those_of_jnp_einsum(assert_close):
+@pytest.mark.parametrize('sizes, most_scattered_to', [
+    (MeshConfig(fsdp=2, context=2, tensor=2), 32), (MeshConfig(fsdp=2, context=2, tensor=2), 1),
+    (MeshConfig(fsdp=4, data=2), 1)], ids=str)
+def test_the_gradients_of_einsum_are_those_of_jnp_einsum(sizes, most_scattered_to, monkeypatch, assert_close):
+  """Summed over devices at once, or in two stages."""
+  monkeypatch.setattr(sharding, 'MOST_SCATTERED_TO', most_scattered_to)
   assert len(SUBSCRIPTS) >= 10
   operands = random_operands()
   wanted = jax.jit(functools.partial(gradients, jnp.einsum))(operands)
   assert_close(jax.jit(functools.partial(gradients, einsum))(operands), wanted)
 
-  mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))
+  mesh = make_mesh(sizes)
   placed = {s: tuple(on_mesh(mesh, part, x) for part, x in zip(s.replace('->', ',').split(','), operands[s]))
             for s in SUBSCRIPTS}
   with jax.set_mesh(mesh):

@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mtp_jax.config import BadInput, Config, MeshConfig, nearest
-from mtp_jax.sharding import AXES, RULES, out, place, spec
+from mtp_jax.sharding import AXES, RULES, devices_along, out, place, spec
 
 
 def make_mesh(sizes: MeshConfig, devices=None) -> jax.sharding.Mesh:
@@ -158,8 +158,7 @@ def _reordered(x_BL, order_L):
 
 def token_shards() -> int:
   """P: how many devices hold different tokens."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES['P'])
+  return devices_along('P')
 
 
 def by_device(x_BL):
@@ -167,8 +166,7 @@ def by_device(x_BL):
   B, L, *rest = x_BL.shape
   if token_shards() == 1:
     return jnp.reshape(x_BL, (1, B * L, *rest), **out('Pt' + 'x' * len(rest)))
-  c = jax.sharding.get_abstract_mesh().shape['context']
-  b = token_shards() // c
+  b, c = devices_along('B'), devices_along('L')
   rows, length = spec('BL')
   split = jnp.reshape(x_BL, (b, B // b, c, L // c, *rest), **_sharded(rest, rows, None, length, None))
   return jnp.reshape(jnp.moveaxis(split, 2, 1), (b * c, B // b * (L // c), *rest), **out('Pt' + 'x' * len(rest)))
@@ -180,8 +178,7 @@ def by_row(x_Pt, B: int):
   L = P * tokens // B
   if token_shards() == 1:
     return jnp.reshape(x_Pt, (B, L, *rest), **out('BL' + 'x' * len(rest)))
-  c = jax.sharding.get_abstract_mesh().shape['context']
-  b = P // c
+  b, c = devices_along('B'), devices_along('L')
   rows, length = spec('BL')
   split = jnp.reshape(x_Pt, (b, c, B // b, L // c, *rest), **_sharded(rest, rows, length, None, None))
   return jnp.reshape(jnp.moveaxis(split, 1, 2), (B, L, *rest), **_sharded(rest, rows, length))
@@ -189,20 +186,3 @@ def by_row(x_Pt, B: int):
 
 def _sharded(rest, *axes) -> dict:
   return {'out_sharding': PartitionSpec(*axes, *[None] * len(rest))}
-
-
-def sum_over_devices(x_PDV, letters: str):
-  """[P, ...] -> [...]: the sum over P, of which each device keeps the part that the letters give
-  it; one reduce-scatter.
-
-  The first letter is D: if another dimension is scattered, XLA sums up the whole on
-  every device first.
-  """
-  if token_shards() == 1:
-    return place(x_PDV[0], letters)
-
-  def on_device(x_1DV):
-    others = tuple(axis for axis in RULES['P'] if axis not in RULES['D'])
-    return jax.lax.psum(jax.lax.psum_scatter(x_1DV[0], RULES['D'], tiled=True), others)
-
-  return jax.shard_map(on_device, in_specs=spec('P' + letters), out_specs=spec(letters), check_vma=False)(x_PDV)

@@ -27,6 +27,7 @@ stacked axes (N, M) come first and are not in the name. The meshes are `Explicit
 part of the types, and a mistake is an error while tracing.
 """
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -41,15 +42,21 @@ RULES = {
     'E': ('expert',), 'P': ('data', 'fsdp', 'expert', 'context')}
 
 
+def axes(letter: str) -> tuple[str, ...]:
+  """The mesh axes that divide a letter; under `jax.shard_map` those that are not divided already."""
+  manual = jax.sharding.get_abstract_mesh().manual_axes
+  return tuple(axis for axis in RULES.get(letter, ()) if axis not in manual)
+
+
 def spec(letters: str) -> PartitionSpec:
   """'DHK' -> P(('fsdp', 'expert'), 'tensor', None): the first letter to ask for a mesh axis gets it; lower-case
   letters ask for none.
   """
   taken, dims = set(), []
   for letter in letters:
-    axes = tuple(axis for axis in RULES.get(letter, ()) if axis not in taken)
-    taken.update(axes)
-    dims.append(axes if len(axes) > 1 else axes[0] if axes else None)
+    free = tuple(axis for axis in axes(letter) if axis not in taken)
+    taken.update(free)
+    dims.append(free if len(free) > 1 else free[0] if free else None)
   return PartitionSpec(*dims)
 
 
@@ -100,7 +107,7 @@ def einsum(subscripts: str, a, b, dtype=None):
 
 def _einsum_forward(subscripts, a, b, dtype):
   result = subscripts.split('->')[1]
-  return jnp.einsum(subscripts, a, b.astype(a.dtype), preferred_element_type=dtype, **out(result)), (a, b)
+  return _product(subscripts, a, b.astype(a.dtype), dtype, **out(result)), (a, b)
 
 
 def _einsum_backward(subscripts, dtype, operands, gradient):
@@ -108,29 +115,86 @@ def _einsum_backward(subscripts, dtype, operands, gradient):
   left, right, result = subscripts.replace('->', ',').split(',')
   gradient = gradient.astype(a.dtype)
   sharded_like = lambda x: {'out_sharding': jax.typeof(x).sharding} if out('') else {}
-  da = jnp.einsum(f'{result},{right}->{left}', gradient, b.astype(a.dtype),
-                  preferred_element_type=a.dtype, **sharded_like(a))
-  db = jnp.einsum(f'{left},{result}->{right}', a, gradient, preferred_element_type=b.dtype, **sharded_like(b))
-  return da, db
+  da = _product(f'{result},{right}->{left}', gradient, b.astype(a.dtype), a.dtype, **sharded_like(a))
+  return da, _product(f'{left},{result}->{right}', a, gradient, b.dtype, **sharded_like(b))
 
 
 einsum.defvjp(_einsum_forward, _einsum_backward)
+
+MOST_SCATTERED_TO = 32  # a TPU slice sums up the whole on all its chips instead, where these are more
+
+
+def _product(subscripts: str, a, b, dtype, **sharding):
+  """jnp.einsum; a sum over tokens, which is the gradient of a parameter, is summed over devices in two stages."""
+  left, right, result = subscripts.replace('->', ',').split(',')
+  if 'B' not in left or 'B' not in right or 'B' in result or devices_along('D') <= MOST_SCATTERED_TO:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=dtype, **sharding)
+  width, dim = axes('D'), next(i for i, letter in enumerate(result) if set(axes('D')) & set(axes(letter)))
+  summed = [letter for letter in left if letter in right and letter not in result]
+  others = tuple(axis for letter in summed for axis in axes(letter) if axis not in width)
+  near, far = neighbours(devices_along('D'))
+
+  def on_device(a, b):
+    x = jnp.einsum(subscripts, a, b, preferred_element_type=dtype)
+    for groups in (far, near):
+      x = jax.lax.psum_scatter(x, width, scatter_dimension=dim, tiled=True, axis_index_groups=groups)
+    return jax.lax.psum(x, others)
+
+  return jax.shard_map(on_device, in_specs=(spec(left), spec(right)), out_specs=spec(result), check_vma=False)(a, b)
+
+
+def devices_along(letter: str) -> int:
+  """How many parts the mesh divides a letter into."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes(letter))
+
+
+def neighbours(n: int, r: int | None = None) -> tuple[list[list[int]], list[list[int]]]:
+  """(near, far) groups of n devices: r side by side, by default about as many as there are such groups; and one of
+  each of them, at the same place.
+  """
+  r = r or max(r for r in range(1, math.isqrt(n) + 1) if n % r == 0)
+  near = [list(range(start, start + r)) for start in range(0, n, r)]
+  return near, [list(column) for column in zip(*near)]
+
+
+COLUMNS = 128  # a TPU fills up narrower arrays to this width
 
 
 def lookup(table_VD, ids_BL, dtype):
   """Rows of a table, in the type asked for: [B, L, D]. Its gradient is summed in float32.
 
-  The table is not gathered: each device looks up its share of the width, for the rows of all
-  devices that it shares a batch with, and devices exchange the rows found, here and in the backward
+  The table is not gathered, but for r neighbours that together hold 128 columns of it: each looks these up for its own
+  tokens and those of the devices with the other columns, and they exchange what they found, here and in the backward
   pass.
   """
-  if jax.sharding.get_abstract_mesh().empty:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
     return table_VD[ids_BL].astype(dtype)
-  rows, length, _ = spec('BLD')
-  width = RULES['D']
-  whole = PartitionSpec(tuple(axis for axis in rows if axis not in width), length)
-  x_BLD = table_VD.at[jax.sharding.reshard(ids_BL, whole)].get(out_sharding=PartitionSpec(*whole, width))
-  return place(x_BLD.astype(dtype), 'BLD')
+  width, vocabulary = axes('D'), axes('V')
+  n = devices_along('D')
+  r = min(r for r in range(1, n + 1) if n % r == 0 and (r == n or table_VD.shape[1] // n * r >= COLUMNS))
+  near, far = neighbours(n, r)
+
+  def on_device(table_VD, ids_BL):
+    if r > 1:
+      table_VD = jax.lax.all_gather(table_VD, width, axis=1, tiled=True, axis_index_groups=near)
+    if r < n:
+      ids_BL = jax.lax.all_gather(ids_BL, width, tiled=True, axis_index_groups=far)
+    x_BLD = _own_rows(table_VD, ids_BL, vocabulary).astype(dtype)
+    return jax.lax.all_to_all(x_BLD, width, 0, 2, tiled=True, axis_index_groups=far) if r < n else x_BLD
+
+  return jax.shard_map(on_device, in_specs=(spec('VD'), spec('BL')), out_specs=spec('BLD'), check_vma=False)(
+      table_VD, ids_BL)
+
+
+def _own_rows(table_VD, ids_BL, vocabulary):
+  """Rows of a table whose rows are divided among devices."""
+  if jax.lax.axis_size(vocabulary) == 1:
+    return table_VD[ids_BL]
+  own_BL = ids_BL - jax.lax.axis_index(vocabulary) * len(table_VD)
+  here_BL = (own_BL >= 0) & (own_BL < len(table_VD))
+  return jax.lax.psum(jnp.where(here_BL[..., None], table_VD[jnp.where(here_BL, own_BL, 0)], 0), vocabulary)
 
 
 def place(x, letters: str):

@@ -100,7 +100,7 @@ WRONG = {
                    'needs 1 to 4 numbers'),
     'weights all zero': ({'objective': {'weights': (0, 0)}}, 'config.objective.weights=(0.0, 0.0)',
                          'must not all be 0 at once'),
-    'chunk of nothing': ({'objective': {'chunk': 0}}, 'config.objective.chunk=0',
+    'chunk of less than nothing': ({'objective': {'chunk': -1}}, 'config.objective.chunk=-1',
                          'must be at least 1'),
     'negative z-loss': ({'objective': {'z_loss': -1e-4}}, 'config.objective.z_loss=-0.0001',
                         'must not be negative'),
@@ -338,3 +338,11 @@ def test_checking_a_config_imports_no_jax():
              'print([name for name in ("jax", "jaxlib", "flax") if name in sys.modules])')
   assert subprocess.run([sys.executable, '-c', program], capture_output=True, text=True,
                         check=True).stdout == '[]\n'
+
+
+def test_a_chunk_of_0_is_the_largest_power_of_two_whose_logits_fit_within_bounds():
+  fits = lambda chunk, vocab: 4 * chunk * vocab <= 2**28
+  for vocab in (1, 264, 32_000, 65_536, 65_537, 102_400, 129_280, 262_144, 10**6):
+    wanted = max([128, *(chunk for chunk in (256, 512, 1024) if fits(chunk, vocab))])
+    assert ObjectiveConfig().positions(vocab) == wanted
+    assert ObjectiveConfig(chunk=7).positions(vocab) == 7

@@ -148,7 +148,7 @@ def test_positions_sum_up_to_the_counts_of_the_evaluation(lm, packed, assert_clo
   batch = packed(c, 6, 24)
   with jax.set_mesh(lm.mesh):
     logp_MBL, counted_MBL, by_position = jax.device_get(breakdown._read_batch(lm.config, lm.model, batch, allowed_V))
-    sums, _, drafts = jax.device_get(held_out._evaluate_batch(lm.config, lm.model, batch, jnp.ones(c.vocab, jnp.int32),
+    sums, _, drafts = jax.device_get(held_out.evaluate_batch(lm.config, lm.model, batch, jnp.ones(c.vocab, jnp.int32),
                                                               allowed_V))
   assert_close(np.where(counted_MBL, -logp_MBL, 0).sum((1, 2)), sums.nats_M)
   for way in ('greedy', 'sampled'):

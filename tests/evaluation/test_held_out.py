@@ -12,7 +12,7 @@ from mtp_jax import objective, tokenizer
 from mtp_jax.config import MeshConfig, ObjectiveConfig
 from mtp_jax.data.corpus import open_corpus
 from mtp_jax.data.rows import validation_batches
-from mtp_jax.evaluation.held_out import _evaluate_batch, evaluate
+from mtp_jax.evaluation.held_out import evaluate, evaluate_batch
 from mtp_jax.measure.traffic import traffic
 from mtp_jax.mesh import make_mesh, put
 from mtp_jax.objective import Read
@@ -93,7 +93,7 @@ def test_devices_sum_their_counts_as_often_however_long_the_rows(folder):
       batch = {name: np.zeros((8, length + config.model.futures), np.int32)
                for name in ('tokens', 'segments', 'positions')}
       batch = put(batch, mesh)
-      lowered = _evaluate_batch.lower(config, random_state(config).model, batch, jnp.ones(264, jnp.int32),
+      lowered = evaluate_batch.lower(config, random_state(config).model, batch, jnp.ones(264, jnp.int32),
                                       jnp.ones(264, bool))
     return sum(c.sent_bytes for c in traffic(lowered.compile().as_text()).collectives if c.kind == 'all-reduce')
 

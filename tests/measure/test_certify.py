@@ -17,8 +17,7 @@ from mtp_jax.config import Config, MeshConfig, ModelConfig
 from mtp_jax.measure import certify
 from mtp_jax.model import costs, model
 from mtp_jax.model.attention import documents
-from mtp_jax.objective import Read, walk
-from mtp_jax.sharding import place
+from mtp_jax.objective import Read, Table, walk
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 
@@ -71,8 +70,8 @@ def test_a_mean_of_means_under_accumulation_is_a_breach(holds):
 
 def test_a_gradient_that_is_not_summed_over_devices_is_a_breach(holds, monkeypatch):
   assert holds(sizes=MeshConfig(fsdp=8))
-  own = lambda x_PDV, letters: place(x_PDV[0] if len(x_PDV) == 1 else 1.1 * jnp.sum(x_PDV, 0), letters)
-  monkeypatch.setattr(walk, 'sum_over_devices', own)
+  whole_sum = Table.scatter_gradient
+  monkeypatch.setattr(Table, 'scatter_gradient', lambda table, dw_PDV: 1.1 * whole_sum(table, dw_PDV))
   assert not holds(sizes=MeshConfig(fsdp=8))
 
 
@@ -85,8 +84,8 @@ def test_targets_of_another_future_are_a_breach(holds):
 
 def test_a_wrong_slope_is_a_breach(holds, monkeypatch):
   def wrong(*arguments):
-    loss, sums, dh_gBLD, dw_PDV = objective.cross_entropy_and_gradients(*arguments)
-    return loss, sums, 1.01 * dh_gBLD, dw_PDV
+    loss, sums, dh_gBLD, dw_DV = objective.cross_entropy_and_gradients(*arguments)
+    return loss, sums, 1.01 * dh_gBLD, dw_DV
 
   monkeypatch.setattr(walk, 'cross_entropy_and_gradients', wrong)
   assert not holds()
@@ -103,7 +102,7 @@ def test_rematerialisation_of_something_else_is_a_breach(holds, monkeypatch):
   slightly = lambda x: 1.001 * x if jnp.issubdtype(x.dtype, jnp.floating) else x
   plain = model.remat
   of_other_inputs = lambda f: lambda *inputs: jax.checkpoint(f)(*jax.tree.map(slightly, inputs))
-  changed = lambda c, f: plain(c, f) if c.remat == 'none' else of_other_inputs(f)
+  changed = lambda c, f, *saved: plain(c, f, *saved) if c.remat == 'none' else of_other_inputs(f)
   for module in (model, walk):
     monkeypatch.setattr(module, 'remat', changed)
   assert not holds(remat='full')

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 from mtp_jax.config import MeshConfig
 from mtp_jax.mesh import make_mesh, to_mesh_order, to_text_order
-from mtp_jax.model import kernels
+from mtp_jax.model import costs, feed_forward, kernels
 from mtp_jax.model.attention import Cache, attend, documents, rotary, write
 from mtp_jax.model.block import Block
 from mtp_jax.model.feed_forward import SwiGLU
@@ -255,3 +255,28 @@ def test_the_parts_of_a_block_count_the_flops_of_their_matrices_and_of_attention
   assert SwiGLU.flops(c) == products(block.feed_forward)
   assert type(block.attention).flops(c, 10) == products(block.attention) + 4 * c.heads * c.head_width * 10
   assert Block.flops(c, 10) == SwiGLU.flops(c) + type(block.attention).flops(c, 10)
+
+
+@pytest.mark.parametrize('n', [2, 4])
+def test_a_feed_forward_layer_in_stretches_is_the_layer_at_once_with_as_many_products(
+    tiny, random_model, monkeypatch, n, assert_close):
+  """Recomputed in the backward pass, as config.model.remat='full' does."""
+  c, rng = tiny(feed_forward=512, remat='full'), np.random.default_rng(0)
+  layer = jax.tree.map(lambda x: x[0], random_model(c).trunk.feed_forward)
+  h_BLD, dy_BLD = rng.standard_normal((2, 3, 6, 16)).astype(np.float32)
+
+  def run(layer, h_BLD, dy_BLD):
+    y_BLD, back = jax.vjp(jax.checkpoint(lambda layer, h_BLD: layer(h_BLD)), layer, h_BLD)
+    return y_BLD, back(dy_BLD)
+
+  def traced():
+    traced = jax.jit(lambda *inputs: run(*inputs)).trace(layer, h_BLD, dy_BLD)
+    return costs.matmul_flops(traced.jaxpr.jaxpr), traced.lower().compile()(layer, h_BLD, dy_BLD)
+
+  flops, wanted = traced()
+  monkeypatch.setattr(feed_forward, 'NARROWEST', 128)
+  monkeypatch.setattr(feed_forward, 'LARGEST_BYTES', 3 * 6 * 4 * 512 // n)
+  assert feed_forward.stretches(c, h_BLD, 512) == n
+  found_flops, found = traced()
+  assert_close(found, wanted)
+  assert found_flops == flops

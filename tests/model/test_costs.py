@@ -11,12 +11,13 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from mtp_jax import objective
-from mtp_jax.config import MeshConfig, ModelConfig, ObjectiveConfig
+from mtp_jax.config import Config, DataConfig, MeshConfig, ModelConfig, ObjectiveConfig, TrainConfig
 from mtp_jax.mesh import make_mesh
-from mtp_jax.model import costs, kernels
+from mtp_jax.model import costs, feed_forward, kernels
 from mtp_jax.model.model import Model
 from mtp_jax.objective import Read
 from mtp_jax.sharding import place, shardings, spec
+from mtp_jax.train import step as training
 
 LENGTH = 16
 
@@ -156,3 +157,15 @@ def test_the_digest_of_the_parameters_sees_one_bit(tiny, random_model):
     digests.add(costs.parameters_sha256(jax.tree.unflatten(structure,
                                                            [*leaves[:i], bits.view(np.float32), *leaves[i + 1:]])))
   assert len(digests) == len(leaves) + 1
+
+
+@pytest.mark.parametrize('kind', ['parallel', 'sequential'])
+def test_a_feed_forward_in_stretches_adds_no_product_to_a_step(tiny, monkeypatch, kind):
+  """With every block recomputed, in the trunk and in the heads."""
+  config = Config(tiny(kind=kind, feed_forward=512, remat='full'), data=DataConfig(length=8),
+                  train=TrainConfig(batch=2, evaluate_rows=2))
+  at_once = training.counted_flops_per_token(config)
+  monkeypatch.setattr(feed_forward, 'NARROWEST', 128)
+  monkeypatch.setattr(feed_forward, 'LARGEST_BYTES', 1)
+  assert feed_forward.stretches(config.model, jnp.zeros((2, 8, 16)), 512) == 4
+  assert training.counted_flops_per_token(config) == at_once

@@ -12,7 +12,7 @@ AT_LEAST_1 = (
     'model.vocab', 'model.width', 'model.layers', 'model.heads', 'model.kv_heads',
     'model.head_width', 'model.kv_rank', 'model.rope_width', 'model.feed_forward', 'model.experts_per_token',
     'model.expert_width', 'model.expert_groups', 'model.groups_per_token', 'model.futures', 'model.head_batch',
-    'objective.chunk', 'data.length', 'train.steps', 'train.batch', 'train.accumulate',
+    'data.length', 'train.steps', 'train.batch', 'train.accumulate',
     'train.log_every', 'train.evaluate_rows', 'train.checkpoint_every', 'train.checkpoints_kept',
     'train.skipped_allowed', 'train.heartbeat_seconds',
     'mesh.data', 'mesh.fsdp', 'mesh.context', 'mesh.tensor', 'mesh.expert')
@@ -129,6 +129,7 @@ def _check_objective(c) -> None:
   _path(c, 'objective.balance_rate', o.balance_rate)
   ok = all(any(o.weights_M(M, fraction)) for fraction in _turning_points(segments))
   _require(c, 'objective.weights', ok, 'must not all be 0 at once')
+  _require(c, 'objective.chunk', o.chunk >= 0, 'must be at least 1, or 0 for a number that suits the vocabulary')
   _require(c, 'objective.z_loss', o.z_loss >= 0, 'must not be negative')
 
 

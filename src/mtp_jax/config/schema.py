@@ -162,7 +162,8 @@ class ObjectiveConfig:
   weights: tuple[float | str, ...] = _field(
       (1.0,), "weight of each future in the loss, a number or such as '0.3 step 0.676 0.1'; the "
               "last one repeats")
-  chunk: int = _field(1024, 'positions per device whose logits exist at once')
+  chunk: int = _field(0, 'positions per device whose logits exist at once; 0: as many as keep them within 256 MiB, '
+                         'but 128 to 1024')
   balance_rate: float | str = _field(
       0.001, "how far the biases of experts move after each step towards an even load, a number or such as "
              "'0.001 step 0.966 0'")
@@ -170,6 +171,11 @@ class ObjectiveConfig:
       0.0001, 'weight of the loss that balances the experts within each row; it is in no metric')
   z_loss: float = _field(
       0.0, 'weight of the squared log-partition function in the loss (PaLM: 1e-4)')
+
+  def positions(self, vocab: int) -> int:
+    """Positions per device whose float32 logits exist at once: `chunk` or, if that is 0, a power of two."""
+    most = 2**28 // (4 * vocab)
+    return self.chunk or min(1024, max(128, 2**(most.bit_length() - 1)))
 
   def weights_M(self, futures: int, fraction: float = 0.0) -> tuple[float, ...]:
     """The weight of each future when this fraction of training is done."""

@@ -31,10 +31,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from mtp_jax import objective
 from mtp_jax.config import ModelConfig
 from mtp_jax.mesh import to_mesh_order, to_text_order
-from mtp_jax.model.model import capped
-from mtp_jax.objective import Read, chunked, whole
+from mtp_jax.model.model import Model, capped
+from mtp_jax.objective import Labels, Read, chunked, whole
 from mtp_jax.sharding import einsum, out, place
 
 
@@ -64,6 +65,28 @@ class Drafts:
   sampled: Verified
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Compared:
+  """Futures beside future 0, position by position, in text order.
+
+  Attributes:
+    counted_BL, begins_BL: bool, whether a token is a target of future 0, and the first of its document.
+    inside_kBL, agree_kBL, overlap_kBL, ratio_kBL: what `_verify` returns for the drafts of each depth.
+  """
+  counted_BL: jax.Array
+  begins_BL: jax.Array
+  inside_kBL: jax.Array
+  agree_kBL: jax.Array
+  overlap_kBL: jax.Array
+  ratio_kBL: jax.Array
+
+  def positions_first(self) -> list:
+    """All attributes, with the positions as the first axis."""
+    place_first = lambda x: jnp.moveaxis(place(x, 'kBl' if x.ndim == 3 else 'Bl'), -1, 0)
+    return [place_first(x) for x in jax.tree.leaves(self)]
+
+
 def expected_tokens(acceptance: Sequence[float]) -> float:
   """Tokens of a pass with one draft for each entry: 1 + a_1 + a_1 a_2 + ..., a_k being the
   acceptance at depth k, given that all drafts before were accepted. With one a for all it is (1 -
@@ -91,21 +114,13 @@ def best_draft(acceptance: Sequence[float], pass_costs: Sequence[float]) -> int:
   return max(range(len(pass_costs)), key=lambda k: expected_tokens(acceptance[:k]) / pass_costs[k])
 
 
-def drafts(c: ModelConfig, h_MBLD, w_VD, read: Read, allowed_V, chunk: int) -> Drafts:
-  """Counts over a batch.
-
-  Args:
-    h_MBLD: the normed state of every future.
-    w_VD: the unembedding.
-    allowed_V: bool, ids that a decoder may generate; distributions are over these.
-    chunk: positions whose logits are alive at once, on each device.
-  """
-  compared = _compared(c, h_MBLD, w_VD, read, allowed_V, chunk)
-  counted_lB, begins_lB, inside_lkB, agree_lkB, overlap_lkB, ratio_lkB = compared
+def drafts(compared: Compared) -> Drafts:
+  """Counts over a batch."""
+  counted_lB, begins_lB, inside_lkB, agree_lkB, overlap_lkB, ratio_lkB = compared.positions_first()
 
   def verified(passed_lkB, shared_lkB) -> Verified:
     by_length = []
-    for k in range(c.futures):
+    for k in range(passed_lkB.shape[1] + 1):
       # Summed after the loop: rows are on several devices, which would wait for each other at every step of it.
       first_k = (x_lkB[:, :k] for x_lkB in (inside_lkB, passed_lkB, shared_lkB))
       passes = _passes(counted_lB, begins_lB, *first_k)
@@ -116,32 +131,47 @@ def drafts(c: ModelConfig, h_MBLD, w_VD, read: Read, allowed_V, chunk: int) -> D
   return Drafts(jnp.sum(counted_lB), verified(agree_lkB, agree_lkB), verified(ratio_lkB, overlap_lkB))
 
 
-def by_position(c: ModelConfig, h_MBLD, w_VD, read: Read, allowed_V, chunk: int) -> dict:
+def by_position(compared: Compared) -> dict:
   """What `drafts` sums up: {'greedy': (offered_lkB, accepted_lkB), 'sampled': the same}, of passes with M-1
   drafts; the draft of depth k = 1, 2, ... at position l is for the token of the row at l+1+k.
   """
-  *documents, agree_lkB, overlap_lkB, ratio_lkB = _compared(c, h_MBLD, w_VD, read, allowed_V, chunk)
+  *documents, agree_lkB, overlap_lkB, ratio_lkB = compared.positions_first()
   ways = {'greedy': (agree_lkB, agree_lkB), 'sampled': (ratio_lkB, overlap_lkB)}
   return {name: _passes(*documents, *way)[1:] for name, way in ways.items()}
 
 
-def _compared(c: ModelConfig, h_MBLD, w_VD, read: Read, allowed_V, chunk: int):
-  """[counted_lB, begins_lB, inside_lkB, agree_lkB, overlap_lkB, ratio_lkB]; the last four as in `_verify`."""
-  M, (B, L) = c.futures, h_MBLD.shape[1:3]
-  counted_BL = to_text_order(read.counted_MBL[0])
+def compare(model: Model, read: Read, allowed_V, chunk: int, f=lambda h_BLD, labels: None):
+  """(f of every future, stacked, `Compared`), in one walk over the futures that keeps the states of two of them.
+
+  Args:
+    allowed_V: bool, ids that a decoder may generate; distributions are over these.
+    chunk: positions whose logits are alive at once, on each device.
+    f: called with the normed state of a future and its `Labels`, of weight 1.
+  """
+  c, futures = model.config, model.readout()
+  z_BLD, keys = objective.trunk_state(model, read)
+  w_VD, (B, L) = futures.table(), read.inputs_BL.shape
+  xs = jnp.arange(c.futures), Labels.of(read, jnp.ones(c.futures))
+
+  def walk(f, some: range):
+    return futures.map(f, xs, z_BLD, read.targets_MBL, read.positions_BL, keys, some)
+
+  def verify(h_BLD, x):
+    k, labels = x
+    return f(h_BLD, labels), _verify(c, h0_1BLD[0], w_VD, k, h_BLD, labels, allowed_V, chunk)
+
+  h0_1BLD, results = walk(lambda h_BLD, x: (h_BLD, f(h_BLD, x[1])), range(1))
+  if c.futures > 1:
+    others, pairs = walk(verify, range(1, c.futures))
+    results = jax.tree.map(lambda *parts: jnp.concatenate(parts), results, others)
+  else:
+    pairs = tuple(jnp.zeros((0, B, L), **out('kBl')) for _ in range(4))
   segments_BL = to_text_order(read.segments_BL)
   begins_BL = jnp.pad(segments_BL[:, 1:] != segments_BL[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-  if M == 1:
-    inside, agree, overlap, ratio = (jnp.zeros((0, B, L), **out('kBl')) for _ in range(4))
-  else:
-    verify = lambda inputs: _verify(c, h_MBLD[0], w_VD, *inputs, allowed_V, chunk)
-    each_k = jnp.arange(1, M), h_MBLD[1:], read.targets_MBL[1:], read.counted_MBL[1:]
-    inside, agree, overlap, ratio = jax.lax.map(verify, each_k)
-  positions_first = lambda x: jnp.moveaxis(place(x, 'kBl' if x.ndim == 3 else 'Bl'), -1, 0)
-  return [*map(positions_first, (counted_BL, begins_BL, inside, agree, overlap, ratio))]
+  return results, Compared(to_text_order(read.counted_MBL[0]), begins_BL, *pairs)
 
 
-def _verify(c: ModelConfig, h0_BLD, w_VD, k, h_BLD, target_BL, counted_BL, allowed_V, chunk: int):
+def _verify(c: ModelConfig, h0_BLD, w_VD, k, h_BLD, labels: Labels, allowed_V, chunk: int):
   """The drafts of depth k: (whether they are within document and row, whether argmaxes agree, the
   overlap of p and q, and min(1, q/p) of the token), float32[B, L] in text order, the last three 0
   outside."""
@@ -162,8 +192,8 @@ def _verify(c: ModelConfig, h0_BLD, w_VD, k, h_BLD, target_BL, counted_BL, allow
     ratio_Pt = jnp.exp(jnp.minimum(jnp.sum(q_PtV - p_PtV, -1, where=hit_PtV & allowed_V), 0))
     return None, (agree_Pt, overlap_Pt, ratio_Pt)
 
-  inputs = tuple(chunked(x_BL[None], chunk) for x_BL in (h_BLD, verifying_BLD, target_BL))
-  inside_BL = to_text_order(counted_BL) & (jnp.arange(L) < L - k)
+  inputs = tuple(chunked(x_BL[None], chunk) for x_BL in (h_BLD, verifying_BLD, labels.target_gBL))
+  inside_BL = to_text_order(labels.counted_gBL) & (jnp.arange(L) < L - k)
 
   def in_text_order(x_nPt):
     x_BL = whole(x_nPt, (1, *h_BLD.shape[:2]))[0]

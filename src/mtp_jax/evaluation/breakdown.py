@@ -8,7 +8,6 @@ import functools
 import jax
 import numpy as np
 
-from mtp_jax import objective
 from mtp_jax.config import Config
 from mtp_jax.data.rows import SourceRows, validation_ids
 from mtp_jax.evaluation import acceptance
@@ -52,12 +51,15 @@ def breakdown(config: Config, model: Model, rows: SourceRows, batch: int, limit:
 @functools.partial(jax.jit, static_argnums=0)
 def _read_batch(config: Config, model: Model, batch, allowed_V):
   """(log-probabilities of all targets, whether they count, `acceptance.by_position`), whole on every device."""
-  c, chunk = config.model, config.objective.chunk
+  c, chunk = config.model, config.objective.positions(config.model.vocab)
   read, w_VD = Read.of(batch, c.futures), model.readout().table()
-  h_MBLD = objective.future_states(model, read)
-  logp_MBL, *_ = of_targets(c, h_MBLD, w_VD, read.targets_MBL, allowed_V, chunk)
+
+  def logp(h_BLD, labels):
+    return of_targets(c, h_BLD[None], w_VD, labels.target_gBL[None], allowed_V, chunk)[0][0]
+
+  logp_MBL, compared = acceptance.compare(model, read, allowed_V, chunk, logp)
   counted_MBl = jax.numpy.stack([to_text_order(x_BL) for x_BL in read.counted_MBL])
-  drafts = acceptance.by_position(c, h_MBLD, w_VD, read, allowed_V, chunk)
+  drafts = acceptance.by_position(compared)
   return jax.tree.map(lambda x: place(x, 'x' * x.ndim), (logp_MBL, counted_MBl, drafts))
 
 

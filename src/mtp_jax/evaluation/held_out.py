@@ -5,7 +5,6 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax import objective
@@ -13,7 +12,7 @@ from mtp_jax.config import Config
 from mtp_jax.evaluation import acceptance
 from mtp_jax.mesh import put
 from mtp_jax.model.model import Model
-from mtp_jax.objective import Labels, Read
+from mtp_jax.objective import Read, Table
 from mtp_jax.report.display import Count
 
 
@@ -34,7 +33,7 @@ def evaluate(config: Config, model: Model, batches, byte_length_V, allowed_V, me
   """
   total = None
   for i, batch in enumerate(batches, 1):
-    counts = jax.device_get(_evaluate_batch(config, model, put(batch, mesh), byte_length_V, allowed_V))
+    counts = jax.device_get(evaluate_batch(config, model, put(batch, mesh), byte_length_V, allowed_V))
     counts = jax.tree.map(np.float64, counts)
     total = counts if total is None else jax.tree.map(np.add, total, counts)
     if shown:
@@ -56,11 +55,15 @@ def evaluate(config: Config, model: Model, batches, byte_length_V, allowed_V, me
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _evaluate_batch(config: Config, model: Model, batch, byte_length_V, allowed_V):
-  """(Sums, bytes of the targets, Drafts)."""
+def evaluate_batch(config: Config, model: Model, batch, byte_length_V, allowed_V):
+  """(Sums, bytes of the targets, Drafts), future by future."""
   c, o = config.model, config.objective
-  read, w_VD = Read.of(batch, c.futures), model.readout().table()
-  h_MBLD = objective.future_states(model, read)
-  _, sums = objective.cross_entropy(c, o, h_MBLD, w_VD, Labels.of(read, jnp.ones(c.futures)))
-  drafts = acceptance.drafts(c, h_MBLD, w_VD, read, allowed_V, o.chunk)
-  return sums, read.target_bytes(byte_length_V), drafts
+  read = Read.of(batch, c.futures)
+  table = Table.for_rows(model.readout(), read.inputs_BL)
+
+  def score(h_BLD, labels):
+    group = jax.tree.map(lambda x_BL: x_BL[None], (h_BLD, labels))
+    return jax.tree.map(lambda x_g: x_g[0], objective.cross_entropy(c, o, group[0], table, group[1])[1])
+
+  sums, compared = acceptance.compare(model, read, allowed_V, o.positions(c.vocab), score)
+  return sums, read.target_bytes(byte_length_V), acceptance.drafts(compared)

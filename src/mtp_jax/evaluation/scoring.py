@@ -162,7 +162,7 @@ def _fill(found: Score, window: Window, results) -> None:
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def _score_batch(config: Config, model: Model, batch, allowed_V, futures: int, top: int):
   """`of_targets` of the first futures, whole on every device."""
-  c, chunk = config.model, config.objective.chunk
+  c, chunk = config.model, config.objective.positions(config.model.vocab)
   read, w_VD = Read.of(batch, c.futures), model.readout().table()
   h_gBLD = objective.future_states(model, read, futures)
   results = of_targets(c, h_gBLD, w_VD, read.targets_MBL[:futures], allowed_V, chunk, top)

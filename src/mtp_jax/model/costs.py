@@ -116,7 +116,10 @@ def _tiles(kernel: dict) -> int:
   return math.prod(grid) * (keys + 1) // (2 * keys)
 
 
-TIMES = {'scan': lambda loop: loop['length'], 'shard_map': lambda local: local['mesh'].size, 'pallas_call': _tiles}
+TIMES = {
+    'scan': lambda loop: loop['length'],
+    'shard_map': lambda local: math.prod(local['mesh'].shape[axis] for axis in local['newly_manual_axes']),
+    'pallas_call': _tiles}
 
 
 def parameters_sha256(model) -> str:

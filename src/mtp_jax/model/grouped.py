@@ -126,8 +126,8 @@ def _sum(x, axes: tuple[str, ...]):
 
 def _axes(letters: str, letter: str) -> tuple[str, ...]:
   """The mesh axes of several devices along which a letter is sharded, among these letters."""
-  axes = spec(letters)[letters.index(letter)] or ()
-  return tuple(axis for axis in (axes if isinstance(axes, tuple) else (axes,)) if _size(axis) > 1)
+  taken = {axis for earlier in letters[:letters.index(letter)] for axis in RULES.get(earlier, ())}
+  return tuple(axis for axis in RULES[letter] if axis not in taken and _size(axis) > 1)
 
 
 def _whole(x, letters: str, dtype):

@@ -43,7 +43,7 @@ def splash(q_BLHJ, k_BSGJ, v_BSGK, segments_BL, mask_BLS=None, interpret: bool =
 
   mesh = jax.sharding.get_abstract_mesh()
   _, L, H, _ = q_BLHJ.shape
-  G, context, order_L = k_BSGJ.shape[2], mesh.shape['context'], mesh_order(L)
+  context, order_L = mesh.shape['context'], mesh_order(L)
   text_order_S = None if context == 1 else np.argsort(order_L)
   tile = next(size for size in (512, 256, 128) if L // context % size == 0)
   mask = masks.CausalMask((L, L), shard_count=context)
@@ -60,9 +60,9 @@ def splash(q_BLHJ, k_BSGJ, v_BSGK, segments_BL, mask_BLS=None, interpret: bool =
     if text_order_S is not None:
       k_BSGJ, v_BSGK, segments_BS = (x[:, text_order_S] for x in (k_BSGJ, v_BSGK, segments_BS))
     q_BHLJ = jnp.moveaxis(q_BLHJ * q_BLHJ.shape[3]**-0.5, 2, 1)
-    k_BHSJ, v_BHSK = (jnp.moveaxis(jnp.repeat(x, H // G, 2), 2, 1) for x in (k_BSGJ, v_BSGK))
+    k_BGSJ, v_BGSK = (jnp.moveaxis(x, 2, 1) for x in (k_BSGJ, v_BSGK))
     row = lambda q, k, v, own, all: kernel(q, k, v, segment_ids=splash_kernels.SegmentIds(own, all))
-    return jnp.moveaxis(jax.vmap(row)(q_BHLJ, k_BHSJ, v_BHSK, segments_BL, segments_BS), 1, 2)
+    return jnp.moveaxis(jax.vmap(row)(q_BHLJ, k_BGSJ, v_BGSK, segments_BL, segments_BS), 1, 2)
 
   specs = kernel_specs, *map(spec, ('BLHJ', 'BSGJ', 'BSGK', 'BL', 'BS'))
   return jax.shard_map(on_device, in_specs=specs, out_specs=spec('BLHK'), check_vma=False)(

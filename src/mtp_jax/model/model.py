@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.model.block import Block, Linear
@@ -35,13 +36,13 @@ from mtp_jax.model.parameters import matrix, normal, scale, stack
 from mtp_jax.sharding import einsum, lookup, place
 
 
-def remat(c: ModelConfig, f):
-  """f with activations recomputed in its backward pass as config.model.remat says."""
+def remat(c: ModelConfig, f, *saved: str):
+  """f with activations recomputed in its backward pass as config.model.remat says; full saves those named."""
+  policies = jax.checkpoint_policies
   if c.remat == 'none':
     return f
   if c.remat == 'full':
-    return jax.checkpoint(f)
-  policies = jax.checkpoint_policies
+    return jax.checkpoint(f, policy=policies.save_only_these_names(*saved) if saved else None)
   if c.remat == 'dots':
     return jax.checkpoint(f, policy=policies.dots_with_no_batch_dims_saveable)
   return jax.checkpoint(f, policy=policies.save_only_these_names(*c.remat.split(',')))
@@ -60,12 +61,19 @@ class Module(nnx.Module):
 
   def __call__(self, e_BLD, h_BLD, positions_BL, keys):
     """(state before its norm, state after it, keys with those of these tokens)."""
-    epsilon = self.block.config.norm_epsilon
-    e_BLD = rms_norm(e_BLD, self.embedding_norm_D[...], epsilon)
-    h_BLD = rms_norm(h_BLD, self.hidden_norm_D[...], epsilon)
-    x_BLD = einsum('BLC,CD->BLD', jnp.concatenate([e_BLD, h_BLD], -1), self.join_CD[...])
-    x_BLD, keys = self.block(x_BLD, positions_BL, keys)
-    return x_BLD, rms_norm(x_BLD, self.out_norm_D[...], epsilon), keys
+    c = self.block.config
+
+    def join(e_BLD, h_BLD, embedding_norm_D, hidden_norm_D, join_CD):
+      e_BLD = rms_norm(e_BLD, embedding_norm_D, c.norm_epsilon)
+      h_BLD = rms_norm(h_BLD, hidden_norm_D, c.norm_epsilon)
+      return einsum('BLC,CD->BLD', jnp.concatenate([e_BLD, h_BLD], -1), join_CD)
+
+    # With remat='full' the two states side by side are made anew after the block's backward pass; the product is not.
+    join = jax.checkpoint(join) if c.remat == 'full' else join
+    norms = self.embedding_norm_D[...], self.hidden_norm_D[...]
+    x_BLD, keys = self.block(join(e_BLD, h_BLD, *norms, self.join_CD[...]), positions_BL, keys)
+    x_BLD = checkpoint_name(x_BLD, 'head')
+    return x_BLD, rms_norm(x_BLD, self.out_norm_D[...], c.norm_epsilon), keys
 
   @staticmethod
   def flops(c: ModelConfig, keys: int, experts: bool = False) -> int:
@@ -124,6 +132,7 @@ class Futures:
       next_BLD = h_BLD if c.hidden_input == 'post_norm' else raw_BLD
     else:
       next_BLD, _ = head(state_BLD, positions_BL, keys)
+      next_BLD = checkpoint_name(next_BLD, 'head')
       h_BLD = self.norm(next_BLD)
     return state_BLD if c.independent else next_BLD, h_BLD
 
@@ -159,9 +168,8 @@ class Futures:
       return None
     return jnp.stack([targets_MBL[m - 1] for m in futures])
 
-  def map(self, f, xs, z_BLD, targets_MBL, positions_BL, keys, futures: int | None = None):
-    """f(h_BLD, x) of every future, stacked over M: one head after the other, in the order of the
-    chain.
+  def map(self, f, xs, z_BLD, targets_MBL, positions_BL, keys, futures: range | None = None):
+    """f(h_BLD, x) of every future, stacked: one head after the other, in the order of the chain.
 
     Args:
       f: called with the normed state that the unembedding reads, and the future's entry of xs;
@@ -170,11 +178,11 @@ class Futures:
       z_BLD: what `run_trunk` returned.
       targets_MBL: what each future predicts; sequential modules are given those of the future
         before.
-      futures: of the first so many only; other heads run only where these depend on them.
+      futures: of these only; other heads run only where these depend on them.
     """
     c = self.config
-    futures = futures or c.futures
-    heads_to_run = c.heads_to_run(tuple(m < futures for m in range(c.futures)))
+    futures = futures or range(c.futures)
+    heads_to_run = c.heads_to_run(tuple(m in futures for m in range(c.futures)))
 
     def step(state_BLD, inputs):
       head, given_BL, x = inputs
@@ -185,14 +193,16 @@ class Futures:
     with jax.named_scope('futures'):
       state_BLD, h_BLD = self.start(z_BLD)
       results = []
-      if h_BLD is not None:
+      if h_BLD is not None and 0 in futures:
         first = f(h_BLD, jax.tree.map(lambda x_M: x_M[0], xs))
         results.append(jax.tree.map(lambda x: x[None], first))
       if heads_to_run:
         later = jax.tree.map(lambda x_M: x_M[heads_to_run[0]:heads_to_run[-1] + 1], xs)
         inputs = self.stacked(heads_to_run), self.given(heads_to_run, targets_MBL), later
-        results.append(jax.lax.scan(step, state_BLD, inputs, reverse=c.kind == 'anticausal')[1])
-      return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:futures], *results)
+        own = jax.lax.scan(step, state_BLD, inputs, reverse=c.kind == 'anticausal')[1]
+        wanted = slice(max(0, futures.start - heads_to_run[0]), futures.stop - heads_to_run[0])
+        results.append(jax.tree.map(lambda x: x[wanted], own))
+      return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
 
 
 class Model(nnx.Module):

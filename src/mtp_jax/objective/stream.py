@@ -13,80 +13,96 @@ import jax.numpy as jnp
 from mtp_jax.config import ModelConfig, ObjectiveConfig
 from mtp_jax.mesh import by_device, by_row
 from mtp_jax.model.model import capped
+from mtp_jax.objective.table import Table, on_devices
 from mtp_jax.objective.targets import Labels, Sums
-from mtp_jax.sharding import einsum, out, place
+from mtp_jax.sharding import einsum, out
 
 
-def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_gBLD, w_VD, labels: Labels):
+def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_gBLD, table: Table, labels: Labels):
   """(float32 loss, Sums of the group's futures).
 
   Args:
     h_gBLD: normed states.
-    w_VD: the unembedding, in the same type.
+    table: the unembedding, in the same type.
   """
-  def step(_, inputs):
-    return None, _Chunk(c, o, w_VD, *inputs).scores()
+  def on_device(h_gBLD, table, labels):
+    def step(_, inputs):
+      return None, _Chunk(c, o, table, *inputs).scores()
+
+    _, (loss_n, sums_n) = jax.lax.scan(step, None, _chunks(h_gBLD, labels, table, o.positions(c.vocab)))
+    return table.over_tokens((jnp.sum(loss_n), _by_future(sums_n, len(h_gBLD))))
 
   with jax.named_scope('loss'):
-    _, (loss_n, sums_n) = jax.lax.scan(step, None, _chunks(h_gBLD, labels, o.chunk))
-    return jnp.sum(loss_n), _by_future(sums_n, len(h_gBLD))
+    return on_devices(on_device, _INPUTS, ('', ''))(h_gBLD, table, labels)
 
 
-def cross_entropy_and_gradients(c: ModelConfig, o: ObjectiveConfig, h_gBLD, w_VD, labels: Labels, dw_PDV):
-  """(float32 loss, Sums of the group's futures, gradient of h_gBLD, dw_PDV plus the gradient of the
-  unembedding).
+def cross_entropy_and_gradients(c: ModelConfig, o: ObjectiveConfig, h_gBLD, table: Table, labels: Labels):
+  """(float32 loss, Sums of the group's futures, gradient of h_gBLD, float32 gradient of the unembedding, [D, V])."""
+  def on_device(h_gBLD, table, labels):
+    def step(dw_PDV, inputs):
+      chunk = _Chunk(c, o, table, *inputs)
+      dh_PtD, added_PDV = chunk.gradients()
+      return dw_PDV + added_PDV, (*chunk.scores(), dh_PtD)
 
-  Args:
-    dw_PDV: float32, the gradient of the unembedding so far, each device holds that of its own tokens.
-  """
-  def step(dw_PDV, inputs):
-    chunk = _Chunk(c, o, w_VD, *inputs)
-    dh_PtD, added_PDV = chunk.gradients()
-    return dw_PDV + added_PDV, (*chunk.scores(), dh_PtD)
+    zeros_PDV = jnp.zeros(jnp.swapaxes(table.w_PVD, 1, 2).shape, jnp.float32)
+    chunks = _chunks(h_gBLD, labels, table, o.positions(c.vocab))
+    dw_PDV, (loss_n, sums_n, dh_nPtD) = jax.lax.scan(step, zeros_PDV, chunks)
+    loss, sums = table.over_tokens((jnp.sum(loss_n), _by_future(sums_n, len(h_gBLD))))
+    return loss, sums, whole(dh_nPtD, h_gBLD.shape[:3]), table.scatter_gradient(dw_PDV)
 
   with jax.named_scope('loss'):
-    dw_PDV, (loss_n, sums_n, dh_nPtD) = jax.lax.scan(step, dw_PDV, _chunks(h_gBLD, labels, o.chunk))
-    return jnp.sum(loss_n), _by_future(sums_n, len(h_gBLD)), whole(dh_nPtD, h_gBLD.shape[:3]), dw_PDV
+    return on_devices(on_device, _INPUTS, ('', '', 'gBLD', 'DV'))(h_gBLD, table, labels)
+
+
+_INPUTS = 'gBLD', 'PVD', 'gBL'
 
 
 class _Chunk:
-  """The logits of at most `chunk` tokens of each device, all of one future, and what follows."""
+  """The logits of at most `chunk` tokens of each device, all of one future, and what follows.
 
-  def __init__(self, c: ModelConfig, o: ObjectiveConfig, w_VD, h_PtD, labels: Labels):
-    self.c, self.o, self.w_VD, self.h_PtD = c, o, w_VD, h_PtD
+  Arrays are those of one device: the rows of the table that it holds, and the tokens of all devices
+  that share the table.
+  """
+
+  def __init__(self, c: ModelConfig, o: ObjectiveConfig, table: Table, h_PtD, labels: Labels):
+    self.c, self.o, self.table = c, o, table
+    self.h_PtD = table.gather_tokens(h_PtD)
     self.target_Pt, self.counted_Pt = labels.target_gBL, labels.counted_gBL
     self.weight_Pt = jnp.where(self.counted_Pt, labels.weight_gBL, 0.0)
-    self.logits_PtV = capped(einsum('PtD,VD->PtV', h_PtD, w_VD, jnp.float32), c)
-    self.top_Pt = jnp.max(self.logits_PtV, -1)
+    self.logits_PtV = capped(einsum('PtD,VD->PtV', self.h_PtD, table.w_PVD[0], jnp.float32), c)
+    self.top_Pt = table.over_rows(jnp.max, jnp.max(self.logits_PtV, -1))
     self.e_PtV = jnp.exp(self.logits_PtV - self.top_Pt[..., None])
-    self.sum_Pt = jnp.sum(self.e_PtV, -1)
+    self.sum_Pt = table.over_rows(jnp.sum, jnp.sum(self.e_PtV, -1))
     self.lse_Pt = self.top_Pt + jnp.log(self.sum_Pt)
-    self.ids_V = place(jnp.arange(self.logits_PtV.shape[-1]), 'V')
+    self.ids_V = table.ids_V(self.logits_PtV.shape[-1])
     self.hit_PtV = self.ids_V == self.target_Pt[..., None]
 
   def scores(self):
-    """(loss, sums of one future)."""
-    nats_Pt = self.lse_Pt - jnp.sum(self.logits_PtV, -1, where=self.hit_PtV)
+    """(loss, sums of one future), of the device's own tokens."""
+    c, own, over_rows = self.c, self.table.own_tokens, self.table.over_rows
+    nats_Pt = self.lse_Pt - over_rows(jnp.sum, jnp.sum(self.logits_PtV, -1, where=self.hit_PtV))
     is_top_PtV = self.logits_PtV == self.top_Pt[..., None]
-    first_top_Pt = jnp.min(jnp.where(is_top_PtV, self.ids_V, len(self.ids_V)), -1)
-    count = lambda where_Pt: jnp.sum(where_Pt, where=self.counted_Pt, dtype=jnp.int32)
-    sums = Sums(jnp.sum(nats_Pt, where=self.counted_Pt), count(first_top_Pt == self.target_Pt),
-                jnp.sum(self.counted_Pt, dtype=jnp.int32))
-    return jnp.sum(self.weight_Pt * (nats_Pt + self.o.z_loss * self.lse_Pt**2)), sums
+    first_top_Pt = over_rows(jnp.min, jnp.min(jnp.where(is_top_PtV, self.ids_V, c.vocab), -1))
+    count = lambda where_Pt: jnp.sum(own(where_Pt), where=own(self.counted_Pt), dtype=jnp.int32)
+    sums = Sums(jnp.sum(own(nats_Pt), where=own(self.counted_Pt)), count(first_top_Pt == self.target_Pt),
+                count(self.counted_Pt))
+    return jnp.sum(own(self.weight_Pt * (nats_Pt + self.o.z_loss * self.lse_Pt**2))), sums
 
   def gradients(self):
-    """(gradient of h_PtD, gradient of the unembedding, [P, D, V])."""
+    """(gradient of the device's own h_PtD, gradient of its rows of the table, [P, D, V])."""
     slope_Pt = self.weight_Pt * (1 + 2 * self.o.z_loss * self.lse_Pt) / self.sum_Pt
     g_PtV = slope_Pt[..., None] * self.e_PtV - jnp.where(self.hit_PtV, self.weight_Pt[..., None], 0.0)
     if self.c.logit_cap:
       g_PtV *= 1 - (self.logits_PtV / self.c.logit_cap)**2
     g_PtV = g_PtV.astype(self.h_PtD.dtype)
     dw_PDV = einsum('PtD,PtV->PDV', self.h_PtD, g_PtV, jnp.float32)
-    return einsum('PtV,VD->PtD', g_PtV, self.w_VD), dw_PDV
+    return self.table.scatter_tokens(einsum('PtV,VD->PtD', g_PtV, self.table.w_PVD[0])), dw_PDV
 
 
-def _chunks(h_gBLD, labels: Labels, chunk: int):
-  return jax.tree.map(lambda x: chunked(x, chunk), (h_gBLD, labels))
+def _chunks(h_gBLD, labels: Labels, table: Table, chunk: int):
+  """States of the device's own tokens, and labels of all that share its table, in chunks."""
+  h_nPtD, labels = jax.tree.map(lambda x: chunked(x, chunk), (h_gBLD, labels))
+  return h_nPtD, jax.tree.map(jax.vmap(table.gather_tokens), labels)
 
 
 def _by_future(sums_n: Sums, futures: int) -> Sums:

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.config import ObjectiveConfig
-from mtp_jax.mesh import sum_over_devices, token_shards
 from mtp_jax.model.attention import Documents, documents
 from mtp_jax.model.model import Futures, Model, capped, remat
 from mtp_jax.objective.stream import cross_entropy, cross_entropy_and_gradients
+from mtp_jax.objective.table import Table
 from mtp_jax.objective.targets import Labels, Read, Sums
 from mtp_jax.sharding import out
 
@@ -42,7 +42,8 @@ def future_states(model: Model, read: Read, futures: int | None = None, balance_
   """The normed state of every future, or of the first so many, which the unembedding reads: [M, B, L, D]."""
   z_BLD, keys = trunk_state(model, read, balance_loss)
   take = lambda h_BLD, _: h_BLD
-  return model.readout().map(take, None, z_BLD, read.targets_MBL, read.positions_BL, keys, futures)
+  first = range(futures or model.config.futures)
+  return model.readout().map(take, None, z_BLD, read.targets_MBL, read.positions_BL, keys, first)
 
 
 def loss(model: Model, read: Read, coefficient_M, o: ObjectiveConfig, active: tuple[bool, ...] | None = None):
@@ -85,11 +86,11 @@ def dense(model: Model, read: Read, coefficient_M, o: ObjectiveConfig, active: t
 def _loss(o: ObjectiveConfig, active: tuple[bool, ...], futures: Futures, z_BLD, coefficient_M,
           read: Read, keys: Documents):
   """Loss and sums, without a gradient."""
-  w_VD, active_M = futures.table(), jnp.array(active)
+  table, active_M = Table.for_rows(futures, read.inputs_BL), jnp.array(active)
 
   def score(h_BLD, labels):
     group = jax.tree.map(lambda x_BL: x_BL[None], (h_BLD, labels))
-    return cross_entropy(futures.config, o, group[0], w_VD, group[1])
+    return cross_entropy(futures.config, o, group[0], table, group[1])
 
   labels = Labels.of(read, coefficient_M)
   loss_M, sums_M1 = futures.map(score, labels, z_BLD, read.targets_MBL, read.positions_BL, keys)
@@ -101,7 +102,7 @@ def _loss_forward(o: ObjectiveConfig, active: tuple[bool, ...], futures: Futures
                   read: Read, keys: Documents):
   """Loss and sums, and as residuals the gradients of the futures and of the trunk's state."""
   with jax.named_scope('futures'):
-    walk = _Walk(o, active, futures, futures.table(), read.positions_BL, keys)
+    walk = _Walk(o, active, futures, Table.for_rows(futures, read.inputs_BL), read.positions_BL, keys)
     return walk.run(z_BLD, read.targets_MBL, Labels.of(read, coefficient_M))
 
 
@@ -128,7 +129,7 @@ class _Walk:
   o: ObjectiveConfig
   active: tuple[bool, ...]
   futures: Futures
-  w_VD: jax.Array
+  table: Table
   positions_BL: jax.Array
   keys: Documents
 
@@ -143,13 +144,13 @@ class _Walk:
 
   def run(self, z_BLD, targets_MBL, labels: Labels):
     """((loss, Sums of all futures), (gradients in the shape of `Futures`, gradient of z_BLD))."""
-    futures, c, w_VD = self.futures, self.futures.config, self.w_VD
+    futures, c = self.futures, self.futures.config
     active, heads_to_run = self.active, self.heads_to_run
     start = lambda norm_D, z_BLD: dataclasses.replace(futures, final_norm_D=norm_D).start(z_BLD)
     # h_BLD is future 0's state where it has no head of its own, else None.
     (state_BLD, h_BLD), back_to_trunk = jax.vjp(start, futures.final_norm_D, z_BLD)
     common = futures.shared(), futures.final_norm_D, futures.embed_VD
-    total = _Total(jnp.zeros(()), jnp.zeros(w_VD.shape[::-1], jnp.float32, **out('DV')))
+    total = _Total(jnp.zeros(()), jnp.zeros((c.width, c.vocab), jnp.float32, **out('DV')))
     sums, dstacked = Sums.zeros(c.futures), None
     dcommon, dstate_BLD = jax.tree.map(jnp.zeros_like, (common, state_BLD))
 
@@ -203,12 +204,11 @@ class _Walk:
 
   def score(self, total: _Total, h_gBLD, labels: Labels):
     """(total with the loss of these futures added, their Sums, the gradient of h_gBLD)."""
-    zeros_PDV = jnp.zeros((token_shards(), *self.w_VD.shape[::-1]), jnp.float32, **out('PDV'))
-    loss, sums, dh_gBLD, dw_PDV = cross_entropy_and_gradients(
-        self.futures.config, self.o, h_gBLD, self.w_VD, labels, zeros_PDV)
-    # Each device's dw_PDV is as large as the table. The barrier makes the devices reduce it, and free
-    # it, before the heads' activations are computed again.
-    dw_DV, dh_gBLD = jax.lax.optimization_barrier((total.dw_DV + sum_over_devices(dw_PDV, 'DV'), dh_gBLD))
+    loss, sums, dh_gBLD, dw_DV = cross_entropy_and_gradients(
+        self.futures.config, self.o, h_gBLD, self.table, labels)
+    # The barrier makes the devices share out the sum of each one's tokens, and free it, before the heads'
+    # activations are computed again.
+    dw_DV, dh_gBLD = jax.lax.optimization_barrier((total.dw_DV + dw_DV, dh_gBLD))
     return _Total(total.loss + loss, dw_DV), sums, dh_gBLD
 
   def states_of_chain(self, head_n, common, state_BLD, given_nBL):
@@ -234,7 +234,8 @@ class _Walk:
     def step(carry, group):
       total, dcommon, dstate_BLD = carry
       head, given_BL, labels, state_BLD = group
-      run = remat(c, functools.partial(self.heads, given_BL=given_BL))
+      # What a head's norm reads is saved: to compute it again would take the head's last product once more.
+      run = remat(c, functools.partial(self.heads, given_BL=given_BL), 'head')
       (_, h_gBLD), back = jax.vjp(run, head, common, start_BLD if state_BLD is None else state_BLD)
       total, sums, dh_gBLD = self.score(total, h_gBLD, labels)
       dhead, added, dstate_BLD = back((dstate_BLD, dh_gBLD))
