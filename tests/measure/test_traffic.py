@@ -209,6 +209,49 @@ def test_a_gather_that_runs_beside_computations_counts_once_where_it_starts():
   assert traffic.traffic(CHAIN.replace('{{0,1,2,3}}', '{}')) == moved  # no groups: all devices
 
 
+def overlapped_bytes(hlo: str) -> list[float]:
+  return [collective.overlapped_bytes for collective in traffic.traffic(hlo).collectives]
+
+
+def test_a_chain_is_overlapped_if_a_product_runs_within_it():
+  negation = '%y = f32[4]{0} negate(%x)'
+  assert negation in CHAIN and overlapped_bytes(CHAIN) == [0.0]
+  for product in ('dot(%x, %x)', 'convolution(%x, %x), dim_labels=bf_io->bf'):
+    assert overlapped_bytes(CHAIN.replace(negation, f'%y = f32[4]{{0}} {product}')) == [96.0]
+
+
+ASYNC = """HloModule step, num_partitions=4
+
+%square (w: f32[8,8]) -> f32[8,8] {
+  %w = f32[8,8]{1,0} parameter(0)
+  ROOT %w2 = f32[8,8]{1,0} dot(%w, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: f32[8,8]) -> (f32[32,8], f32[8,8]) {
+  %x = f32[8,8]{1,0} parameter(0)
+  BEFORE
+  %start = (f32[8,8]{1,0}, f32[32,8]{1,0}) all-gather-start(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+  BETWEEN
+  %done = f32[32,8]{1,0} all-gather-done(%start)
+  AFTER
+  ROOT %both = (f32[32,8]{1,0}, f32[8,8]{1,0}) tuple(%done, %y)
+}
+"""
+PRODUCTS = ['dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}',
+            'fusion(%x), kind=kOutput, calls=%square', 'custom-call(%x), custom_call_target="tpu_custom_call"']
+
+
+@pytest.mark.parametrize('product', PRODUCTS)
+@pytest.mark.parametrize('at, overlapped', [('BEFORE', 0.0), ('BETWEEN', 3 * 256.0), ('AFTER', 0.0)])
+def test_a_collective_is_overlapped_if_a_product_stands_between_its_start_and_its_end(product, at, overlapped):
+  hlo = ASYNC.replace(at, f'%y = f32[8,8]{{1,0}} {product}')
+  for other in {'BEFORE', 'BETWEEN', 'AFTER'} - {at}:
+    hlo = hlo.replace(f'  {other}\n', '')
+  assert overlapped_bytes(hlo) == [overlapped]
+  assert overlapped_bytes(hlo.replace(product, 'negate(%x)')) == [0.0]
+  assert [collective.sent_bytes for collective in traffic.traffic(hlo).collectives] == [3 * 256.0]
+
+
 def test_a_collective_that_is_not_known_is_an_error():
   unknown = '%all-gather.9 = f32[8]{0} ragged-all-to-all(%state), x=1\n  '
   with pytest.raises(ValueError, match='all-gather.9: what a ragged-all-to-all sends is not known'):

@@ -36,6 +36,8 @@ def plan(flags) -> int:
       raise BadInput(f'--{name}: only together with --decode')
   config = config_of(flags)
   topologies = flags.topology.split(',')
+  if flags.xla and (flags.sweep or len(topologies) > 1):
+    raise BadInput(f'--xla={flags.xla}: takes one topology, without --sweep')
   if flags.sweep and len(topologies) > 1:
     raise BadInput(f'--topology={flags.topology}: --sweep takes one')
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -51,7 +53,7 @@ def plan(flags) -> int:
   elif len(topologies) > 1:
     plans = sweep.weak_scaling(config, topologies, print_stderr)
   else:
-    plans = [plan(config, flags.topology)]
+    plans = [plan(config, flags.topology, _options(flags.xla))]
   if flags.plot:
     sweep.plot(plans, flags.plot)
   values = [{name: value for name, value in vars(made).items() if name != 'hlo'} for made in plans]
@@ -67,11 +69,21 @@ def plan(flags) -> int:
   return 0 if any(made.fits for made in plans) else 1
 
 
+def _options(text: str) -> dict[str, str] | None:
+  """{'name': 'value'} of 'name=value,...'."""
+  pairs = [pair.partition('=') for pair in text.split(',')] if text else []
+  if not all(name and equals and value for name, equals, value in pairs):
+    raise BadInput(f'--xla={text}: must be options of the compiler with their values, such as '
+                   'xla_tpu_enable_async_collective_fusion=true')
+  return {name.removeprefix('--'): value for name, _, value in pairs} or None
+
+
 def _plan_decode(flags) -> int:
   """Plans of decoding passes, as a table."""
   need_at_least(flags, draft=-1, max_length=0)
-  if flags.sweep or flags.plot:
-    raise BadInput(f'--{"sweep" if flags.sweep else "plot"}: not together with --decode')
+  for name in ('sweep', 'plot', 'xla'):
+    if flags[name].value:
+      raise BadInput(f'--{name}: not together with --decode')
   batches = flags.batch.split(',')
   if not all(size.isdecimal() and int(size) > 0 for size in batches):
     raise BadInput(f'--batch={flags.batch}: must be numbers of rows decoded at once, such as 1,8,64')
@@ -156,6 +168,7 @@ def _cpu_count(topology: str) -> int:
 def _plan_lines(p, mesh: str) -> list[str]:
   sent = [(kind, over, _size_text(size)) for kind, by_axes in p.collective_bytes.items()
           for over, size in by_axes.items()]
+  overlapped = ', '.join(f'{over} {share:.0%}' for over, share in p.overlapped_share.items())
   host = f', in the host {_size_text(p.host_bytes)}' if p.host_bytes else ''
   by_kind = ', '.join(f'{kind} {_seconds_text(seconds)}' for kind, seconds in p.seconds.items()
                       if seconds > 0)
@@ -168,12 +181,14 @@ def _plan_lines(p, mesh: str) -> list[str]:
       f'  state and batch {_size_text(p.argument_bytes)}, the rest '
       f'{_size_text(p.hbm_bytes - p.argument_bytes)}, '
       f"results that do not take an argument's place {_size_text(p.output_bytes)}{host}",
+      f'memory of a chip in a validation: {_size_text(p.validation_hbm_bytes)}',
       f'FLOPs of a token: {p.flops_per_token:.4g} multiplied; model FLOPs, which count nothing '
       f'twice: {p.model_flops_per_token:.4g} with attention over the whole length, '
       f'{p.model_flops_per_token_causal:.4g} over half of it (causal)',
       '',
       'sent by a chip in a step:',
       *('  ' + row for row in table(('collective', 'mesh axes', ''), sent)[1:]),
+      f'of these bytes, while matrix products run: {overlapped or "none"}',
       '',
       f'least seconds of a step: {by_kind}',
       f'  bound by {p.bound}: {_seconds_text(p.step_seconds)} s, {p.tokens_per_second:,.0f} '
@@ -199,6 +214,7 @@ COMMANDS = {
           'this machine: cpu:8; several of these, separated by commas'),
          ('sweep', False,
           'try meshes, rematerialisation and, while nothing fits, smaller microbatches'),
+         ('xla', '', "options of the compiler, to compare: 'name=value,name=value'"),
          ('plot', '', 'a PNG of the seconds of a step over the number of chips'),
          ('decode', False, 'plan decoding: a pass of each draft length'),
          ('batch', '1', 'decode: rows decoded at once; several: 1,8,64'),

@@ -16,12 +16,14 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from mtp_jax.chips import Chip
 from mtp_jax.config import BadInput, Config, MeshConfig
+from mtp_jax.evaluation.held_out import evaluate_batch
 from mtp_jax.measure.topology import chip_of, collective_seconds, devices, first_line, slice_count
 from mtp_jax.measure.traffic import Collective, Traffic, axes, traffic
 from mtp_jax.mesh import make_mesh
@@ -39,6 +41,7 @@ class Plan:
   temporary_bytes: XLA's sum of temporaries, which do not all exist at the same time.
   output_bytes: of results that do not take an argument's place.
   host_bytes: in the memory of the host.
+  validation_hbm_bytes: at the peak of a validation of as many rows as a microbatch has, with all that a step keeps.
   flops_per_token: what is multiplied, including recomputation; on a TPU without the tiles of
     attention that causality hides.
   model_flops_per_token: the analytic count, in which nothing runs twice and attention counts the
@@ -46,6 +49,7 @@ class Plan:
     model_flops_per_token_causal: the same with half the length in attention.
   collective_bytes: sent in a step, by kind and by the mesh axes ('fsdp', 'data+fsdp') over which
     they go.
+  overlapped_share: by mesh axes, the fraction of these bytes that is sent while matrix products run.
   seconds: by what takes them: compute, memory, links, network; bound: the longest of them,
     step_seconds.
   mfu_bound, mfu_bound_causal: model FLOPs in that time, over the peak, by either count.
@@ -64,11 +68,13 @@ class Plan:
   temporary_bytes: int
   output_bytes: int
   host_bytes: int
+  validation_hbm_bytes: float
   flops_per_token: float
   model_flops_per_token: int
   model_flops_per_token_causal: int
   memory_traffic_bytes: float
   collective_bytes: dict[str, dict[str, float]]
+  overlapped_share: dict[str, float]
   seconds: dict[str, float]
   bound: str
   step_seconds: float
@@ -86,14 +92,18 @@ class TooLarge(BadInput):
   """The compiler refuses a step because it does not fit into a chip's memory."""
 
 
-def plan(config: Config, topology: str) -> Plan:
+def plan(config: Config, topology: str, options: Mapping[str, str] | None = None) -> Plan:
   """Compiles `train.step` for a slice such as 'v5p:4x4x4', several, '2xv5p:4x4x4', or devices of
   this machine, 'cpu:8'.
 
   A config whose mesh has one device is spread over all chips, see `spread`.
 
+  Args:
+    options: of the compiler, such as {'xla_tpu_enable_async_collective_fusion': 'true'}.
+
   Raises:
-    BadInput: libtpu is missing, or the topology does not exist or has another size than the mesh.
+    BadInput: libtpu is missing or has no such option, or the topology does not exist or has another size than the
+      mesh.
     TooLarge: the step does not fit.
   """
   chips = devices(topology)
@@ -102,7 +112,7 @@ def plan(config: Config, topology: str) -> Plan:
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     step_arguments = arguments(config, mesh)
   started = time.perf_counter()
-  traced, compiled = _compile(config, mesh, topology, step_arguments)
+  traced, compiled = _compile(config, mesh, topology, step_arguments, options)
   compile_seconds, hlo = time.perf_counter() - started, compiled.as_text()
 
   L, model = config.data.length, step_arguments[0].model
@@ -116,15 +126,18 @@ def plan(config: Config, topology: str) -> Plan:
   flops_per_token_at_peak = step_seconds * mesh.size * chip.flops / tokens
 
   memory = memory_bytes(compiled.memory_analysis(), chips[0].platform)
+  validation_bytes = validation_hbm_bytes(config, mesh, topology, step_arguments)
   return Plan(
       topology=topology, mesh=dict(mesh.shape), accumulate=config.train.accumulate,
       remat=config.model.remat,
       chips=mesh.size, parameters=costs.parameters(model)['total'],
-      **memory, hbm_capacity_bytes=chip.hbm_bytes, fits=memory['hbm_bytes'] <= chip.hbm_bytes,
+      **memory, hbm_capacity_bytes=chip.hbm_bytes, validation_hbm_bytes=validation_bytes,
+      fits=max(memory['hbm_bytes'], validation_bytes) <= chip.hbm_bytes,
       flops_per_token=flops_per_token, model_flops_per_token=model_flops,
       model_flops_per_token_causal=model_flops_causal,
       memory_traffic_bytes=moved.memory_bytes,
       collective_bytes=_bytes_by_axes(moved.collectives, mesh),
+      overlapped_share=_overlapped_share(moved.collectives, mesh),
       seconds=seconds, bound=bound, step_seconds=step_seconds,
       tokens_per_second=tokens / step_seconds,
       mfu_bound=model_flops / flops_per_token_at_peak,
@@ -133,22 +146,51 @@ def plan(config: Config, topology: str) -> Plan:
       chip_hours=run_seconds * mesh.size / 3600, compile_seconds=compile_seconds, hlo=hlo)
 
 
-def _compile(config: Config, mesh, topology: str, step_arguments: tuple):
+def _compile(config: Config, mesh, topology: str, step_arguments: tuple, options):
   """The train step, traced and compiled for the devices of the mesh."""
   active = (True,) * config.model.futures
+  step = jax.jit(functools.partial(training.step, config, active=active), donate_argnums=0)
+  fix = (f'raise config.train.accumulate={config.train.accumulate}, set '
+         "config.model.remat='full' or config.optimizer.moments='host', or take more chips")
+  what = f'config.train.batch={config.train.batch}: a step'
+  return _compiled(step, step_arguments, mesh, what, topology, fix, options)
+
+
+def _compiled(function, arguments: tuple, mesh, what: str, topology: str, fix: str, options=None):
+  """(traced, compiled) for the devices of the mesh. Raises TooLarge, in words, where it does not fit."""
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    step = jax.jit(functools.partial(training.step, config, active=active), donate_argnums=0)
-    traced = step.trace(*step_arguments)
+    traced = function.trace(*arguments)
     try:
-      return traced, traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,)).compile()
+      lowered = traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
+      return traced, lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
+      if options and 'RESOURCE_EXHAUSTED' not in str(error):
+        raise BadInput(f'--xla={",".join(f"{name}={value}" for name, value in options.items())}: '
+                       f'{first_line(error)}') from None
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
-      raise TooLarge(
-          f'config.train.batch={config.train.batch}: a step does not fit into a chip of {topology} '
-          f'({first_line(error)}); raise config.train.accumulate={config.train.accumulate}, set '
-          "config.model.remat='full' or config.optimizer.moments='host', "
-          'or take more chips') from None
+      raise TooLarge(f'{what} does not fit into a chip of {topology} ({first_line(error)}); {fix}') from None
+
+
+def validation_hbm_bytes(config: Config, mesh, topology: str, step_arguments: tuple) -> int:
+  """The peak of a chip's memory while it validates, the moments that rest there included."""
+  t = config.train
+  rows = min(t.evaluate_rows, t.batch // t.accumulate)
+  state, batch, byte_lengths, _ = step_arguments
+  fewer = lambda x: jax.ShapeDtypeStruct((rows, x.shape[1]), x.dtype, sharding=x.sharding)
+  allowed = jax.ShapeDtypeStruct(byte_lengths.shape, jnp.bool, sharding=byte_lengths.sharding)
+  arguments = state.model, jax.tree.map(fewer, batch), byte_lengths, allowed
+  validation = jax.jit(functools.partial(evaluate_batch, config))
+  fix = 'lower config.train.evaluate_rows, or take more chips'
+  _, compiled = _compiled(validation, arguments, mesh, f'config.train.evaluate_rows={rows}: a validation', topology,
+                          fix)
+  resting = 0 if config.optimizer.moments == 'host' else sum(map(shard_bytes, jax.tree.leaves(state.optimizer)))
+  return memory_bytes(compiled.memory_analysis(), mesh.devices.flat[0].platform)['hbm_bytes'] + resting
+
+
+def shard_bytes(x: jax.ShapeDtypeStruct) -> int:
+  """Bytes of one chip's part of an array."""
+  return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def memory_bytes(memory, platform: str) -> dict[str, int]:
@@ -188,6 +230,15 @@ def _bytes_by_axes(collectives: tuple[Collective, ...], mesh) -> dict[str, dict[
     names = '+'.join(axes(collective.group, dict(mesh.shape)))
     by_axes[names] = by_axes.get(names, 0.0) + collective.sent_bytes
   return by_kind
+
+
+def _overlapped_share(collectives: tuple[Collective, ...], mesh) -> dict[str, float]:
+  sent, overlapped = {}, {}
+  for collective in collectives:
+    names = '+'.join(axes(collective.group, dict(mesh.shape)))
+    sent[names] = sent.get(names, 0.0) + collective.sent_bytes
+    overlapped[names] = overlapped.get(names, 0.0) + collective.overlapped_bytes
+  return {names: overlapped[names] / sent[names] for names in sent if sent[names]}
 
 
 def arguments(config: Config, mesh) -> tuple:

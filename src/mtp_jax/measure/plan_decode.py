@@ -26,7 +26,7 @@ from mtp_jax.decode.drafters import futures
 from mtp_jax.decode.placement import decoding_mesh, parameter_shardings, state_shardings
 from mtp_jax.decode.verify import Sampler
 from mtp_jax.evaluation.acceptance import expected_tokens
-from mtp_jax.measure.plan import least_seconds, memory_bytes
+from mtp_jax.measure.plan import least_seconds, memory_bytes, shard_bytes
 from mtp_jax.measure.topology import chip_of, devices, slice_count
 from mtp_jax.measure.traffic import traffic
 from mtp_jax.mesh import make_mesh
@@ -126,8 +126,7 @@ def _pass_plan(config: Config, mesh, chip: Chip, topology: str, batch: int, draf
   known = {'topology': topology, 'mesh': dict(mesh.shape), 'batch': batch, 'draft': draft, 'slots': slots,
            'hbm_capacity_bytes': chip.hbm_bytes}
   arguments = pass_arguments(config, mesh, batch, draft, slots)
-  part_bytes = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-  on_chip = lambda tree: sum(map(part_bytes, jax.tree.leaves(tree)))
+  on_chip = lambda tree: sum(map(shard_bytes, jax.tree.leaves(tree)))
   decoder, _, _, state, _ = arguments
   known |= {'parameter_bytes': on_chip(decoder), 'state_bytes': on_chip(state)}
   started, platform = time.perf_counter(), mesh.devices.flat[0].platform

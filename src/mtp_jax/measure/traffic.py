@@ -14,7 +14,7 @@ What each of the n chips of a ring sends, for an operand of `size` bytes on each
 
 Between slices a TPU sends by way of its host, in a `send` that names the collective it is part of.
 A collective that runs beside computations appears in several fusions, a chain; it counts where the
-chain starts.
+chain starts. A collective is overlapped if matrix products stand between its start and its end.
 """
 import dataclasses
 import math
@@ -44,17 +44,20 @@ REFUSED = {'ragged-all-to-all', 'collective-broadcast'}  # what they send depend
 NO_TRAFFIC = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all',
               'partition-id', 'replica-id', 'while', 'conditional', 'call', 'async'}
 CHAIN = 'chain_id='
+PRODUCTS = {'dot', 'convolution'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
   """All collectives of one kind over one set of devices in a step.
 
-  group: positions in the mesh of the first group. sent_bytes: what each chip sends.
+  group: positions in the mesh of the first group. sent_bytes: what each chip sends; overlapped_bytes: of these,
+  while matrix products run.
   """
   kind: str
   group: tuple[int, ...]
   sent_bytes: float
+  overlapped_bytes: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,9 @@ def traffic(hlo: str, slices: int = 1) -> Traffic:
   """
   module = _Module(hlo, slices)
   memory, sent = module.run(module.entry)
-  collectives = (Collective(kind, group, size) for (kind, group), size in sorted(sent.items()))
+  keys = sorted({(kind, group) for kind, group, _ in sent})
+  size = lambda key, overlapped: sent.get((*key, overlapped), 0.0)
+  collectives = (Collective(*key, size(key, False) + size(key, True), size(key, True)) for key in keys)
   return Traffic(memory, tuple(collectives))
 
 
@@ -91,14 +96,14 @@ def axes(group: Sequence[int], shape: dict[str, int]) -> tuple[str, ...]:
 
 
 class _Module:
-  """Walks a module; `run` gives (bytes of memory, bytes sent by (kind, group)) of a computation."""
+  """Walks a module; `run` gives (bytes of memory, bytes sent by (kind, group, overlapped)) of a computation."""
 
   def __init__(self, hlo: str, slices: int):
     self.computations, self.entry = parse(hlo)
     partitions = re.search(r'num_partitions=(\d+)', hlo)
     self.partitions = int(partitions.group(1)) if partitions else 1
     self.across_slices = tuple(i * self.partitions for i in range(slices)) if slices > 1 else ()
-    self.results = {}
+    self.results, self.products = {}, {}
 
   def run(self, name: str) -> tuple[float, dict]:
     if name not in self.results:
@@ -106,13 +111,49 @@ class _Module:
     return self.results[name]
 
   def _run(self, lines: Computation) -> tuple[float, dict]:
-    memory, sent = 0.0, {}
+    memory, sent, overlapped = 0.0, {}, self._overlapped(lines)
     for line in lines.values():
       for times, (line_memory, line_sent) in self._parts(line, lines):
         memory += times * line_memory
         for key, size in line_sent.items():
+          key = key if len(key) == 3 else (*key, line.name in overlapped)
           sent[key] = sent.get(key, 0.0) + times * size
     return memory, sent
+
+  def _overlapped(self, lines: Computation) -> set[str]:
+    """Lines that start a collective which does not end before the next matrix product."""
+    found, open_ = set(), {}
+    for line in lines.values():
+      if self._multiplies(line):
+        found |= set(open_.values())
+      chain = self._chain(line)
+      if line.kind.endswith('-start') or 'AsyncCollectiveStart' in chain:
+        open_[chain.get('chain', line.name)] = line.name
+      elif line.kind.endswith('-done') or 'AsyncCollectiveDone' in chain:
+        open_.pop(chain.get('chain', line.operands[0]), None)
+    return found
+
+  def _chain(self, line: Instruction) -> dict[str, str]:
+    """The chain of collectives that a fusion is part of, and whether it starts or ends it."""
+    if line.kind != 'fusion':
+      return {}
+    texts = [part.rest for part in self.computations[line.called('calls')].values()]
+    numbers = [number.group(1) for text in texts if (number := re.search(rf'{CHAIN}"(\d+)"', text))]
+    ends = 'AsyncCollectiveStart', 'AsyncCollectiveDone'
+    marks = {mark: '' for mark in ends if any(mark in text for text in texts)}
+    return marks | ({'chain': numbers[0]} if numbers else {})
+
+  def _multiplies(self, line: Instruction) -> bool:
+    """Whether an instruction, or what it calls, holds a matrix product or a kernel."""
+    if line.kind in PRODUCTS or (line.kind == 'custom-call' and 'tpu_custom_call' in line.rest):
+      return True
+    called = 'calls|body|to_apply' if line.kind == 'call' else 'calls|body'
+    return any(map(self._has_product, re.findall(rf'\b(?:{called})=%?([\w.\-]+)', line.rest)))
+
+  def _has_product(self, name: str) -> bool:
+    if name not in self.products:
+      self.products[name] = any(map(self._multiplies, self.computations[name].values()))
+    return self.products[name]
 
   def _parts(self, line: Instruction, lines: Computation) -> Iterator[tuple[int, tuple]]:
     """(times, (bytes of memory, bytes sent)) of what an instruction calls, sends and moves."""
