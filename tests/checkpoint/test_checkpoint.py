@@ -234,6 +234,11 @@ def test_contradicting_conventions_are_refused(tmp_path, change):
     fit(config, tmp_path / 'run')
 
 
+def test_modules_of_the_trunk_are_recorded_and_an_old_record_means_the_chain():
+  of = lambda **fields: conventions(ModelConfig(kind='sequential', **fields))
+  assert 'module_input' not in of() and of(module_input='trunk') == of() | {'module_input': 'trunk'}
+
+
 @pytest.mark.parametrize('section, field, value', [
     ('model', 'layers', 4), ('model', 'futures', 1), ('model', 'kind', 'sequential'),
     ('model', 'placement', 'appended'),
