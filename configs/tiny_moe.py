@@ -4,7 +4,7 @@ Of 16 routed experts and one shared one each token uses three, which multiply as
 the first block.
 
 paper        DeepSeek-V3 (arXiv:2412.19437), sections 2.1.2 and 2.2
-parameters   6,132,336: 5.20 M in the trunk, 0.87 M in the module; a token uses 1.62 M
+parameters   6,132,336: 5.20 M in the trunk, 0.87 M in the module; a token uses 1.58 M
 FLOPs        12.8 M a token, forward and backward; causal 11.3 M
 data         1.4 M tokens, 5 % of the standard library's own source
 hardware     two CPU cores

@@ -1,5 +1,6 @@
 """What the docstring of a config file states, recomputed from the config; configs/README.md against the docstrings."""
 import ast
+import functools
 import importlib.util
 import pathlib
 import re
@@ -8,6 +9,7 @@ import jax
 import pytest
 
 from mtp_jax.config import Config
+from mtp_jax.measure.counts import next_token_twin
 from mtp_jax.model import costs
 from mtp_jax.model.model import Model
 
@@ -62,6 +64,15 @@ def test_a_config_costs_what_it_says(name):
   assert is_about(flops(c), stated(doc, 'FLOPs'))
   assert is_about(flops(c, causal=True), stated(doc, 'FLOPs', 'causal '))
   assert is_about(c.train.steps * c.train.batch * c.data.length, stated(doc, 'data'))
+
+
+def test_deepseek_v3_has_the_parameters_that_its_paper_states():
+  """671 B in all and 37 B a token, without the module; of Table 4's smaller model 15.7 B and 2.4 B."""
+  for which, total, active in (('671b', 671e9, 37e9), ('16b', 15.7e9, 2.4e9)):
+    c = next_token_twin(read('deepseek_v3', which)[1].model)
+    found = costs.parameters(jax.eval_shape(functools.partial(Model, c), jax.random.key(0)))
+    assert abs(found['total'] / total - 1) < 0.001
+    assert abs(found['active'] / active - 1) < 0.025
 
 
 def tables() -> list[list[dict[str, str]]]:

@@ -128,6 +128,9 @@ def test_parameters_are_the_sizes_of_the_leaves(tiny, variant, changes):
   assert found['embedding'] == size(model.embed_VD)
   assert found['trunk'] == size(model.stacks) + size(model.final_norm_D)
   assert found['futures'] == (size(model.futures) if hasattr(model, 'futures') else 0)
+  routed = [x for path, x in jax.tree_util.tree_leaves_with_path(model) if re.search('_E(DW|WD)', str(path))]
+  idle = sum(math.prod(x.shape) for x in routed) * 3 // 4 + (0 if model.config.tie_embeddings else 23 * 16)
+  assert found['active'] == found['total'] - idle
   assert found['unembedding'] == (0 if model.config.tie_embeddings else size(model.unembed_VD))
 
 

@@ -44,8 +44,8 @@ def inspect(flags) -> int:
   lines = [f'step {step}',
            *table(('part', 'parameters', 'FLOPs/token', 'twin parameters', 'twin FLOPs/token'),
                   rows),
-           'FLOPs of the forward and backward pass; the twin is the same model with one future; active: of the routed',
-           'experts only those that a token goes to', '',
+           'FLOPs of the forward and backward pass; the twin is the same model with one future; active: what a',
+           'token uses, of routed experts its own, of the embedding a row', '',
            *(f'{name}: {value}' for name, value in conventions.items())]
   if lm:
     lines.append(f'parameters SHA-256: {sha256}')

@@ -26,7 +26,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.model.attention import Cache
-from mtp_jax.model.grouped import MATRICES, decoding_spec, dividing
+from mtp_jax.model.experts_in_decoding import decoding_spec, dividing
+from mtp_jax.model.grouped import MATRICES
 from mtp_jax.model.latent import LatentCache
 from mtp_jax.sharding import RULES, letters, spec
 

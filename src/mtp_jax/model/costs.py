@@ -25,7 +25,7 @@ PART_OF = {'embed_VD': 'embedding', 'trunk': 'trunk', 'expert_trunk': 'trunk', '
 
 def parameters(model) -> dict[str, int]:
   """Parameters by part, in all ('total'), and those that one token uses ('active'): of the routed experts only
-  its own. `model` may be a tree of shapes.
+  its own, of an embedding that is not the unembedding too only a row. `model` may be a tree of shapes.
   """
   counts, idle, c = dict.fromkeys(PARTS, 0), 0, model.config
   for path, leaf in jax.tree_util.tree_leaves_with_path(model):
@@ -33,6 +33,8 @@ def parameters(model) -> dict[str, int]:
     counts[PART_OF[path[0].name]] += size
     if letters(path) in MATRICES:
       idle += size * (c.experts - c.experts_per_token) // c.experts
+  if not c.tie_embeddings:
+    idle += (c.vocab - 1) * c.width
   total = sum(counts.values())
   return counts | {'total': total, 'active': total - idle}
 

@@ -20,8 +20,9 @@ from flax import nnx
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.model.attention import Documents
+from mtp_jax.model.experts_in_decoding import mixture_in_decoding
 from mtp_jax.model.feed_forward import SwiGLU
-from mtp_jax.model.grouped import mixture, mixture_in_decoding
+from mtp_jax.model.grouped import mixture
 from mtp_jax.model.parameters import matrix
 from mtp_jax.sharding import einsum, place
 

@@ -14,13 +14,10 @@ sends tokens and gradients the same way, and multiplies gate and up once more.
 """
 import dataclasses
 import functools
-import math
 import re
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
 
 from mtp_jax.sharding import RULES, spec
 
@@ -57,51 +54,6 @@ def _mixture_backward(arguments, cotangents):
 
 
 mixture.defvjp(_mixture_forward, _mixture_backward)
-
-
-def mixture_in_decoding(mesh: Mesh, h_BiD, expert_Bij, weight_Bij, gate_EDW, up_EDW, down_EWD):
-  """`mixture` of few tokens, without gradients, on a mesh whose devices hold experts as `decoding_spec` has them:
-  each multiplies the rows of its own, and the results are summed. [B, i, D]
-  """
-  specs = [decoding_spec(letters, matrix.shape, mesh) for letters, matrix in
-           zip(('EDW', 'EDW', 'EWD'), (gate_EDW, up_EDW, down_EWD))]
-  axes, tensor = _decoding_axes(gate_EDW.shape[0], gate_EDW.shape[2], mesh)
-
-  def on_device(h_BiD, expert_Bij, weight_Bij, *matrices):
-    x_tD, expert_tj, weight_tj = (jnp.reshape(x, (-1, x.shape[-1])) for x in (h_BiD, expert_Bij, weight_Bij))
-    experts = len(matrices[0])
-    own_tj = expert_tj - (jax.lax.axis_index(axes) * experts if axes else 0)
-    own_tj = jnp.where((own_tj >= 0) & (own_tj < experts), own_tj, experts)
-    y_tD, _ = _Tiles.of(own_tj, experts).forward(x_tD, weight_tj, *matrices)
-    y_tD = jax.lax.psum(y_tD, axes + tensor) if axes + tensor else y_tD
-    return jnp.reshape(y_tD.astype(h_BiD.dtype), h_BiD.shape)
-
-  whole = PartitionSpec()
-  on_devices = jax.shard_map(on_device, mesh=mesh, in_specs=(whole, whole, whole, *specs), out_specs=whole,
-                             check_vma=False)
-  return on_devices(h_BiD, expert_Bij, weight_Bij, gate_EDW, up_EDW, down_EWD)
-
-
-def decoding_spec(letters: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-  """Where the matrices of experts are in decoding: E over all axes that divide it, W over tensor."""
-  axes, tensor = _decoding_axes(shape[0], shape[letters.index('W')], mesh)
-  placed = {'E': axes or None, 'D': None, 'W': tensor or None}
-  return PartitionSpec(*(placed[letter] for letter in letters))
-
-
-def _decoding_axes(experts: int, width: int, mesh: Mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """(axes that divide the experts, axes that divide their width)"""
-  rows = tuple(axis for axis in RULES['P'] if axis not in RULES['E'])
-  return dividing(experts, RULES['E'] + rows, mesh), dividing(width, RULES['W'], mesh)
-
-
-def dividing(size: int, axes: Sequence[str], mesh: Mesh) -> tuple[str, ...]:
-  """Axes of several devices that divide a dimension together, each taken if it still can be."""
-  taken = []
-  for axis in axes:
-    if mesh.shape[axis] > 1 and size % (mesh.shape[axis] * math.prod(mesh.shape[a] for a in taken)) == 0:
-      taken.append(axis)
-  return tuple(taken)
 
 
 def _on_devices(function, inputs: tuple[str, ...], outputs: tuple[str, ...]):
@@ -150,14 +102,14 @@ def _forward(h_BLD, expert_BLj, weight_BLj, gate_EDW, up_EDW, down_EWD):
   matrices = _matrices(gate_EDW, up_EDW, down_EWD, x_tD.dtype)
   experts = len(gate_EDW)
   if _size('expert') == 1:
-    y_tD, rows_E = _Tiles.of(expert_tj, experts).forward(x_tD, weight_tj, *matrices)
+    y_tD, rows_E = Tiles.of(expert_tj, experts).forward(x_tD, weight_tj, *matrices)
   else:
     exchange = _Exchange.of(expert_tj, experts)
 
     def receive(i, carry):
       y_tD, rows_E = carry
       x_aD, expert_a1, weight_a1 = exchange.send(i, x_tD, expert_tj, weight_tj)
-      y_aD, added_E = _Tiles.of(expert_a1, experts).forward(x_aD, weight_a1, *matrices)
+      y_aD, added_E = Tiles.of(expert_a1, experts).forward(x_aD, weight_a1, *matrices)
       return y_tD + jnp.sum(exchange.back(i, y_aD), 1, dtype=jnp.float32), rows_E + added_E
 
     zeros = jnp.zeros(x_tD.shape, jnp.float32), jnp.zeros(experts, jnp.float32)
@@ -176,7 +128,7 @@ def _backward(dy_BLD, h_BLD, expert_BLj, weight_BLj, gate_EDW, up_EDW, down_EWD)
   experts = len(gate_EDW)
   dmatrices = tuple(jnp.zeros(matrix.shape, jnp.float32) for matrix in matrices)
   if _size('expert') == 1:
-    dx_tD, dweight_tj, dmatrices = _Tiles.of(expert_tj, experts).backward(
+    dx_tD, dweight_tj, dmatrices = Tiles.of(expert_tj, experts).backward(
         dy_tD, x_tD, weight_tj, *matrices, dmatrices)
   else:
     exchange = _Exchange.of(expert_tj, experts)
@@ -185,7 +137,7 @@ def _backward(dy_BLD, h_BLD, expert_BLj, weight_BLj, gate_EDW, up_EDW, down_EWD)
       dx_tD, dweight_tj, dmatrices = carry
       x_aD, expert_a1, weight_a1 = exchange.send(i, x_tD, expert_tj, weight_tj)
       dy_aD = exchange.send_rows(i, dy_tD)
-      dx_aD, dweight_a1, dmatrices = _Tiles.of(expert_a1, experts).backward(
+      dx_aD, dweight_a1, dmatrices = Tiles.of(expert_a1, experts).backward(
           dy_aD, x_aD, weight_a1, *matrices, dmatrices)
       dx_tD += jnp.sum(exchange.back(i, dx_aD), 1, dtype=jnp.float32)
       return dx_tD, dweight_tj + exchange.back(i, dweight_a1)[..., 0], dmatrices
@@ -203,7 +155,7 @@ def _matrices(gate_EDW, up_EDW, down_EWD, dtype) -> tuple:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Tiles:
+class Tiles:
   """How the rows of a device lie in tiles. A row is one token at one of its experts, t x j of them.
 
   Attributes:
@@ -221,7 +173,7 @@ class _Tiles:
   even: int = dataclasses.field(metadata={'static': True})
 
   @classmethod
-  def of(cls, expert_tj, experts: int) -> '_Tiles':
+  def of(cls, expert_tj, experts: int) -> 'Tiles':
     rows = expert_tj.size
     if rows <= experts:
       return cls._of_single_rows(expert_tj, experts)
@@ -248,7 +200,7 @@ class _Tiles:
                tile_end_E[-1], min(n, even))
 
   @classmethod
-  def _of_single_rows(cls, expert_tj, experts: int) -> '_Tiles':
+  def _of_single_rows(cls, expert_tj, experts: int) -> 'Tiles':
     """Tiles of one row, as decoding has them: there is nothing to sort."""
     expert_a, rows = jnp.ravel(expert_tj), expert_tj.size
     inside_a = expert_a < experts

@@ -1,0 +1,47 @@
+"""DeepSeek-V3: latent attention, experts and one sequential module; and the 16B model of its ablation.
+
+    --config=configs/deepseek_v3.py:671b     DeepSeek-V3
+    --config=configs/deepseek_v3.py:16b      the smaller model of Table 4, in the shape of DeepSeek-V2-Lite
+
+The batch is the largest of the paper's, from the first step on; there it grows from 3,072 rows over 469 B tokens.
+A group of experts is that of a node: a token goes to four of eight.
+
+paper        DeepSeek-V3 (arXiv:2412.19437, sections 2 and 4.2, Table 4); DeepSeek-V2 (arXiv:2405.04434, appendix B)
+parameters   682,636,487,424: 669.2 B in the trunk, 11.6 B in the module; a token uses 37.3 B, 36.6 B without the
+             module. 16b: 16.3 B, of which a token uses 2.54 B
+FLOPs        292 G a token, forward and backward; causal 261 G. 16b: 20.0 G, causal 18.3 G
+data         14.8 T tokens, 62.9 M a step
+hardware     not compiled for a pod, never run
+time         not measured
+expect       not measured
+command      python -m mtp_jax inspect --config=configs/deepseek_v3.py:671b
+"""
+from mtp_jax.config import BadInput, Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
+
+SHAPES = {
+    '671b': {'vocab': 129_280, 'width': 7168, 'layers': 61, 'heads': 128, 'kv_heads': 128, 'query_rank': 1536,
+             'feed_forward': 18_432, 'experts': 256, 'experts_per_token': 8, 'shared_experts': 1, 'expert_width': 2048,
+             'dense_layers': 3, 'expert_groups': 8, 'groups_per_token': 4, 'expert_scale': 2.5},
+    '16b': {'vocab': 102_400, 'width': 2048, 'layers': 27, 'heads': 16, 'kv_heads': 16, 'feed_forward': 10_944,
+            'experts': 64, 'experts_per_token': 6, 'shared_experts': 2, 'expert_width': 1408, 'dense_layers': 1},
+}
+RUNS = {  # highest learning rate, steps, rows
+    '671b': (2.2e-4, 235_240, 15_360),
+    '16b': (4.2e-4, 70_464, 4608),
+}
+
+
+def get_config(which: str = '671b'):
+  if which not in SHAPES:
+    raise BadInput(f'{which!r}: must be {" or ".join(SHAPES)}')
+  learning_rate, steps, batch = RUNS[which]
+  return Config(
+      model=ModelConfig(kind='sequential', placement='appended', futures=2, attention='latent', kv_rank=512,
+                        rope_width=64, head_width=128, dtype='bfloat16', remat='full', **SHAPES[which]),
+      objective=ObjectiveConfig(weights=(1.0, '0.3 step 0.676 0.1'), balance_rate='0.001 step 0.966 0',
+                                balance_loss=1e-4),
+      data=DataConfig(length=4096),
+      optimizer=OptimizerConfig(learning_rate=learning_rate, warmup_steps=2000,
+                                schedule='1 cosine 0.676:0.966 0.1 step 0.989 0.0332'),
+      train=TrainConfig(steps=steps, batch=batch, evaluate_rows=batch),
+  ).to_config_dict()
