@@ -43,6 +43,7 @@ def test_evaluate_takes_ones_own_files_and_groups(run, run_json, place):
 
 
 @pytest.mark.parametrize('command, message', [
+    ("score --workdir=run --text=''", '--text: is empty, it has no token to score'),
     ('score --workdir=run', '--text: give either --text='),
     ('score --workdir=run --text=a --text_file=tiny.py', '--text_file: not together with --text'),
     ('score --workdir=run --text_file=nowhere', '--text_file=nowhere: No such file'),

@@ -124,7 +124,7 @@ def inspect_data(flags) -> int:
     prepared = dataset_once(config, tokenizers.load(flags.tokenizer, '--tokenizer'), print_stderr)
   damaged = prepared.verify() if flags.verify else []
   from mtp_jax.data.corpus import Corpus, tokenizer_of
-  from mtp_jax.evaluation import inspection
+  from mtp_jax.evaluation import inspect_data as inspection
   tokenizer, values = tokenizer_of(prepared), inspection.summary(prepared)
   if flags.plot:
     inspection.plot(values, flags.plot)

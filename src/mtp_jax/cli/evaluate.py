@@ -95,6 +95,8 @@ def score(flags) -> int:
   if flags.text is None and flags.text_file is None:
     raise BadInput("--text: give either --text='def main():' or --text_file=FILE")
   text = typed_or_read(flags, 'text')
+  if not text:
+    raise BadInput('--text: is empty, it has no token to score')
   from mtp_jax.report.display import format_numbers
   lm = model_of(flags)
   found, = lm.score(text, futures=lm.config.model.futures if flags.futures else 1, top=flags.top,

@@ -151,7 +151,7 @@ def goodput(flags) -> int:
           for kind, seconds in account['seconds'].items() if seconds]
   print_result(flags, account, [
       *table(('', 'seconds', 'share'), rows), '',
-      f'goodput {account["goodput"]:.1%} of {wall:,.1f} s; {account["runs"]} runs, '
+      f'goodput {account["goodput"]:.1%} of {wall:,.1f} s; starts: {account["runs"]}, '
       f'{account["steps"]:,} steps, {account["lost_steps"]:,} steps lost'])
   return 0
 

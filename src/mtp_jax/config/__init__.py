@@ -3,12 +3,12 @@
     schema.py    the sections and fields;          checks.py   which values are valid
     weights.py   weights as paths in words;        files.py    config files and --config.section.field=value
     errors.py    BadInput: what the user can fix;  paths.py    paths, with ~
-    former.py    fields of earlier versions
+    earlier_versions.py    fields of earlier versions
 
 Only this folder imports ml_collections.
 """
+from mtp_jax.config.earlier_versions import upgraded
 from mtp_jax.config.errors import BadInput, nearest
-from mtp_jax.config.former import upgraded
 from mtp_jax.config.paths import check_local, expanded, local_path
 from mtp_jax.config.schema import (
     SECTIONS,

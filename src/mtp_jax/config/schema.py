@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import ml_collections
 
 from mtp_jax.config.checks import check
+from mtp_jax.config.earlier_versions import FIX
 from mtp_jax.config.errors import BadInput, nearest
-from mtp_jax.config.former import FIX
 from mtp_jax.config.weights import weight_at
 
 

@@ -15,7 +15,7 @@ from mtp_jax.decode.engine import Engine, measure_pass_seconds
 from mtp_jax.decode.requests import sampling_parameters
 from mtp_jax.formats import llama
 from mtp_jax.lm import LanguageModel
-from mtp_jax.report.picture import picture
+from mtp_jax.report.plot import picture
 
 
 def benchmark_decode(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from mtp_jax.config import BadInput, Config, MeshConfig
 from mtp_jax.measure.plan import Plan, TooLarge, mesh_text, plan, spread
 from mtp_jax.measure.topology import devices, slice_count
-from mtp_jax.report.picture import picture
+from mtp_jax.report.plot import picture
 
 # data, tensor, context of a mesh, for each slice; fsdp takes the rest
 SPLITS = ((1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4))

@@ -6,7 +6,7 @@ that was killed, which nothing recorded. `other` is time within a run that no ev
 is the fraction of the time in kept steps.
 """
 from mtp_jax.report.events import KINDS, split_runs
-from mtp_jax.report.picture import picture
+from mtp_jax.report.plot import picture
 
 ACCOUNTS = (*KINDS, 'lost', 'other', 'down')
 

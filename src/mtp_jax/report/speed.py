@@ -43,7 +43,10 @@ class Speed:
     self.start += time.perf_counter() - start
 
   def since_last(self, step: int, steps: int) -> dict:
-    """Values since the last call: tokens_per_second, data_wait (a fraction), eta_seconds, mfu."""
+    """Values since the last call: tokens_per_second, data_wait (a fraction), eta_seconds, mfu.
+
+    mfu is nan where it would be above 1: then the peak was measured while other work kept the machine busy.
+    """
     seconds = max(time.perf_counter() - self.start, 1e-9)
     done, waited, flops = step - self.step, self.waited, self.flops
     self.events.write('data_wait', self.began, waited, step)
@@ -54,5 +57,6 @@ class Speed:
               'data_wait': waited / seconds,
               'eta_seconds': (steps - step) * statistics.median(self.step_seconds)}
     if not math.isnan(self.peak_flops):
-      values['mfu'] = flops / seconds / self.peak_flops
+      mfu = flops / seconds / self.peak_flops
+      values['mfu'] = mfu if mfu <= 1 else math.nan
     return values

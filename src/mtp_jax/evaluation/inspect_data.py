@@ -7,7 +7,7 @@ import numpy as np
 from mtp_jax.data.prepared_set import Prepared
 from mtp_jax.data.rows import SourceRows
 from mtp_jax.objective import Read
-from mtp_jax.report.picture import picture
+from mtp_jax.report.plot import picture
 from mtp_jax.report.tables import Column, render
 from mtp_jax.tokenizer import Tokenizer
 
