@@ -105,9 +105,8 @@ class LatentCache:
   """The latents of one block in decoding, which all its heads share; slot s holds position s of its
   sequence, and a query reads up to its own.
 
-  Scores are made with slots first, [S, Q] for the Q = L x H queries of a sequence. The latents are then
-  multiplied as they lie, both for the scores and for what is read: XLA on a CPU would otherwise
-  transpose all of them in every pass. Only the scores are transposed in between.
+  Scores are made with slots first, [S, Q] for the Q = L x H queries of a sequence: the latents are
+  multiplied as they lie, both for the scores and for what is read. Only the scores are transposed.
   """
   c_BSA: jax.Array
   r_BSo: jax.Array
