@@ -40,9 +40,9 @@ def export(lm: LanguageModel) -> Llama:
     BadInput: the model has parts that Llama has not.
   """
   c, decoder, tokenizer = lm.config.model, lm.decoder, lm.tokenizer
-  if c.qk_norm or c.logit_cap or c.attention != 'grouped' or c.dtype != 'float32':
-    raise BadInput('--against=transformers: its Llama has no qk_norm, no logit_cap and no latent attention, and is '
-                   'compared in float32')
+  if c.qk_norm or c.logit_cap or c.experts or c.attention != 'grouped' or c.dtype != 'float32':
+    raise BadInput('--against=transformers: its Llama has no qk_norm, no logit_cap, no experts and no latent '
+                   'attention, and is compared in float32')
   linear_head = c.kind == 'linear' and c.futures > 1
   blocks = [*decoder.layers, *(decoder.head(m) for m in decoder.heads_in_forward if c.kind != 'linear')]
   weights = {'model.embed_tokens.weight': np.array(decoder.embed_VD[:tokenizer.size]),
