@@ -12,9 +12,9 @@ from jax import P
 import mtp_jax
 from mtp_jax import sharding
 from mtp_jax.config import BadInput, Config, MeshConfig
-from mtp_jax.mesh import by_device, by_row, make_mesh, mesh_order, to_mesh_order, to_text_order, token_shards
+from mtp_jax.mesh import by_device, by_row, make_mesh, mesh_order, to_mesh_order, to_text_order
 from mtp_jax.model.model import Model
-from mtp_jax.sharding import einsum, lookup, shardings, spec
+from mtp_jax.sharding import devices_along, einsum, lookup, shardings, spec
 from mtp_jax.train import step as training
 
 SUBSCRIPTS = sorted({found for path in pathlib.Path(mtp_jax.__file__).parent.rglob('*.py') if path.name != 'sharding.py'
@@ -125,7 +125,7 @@ def test_parts_are_the_tokens_of_each_device_in_a_row_of_their_own_and_nothing_m
     there, back = jax.jit(by_device), jax.jit(lambda x_PTD: by_row(x_PTD, B))
     x_PTD = there(placed)
     again = back(x_PTD)
-    assert token_shards() == x_PTD.shape[0] == sizes.data * sizes.fsdp * sizes.context
+    assert devices_along('P') == x_PTD.shape[0] == sizes.data * sizes.fsdp * sizes.context
     assert not re.search('all-|collective|reduce-scatter',
                          there.lower(placed).compile().as_text() + back.lower(x_PTD).compile().as_text())
   np.testing.assert_array_equal(again, x_BLD)

@@ -156,15 +156,10 @@ def _reordered(x_BL, order_L):
   return x_BL.at[:, order_L].get(**out('Bl' + 'x' * (x_BL.ndim - 2)))
 
 
-def token_shards() -> int:
-  """P: how many devices hold different tokens."""
-  return devices_along('P')
-
-
 def by_device(x_BL):
   """[B, L, ...] -> [P, B L / P, ...]: the tokens of each device. Nothing moves between devices."""
   B, L, *rest = x_BL.shape
-  if token_shards() == 1:
+  if devices_along('P') == 1:
     return jnp.reshape(x_BL, (1, B * L, *rest), **out('Pt' + 'x' * len(rest)))
   b, c = devices_along('B'), devices_along('L')
   rows, length = spec('BL')
@@ -176,7 +171,7 @@ def by_row(x_Pt, B: int):
   """The inverse of `by_device`: [P, B L / P, ...] -> [B, L, ...]."""
   P, tokens, *rest = x_Pt.shape
   L = P * tokens // B
-  if token_shards() == 1:
+  if devices_along('P') == 1:
     return jnp.reshape(x_Pt, (B, L, *rest), **out('BL' + 'x' * len(rest)))
   b, c = devices_along('B'), devices_along('L')
   rows, length = spec('BL')

@@ -143,6 +143,14 @@ def _product(subscripts: str, a, b, dtype, **sharding):
   return jax.shard_map(on_device, in_specs=(spec(left), spec(right)), out_specs=spec(result), check_vma=False)(a, b)
 
 
+def on_devices(f, inputs: tuple[str, ...], outputs):
+  """f of each device's own part of its arguments, sharded by letters; f itself without a mesh."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return f
+  specs = lambda letters: jax.tree.map(spec, letters)
+  return jax.shard_map(f, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False)
+
+
 def devices_along(letter: str) -> int:
   """How many parts the mesh divides a letter into."""
   mesh = jax.sharding.get_abstract_mesh()

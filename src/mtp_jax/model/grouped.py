@@ -19,7 +19,7 @@ import re
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.sharding import RULES, spec
+from mtp_jax.sharding import RULES, on_devices
 
 ROOM = 1.25  # rows that a device can send to another in a round, over those it sends under an even load
 TILE = 512  # the largest tile
@@ -38,7 +38,7 @@ def mixture(h_BLD, expert_BLj, weight_BLj, gate_EDW, up_EDW, down_EWD):
       tokens.
   """
   inputs, outputs = ('BLD', 'BLj', 'BLj', 'EDW', 'EDW', 'EWD'), ('BLD', 'e')
-  return _on_devices(_forward, inputs, outputs)(h_BLD, expert_BLj, weight_BLj, gate_EDW, up_EDW, down_EWD)
+  return on_devices(_forward, inputs, outputs)(h_BLD, expert_BLj, weight_BLj, gate_EDW, up_EDW, down_EWD)
 
 
 def _mixture_forward(*arguments):
@@ -49,19 +49,11 @@ def _mixture_backward(arguments, cotangents):
   inputs = ('BLD', 'BLD', 'BLj', 'BLj', 'EDW', 'EDW', 'EWD')
   outputs = ('BLD', 'BLj', 'EDW', 'EDW', 'EWD')
   dy_BLD, _ = cotangents
-  dh_BLD, dweight_BLj, *dmatrices = _on_devices(_backward, inputs, outputs)(dy_BLD, *arguments)
+  dh_BLD, dweight_BLj, *dmatrices = on_devices(_backward, inputs, outputs)(dy_BLD, *arguments)
   return dh_BLD, None, dweight_BLj, *dmatrices
 
 
 mixture.defvjp(_mixture_forward, _mixture_backward)
-
-
-def _on_devices(function, inputs: tuple[str, ...], outputs: tuple[str, ...]):
-  """The function on each device's own part of its arguments, where there is a mesh."""
-  if jax.sharding.get_abstract_mesh().empty:
-    return function
-  return jax.shard_map(function, in_specs=tuple(map(spec, inputs)), out_specs=tuple(map(spec, outputs)),
-                       check_vma=False)
 
 
 def _size(axis: str) -> int:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from mtp_jax.config import ModelConfig, ObjectiveConfig
 from mtp_jax.mesh import by_device, by_row
 from mtp_jax.model.model import capped
-from mtp_jax.objective.table import Table, on_devices
+from mtp_jax.objective.table import Table
 from mtp_jax.objective.targets import Labels, Sums
-from mtp_jax.sharding import einsum, out
+from mtp_jax.sharding import einsum, on_devices, out
 
 
 def cross_entropy(c: ModelConfig, o: ObjectiveConfig, h_gBLD, table: Table, labels: Labels):

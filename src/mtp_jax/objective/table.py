@@ -20,15 +20,7 @@ import jax.numpy as jnp
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.model.model import Futures
-from mtp_jax.sharding import axes, devices_along, neighbours, spec
-
-
-def on_devices(f, inputs: tuple[str, ...], outputs):
-  """f of each device's own part of its arguments, sharded by letters; f itself without a mesh."""
-  if jax.sharding.get_abstract_mesh().empty:
-    return f
-  specs = lambda letters: jax.tree.map(spec, letters)
-  return jax.shard_map(f, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False)
+from mtp_jax.sharding import axes, devices_along, neighbours, on_devices
 
 
 def sharers(c: ModelConfig, tokens: int) -> int:
