@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_jax.config import BadInput, MeshConfig
+from mtp_jax.config import BadInput, Config, MeshConfig, ModelConfig
 from mtp_jax.measure import plan
-from mtp_jax.mesh import make_mesh, process_share
+from mtp_jax.mesh import make_mesh, mesh_of_model, process_share
 from mtp_jax.sharding import AXES
 
 
@@ -136,3 +136,10 @@ def test_two_slices_of_real_chips_are_laid_out_the_same_way():
   for sizes in ({'fsdp': 32}, {'data': 1, 'fsdp': 16, 'tensor': 2}):
     with pytest.raises(BadInput, match='the 32 devices are in 2 slices'):
       make_mesh(MeshConfig(**sizes), devices)
+
+
+def test_the_width_of_a_loaded_model_divides_over_all_axes_that_split_it_or_the_mesh_is_refused():
+  config = Config(ModelConfig(width=12, experts=4, layers=6))
+  assert mesh_of_model(config, {'fsdp': 2, 'expert': 2}).size == 4
+  with pytest.raises(BadInput, match=r'fsdp x expert = 8 does not divide config\.model\.width=12'):
+    mesh_of_model(config, {'fsdp': 4, 'expert': 2})

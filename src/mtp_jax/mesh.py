@@ -84,6 +84,10 @@ def mesh_of_model(config: Config, sizes: Mapping[str, int] | None = None) -> jax
     for field, length in divided.get(axis, {}).items():
       if length % size:
         raise BadInput(f'mesh={sizes!r}: {axis}={size} does not divide config.{field}={length}')
+  parts = sizes.get('fsdp', 1) * sizes.get('expert', 1)
+  for field, length in by_width.items():
+    if length % parts:
+      raise BadInput(f'mesh={sizes!r}: fsdp x expert = {parts} does not divide config.{field}={length}')
   needed = math.prod(sizes.values())
   if needed > len(jax.devices()):
     raise BadInput(f'mesh={sizes!r}: needs {needed} devices, but there are {len(jax.devices())}')
