@@ -47,6 +47,8 @@ RUNS = {
     'staged sequential': {'model': {'kind': 'sequential', 'layers': 4, 'futures': 3},
                           'objective': {'weights': ('1 linear 0:1 0', '0 step 0.5 1',
                                                     '0.5 step 0.5 0')}},
+    # a microbatch of two, from the fourth step on both
+    'warmed up': {'train': {'batch_share': '0.5 step 0.5 1'}},
 }
 
 

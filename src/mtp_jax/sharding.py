@@ -14,7 +14,7 @@ Lower case, never sharded:
 
     d l  width and length, whole on every device
     g  futures that run at once  n  steps of a loop: groups of futures, or chunks
-    t  tokens of a chunk, or of a device  j  experts of a token  a  rows of experts, t x j or e x c
+    t  tokens of a chunk, or of a device  j  experts of a token  a  rows of experts, j x t or e x c
     b  rows of a tile  e  devices that hold different experts  c  rows that one sends to another at once
     r  query heads that share a key head  h  heads of either kind  x  any further axes
     p  tokens of a prompt  i  tokens that a decoder reads at once  k  drafts

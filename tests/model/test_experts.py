@@ -13,10 +13,11 @@ from flax import nnx
 from mtp_jax import objective
 from mtp_jax.config import Config, DataConfig, MeshConfig, ObjectiveConfig, TrainConfig
 from mtp_jax.mesh import make_mesh, put
-from mtp_jax.model import experts
+from mtp_jax.model import experts, kernels
 from mtp_jax.model.attention import documents
 from mtp_jax.model.block import Block
-from mtp_jax.model.grouped import mixture, tile_rows
+from mtp_jax.model.expert_rows import tile_rows
+from mtp_jax.model.grouped import mixture
 from mtp_jax.objective import Read
 from mtp_jax.sharding import place, shardings
 from mtp_jax.train import step as training
@@ -66,6 +67,19 @@ def test_grouped_experts_are_every_expert_over_every_token_and_so_are_their_grad
     assert_close(jax.jit(functools.partial(run, lambda *x: mixture(*x)[0]))(*placed), wanted, 2e-6)
     rows_E = jax.jit(mixture)(*placed[1:])[1]
   np.testing.assert_array_equal(rows_E, [(expert == e).sum() for e in range(E)])  # nothing is dropped
+
+
+@pytest.mark.parametrize('load', ['even', 'one expert takes all', 'one token'])
+def test_rows_sorted_for_a_kernel_give_the_same(load, assert_close, monkeypatch):
+  monkeypatch.setattr(kernels, 'grouped_kernel', lambda: kernels.Megablox(rows=16, interpret=True))
+  h, expert, *others = map(jnp.asarray, arguments(load))
+  dy = np.float32(np.random.default_rng(1).standard_normal((B, L, D)))
+
+  def run(function):
+    y, back = jax.vjp(lambda h, *others: function(h, expert, *others), h, *others)
+    return y, back(jnp.asarray(dy))
+
+  assert_close(run(lambda *x: mixture(*x)[0]), run(every_expert), 2e-6)
 
 
 def test_of_fewer_rows_than_experts_each_is_a_tile(assert_close):

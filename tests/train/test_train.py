@@ -57,7 +57,8 @@ def test_a_run_writes_what_it_says(uninterrupted):
                          [('parallel', [3]), ('parallel', [5]), ('parallel', [2, 4, 6]),
                           ('sequential', [2, 5]),
                                           ('staged parallel', [2]), ('staged parallel', [3]),
-                                          ('staged parallel', [4]), ('staged sequential', [2, 4])],
+                                          ('staged parallel', [4]), ('staged sequential', [2, 4]),
+                                          ('warmed up', [2]), ('warmed up', [3, 5])],
                                           ids=str)
 def test_a_stopped_and_resumed_run_is_bitwise_the_uninterrupted_one(
     uninterrupted, tmp_path, family, cuts):
@@ -70,6 +71,23 @@ def test_a_stopped_and_resumed_run_is_bitwise_the_uninterrupted_one(
   assert (outcome.step, outcome.signal) == (6, 0)
   assert same_bits(state_of(config, tmp_path), state_of(config, workdir))
   assert log_of(tmp_path) == log_of(workdir)
+
+
+def test_a_batch_that_warms_up_reads_every_row_once_and_is_told(uninterrupted, tmp_path):
+  config, workdir = uninterrupted('warmed up')
+  rows = [4, 4, 4, 8, 8, 8]
+  assert [config.train.rows_at(step) for step in range(6)] == rows
+  whole = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_share=1.0))
+  tokens = tokenizer.load('bytes')
+  corpus = open_corpus(config.data, tokens)
+  ids = lambda c, steps: np.concatenate([batch['tokens'] for batch, _ in zip(
+      corpus.batches(corpus.rows(2), c.train.batch, rows_before=c.train.rows_before), range(steps))])
+  np.testing.assert_array_equal(ids(config, 6)[:32], ids(whole, 4))
+  counts = [record['count'][0] for record in log_of(workdir) if record['kind'] == 'train']
+  assert [-(-count // 16) for count in counts] == rows
+  lines = []
+  fit(config, tmp_path, note=lines.append)
+  assert [line for line in lines if 'batches of' in line] == ['step 1: batches of 4 rows', 'step 4: batches of 8 rows']
 
 
 def test_a_stage_is_noted_and_the_log_has_weights_and_nothing_of_a_future_without(

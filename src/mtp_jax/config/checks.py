@@ -207,6 +207,11 @@ def _check_mesh(c) -> None:
   t, x = c.train, c.mesh
   _require(c, 'mesh.expert', x.expert == 1 or c.model.experts, 'this model has no experts; use config.mesh.fsdp')
   _require_multiple(c, 'train.batch', 'train.accumulate')
+  changes = _path(c, 'train.batch_share', t.batch_share)
+  shares = [parse_weight(t.batch_share)[0], *(change.goal for change in changes)]
+  _require(c, 'train.batch_share', 1 / t.accumulate <= min(shares) and max(shares) <= 1,
+           f'must be between one microbatch, {1 / t.accumulate:.3g} of the batch, and 1; more microbatches '
+           '(config.train.accumulate) make smaller ones')
   rows = x.data * x.fsdp * x.expert
   rows_per_step = rows * t.accumulate
   product = 'data x fsdp x expert' if x.expert > 1 else 'data x fsdp'

@@ -7,6 +7,8 @@ raises `BadInput` with one line that says what is wrong, where, and how to fix i
 imports JAX.
 """
 import dataclasses
+import functools
+import itertools
 import types
 import typing
 from collections.abc import Mapping
@@ -250,7 +252,10 @@ class TrainConfig:
   """The length of a run, and what is recorded, saved and watched."""
   steps: int = _field(1000, 'optimizer steps in all')
   batch: int = _field(32, 'B: rows per step, over all devices')
-  accumulate: int = _field(1, 'microbatches per step; the gradient is that of the whole batch')
+  batch_share: float | str = _field(
+      1.0, "share of the batch that a step reads, down to whole microbatches: a number, or a path through all steps, "
+           "such as '0.2 linear 0:0.052 1' (DeepSeek-V3), which warms the batch up; each size is compiled once")
+  accumulate: int = _field(1, 'microbatches of a whole batch; the gradient is that of all rows of a step')
   seed: int = _field(0, 'of the initial parameters')
   log_every: int = _field(10, 'steps between records of the log')
   evaluate_every: int = _field(200, 'steps between validations; 0: only at the end')
@@ -267,6 +272,25 @@ class TrainConfig:
       True, 'keep compiled programs in config.data.cache, where the next start finds them')
   trackers: tuple[str, ...] = _field(
       ('tensorboard',), 'where the records go besides metrics.jsonl: tensorboard, wandb (an extra), both or none: ()')
+
+  def rows_at(self, step: int) -> int:
+    """Rows that a step reads; the first is step 0."""
+    return self.rows_before(step + 1) - self.rows_before(step)
+
+  def rows_before(self, step: int) -> int:
+    """Rows of all steps before this one."""
+    beyond = max(0, step - self.steps)
+    return _rows_before(self)[step - beyond] + beyond * self.batch
+
+
+@functools.lru_cache(maxsize=8)
+def _rows_before(t: TrainConfig) -> list[int]:
+  microbatch = t.batch // t.accumulate
+  shares = [t.batch_share] * t.steps
+  if isinstance(t.batch_share, str):
+    shares = [weight_at(t.batch_share, step / t.steps) for step in range(t.steps)]
+  microbatches = (max(1, int(share * t.accumulate + 1e-6)) for share in shares)
+  return list(itertools.accumulate((microbatch * n for n in microbatches), initial=0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -209,6 +209,7 @@ class Batches:
     weights: of the sources, in rows.
     batch: B.
     seed: of the order.
+    rows_before: how many rows the steps before a step read; by default B each.
     ahead: batches that are read before they are asked for, in a thread.
     place: called with each batch in that thread, for example to put it on a device; `next` returns
       its result.
@@ -216,9 +217,11 @@ class Batches:
 
   def __init__(self, rows: SourceRows, weights: Sequence[float], batch: int, seed: int,
                process_index: int = 0, process_count: int = 1, ahead: int = 2,
-               place: Callable[[dict[str, np.ndarray]], typing.Any] = lambda batch: batch):
+               place: Callable[[dict[str, np.ndarray]], typing.Any] = lambda batch: batch,
+               rows_before: Callable[[int], int] | None = None):
     _check_divides(batch, process_count)
-    self._rows, self._batch, self._process = rows, batch, (process_index, process_count)
+    self._rows, self._process = rows, (process_index, process_count)
+    self._rows_before = rows_before or (lambda step: step * batch)
     names = [source.name for source in rows.sources]
     repeated = [names[:s].count(name) for s, name in enumerate(names)]
     self._names = [f'{name} {n + 1}' if n else name for name, n in zip(names, repeated)]
@@ -226,24 +229,28 @@ class Batches:
     self._mixture = Mixture(weights)
     self._ahead, self._place, self.quarantined = ahead, place, 0
     self._reading = threading.Lock()
-    self._begin([0] * len(names), 0)
+    self._begin([0] * len(names), 0, 0)
 
-  def _begin(self, bases: list[int], mixed: int) -> None:
-    """Goes on after `mixed` rows of a mixture that began at row bases[s] of each source s."""
-    self._bases, self._mixed = bases, mixed
+  def _begin(self, bases: list[int], mixed: int, step: int) -> None:
+    """Goes on at a step, after `mixed` rows of a mixture that began at row bases[s] of each source s."""
+    self._bases, self._mixed, self._step = bases, mixed, step
     steps = grain.MapDataset.range(sys.maxsize).map(self._read)
     reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._ahead)
     self._iterator = iter(steps.to_iter_dataset(reading))
 
   def _read(self, step: int):
     """The batch of a step since `_begin`, placed, and how many of its rows are quarantined."""
-    (index, count), first, ids = self._process, self._mixed + step * self._batch, []
-    for k in range(first + index, first + self._batch, count):
+    (index, count), ids = self._process, []
+    for k in range(self._mixed_before(step) + index, self._mixed_before(step + 1), count):
       s, n = self._mixture[k]
       ids.append(self._orders[s][self._bases[s] + n])
     with self._reading:  # the thread of an iterator that was closed may still be at work
       before = self._rows.quarantined
       return self._place(self._rows.batch(ids)), self._rows.quarantined - before
+
+  def _mixed_before(self, step: int) -> int:
+    """Rows of the mixture that are taken before a step since `_begin`."""
+    return self._mixed + self._rows_before(self._step + step) - self._rows_before(self._step)
 
   def __iter__(self) -> 'Batches':
     return self
@@ -259,19 +266,19 @@ class Batches:
 
   def get_state(self) -> dict:
     """JSON: the name, share and number of rows taken of each source; rows since the mixture began."""
-    mixed = self._mixed + self._batch * self._iterator.get_state()['next_index']
+    mixed = self._mixed_before(self._iterator.get_state()['next_index'])
     taken = [base + n for base, n in zip(self._bases, self._mixture.counts(mixed))]
     sources = [{'name': name, 'share': share, 'rows': n}
                for name, share, n in zip(self._names, self._mixture.shares, taken)]
     return {'sources': sources, 'mixed': mixed}
 
-  def set_state(self, state: dict) -> None:
-    """Goes on at a state, also that of other weights or sources: a source that is still there at its
-    number, one that took the place of another at that one's, any other at its beginning.
+  def set_state(self, state: dict, step: int = 0) -> None:
+    """Goes on at a state, with the batch of a step, also that of other weights or sources: a source that is still
+    there at its number, one that took the place of another at that one's, any other at its beginning.
     """
     self.close()
     if 'global_next_index' in state:  # of a version that kept one number for all sources
-      self._begin([0] * len(self._names), state['global_next_index'])
+      self._begin([0] * len(self._names), state['global_next_index'], step)
       return
     old = {source['name']: source for source in state['sources']}
     rows = [source['rows'] for source in state['sources']]
@@ -279,7 +286,7 @@ class Batches:
     taken = [old[name]['rows'] if name in old else gone.get(s, 0) for s, name in enumerate(self._names)]
     mixture = [(source['name'], source['share']) for source in state['sources']]
     mixed = state['mixed'] if mixture == list(zip(self._names, self._mixture.shares)) else 0
-    self._begin([n - m for n, m in zip(taken, self._mixture.counts(mixed))], mixed)
+    self._begin([n - m for n, m in zip(taken, self._mixture.counts(mixed))], mixed, step)
 
   def close(self) -> None:
     self._iterator.close()

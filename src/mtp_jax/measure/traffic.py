@@ -32,7 +32,7 @@ from mtp_jax.measure.hlo import (
   parse,
   size_bytes,
 )
-from mtp_jax.model.grouped import times_in_name
+from mtp_jax.model.expert_rows import times_in_name
 
 SENT_BYTES = {
     'all-gather': lambda size, n: size * (n - 1),

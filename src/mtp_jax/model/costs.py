@@ -13,8 +13,9 @@ import numpy as np
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.model.block import Block, attention_of
+from mtp_jax.model.expert_rows import times_in_name
 from mtp_jax.model.experts import Experts
-from mtp_jax.model.grouped import MATRICES, times_in_name
+from mtp_jax.model.grouped import MATRICES
 from mtp_jax.model.model import HEADS
 from mtp_jax.sharding import letters
 
@@ -81,7 +82,7 @@ def recomputed_flops_per_token(c: ModelConfig, length: int) -> int:
 
 def matmul_flops(jaxpr) -> int:
   """2 x the multiply-adds of every matrix product in a jaxpr and all jaxprs inside it, the TPU's
-  attention kernels included.
+  kernels included.
 
   Products in a loop count as often as it runs, or is expected to under an even load of experts, those of a device
   as often as there are devices in its mesh.
@@ -92,6 +93,9 @@ def matmul_flops(jaxpr) -> int:
       (contracted, _), _ = equation.params['dimension_numbers']
       left = equation.invars[0].aval
       total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left.shape[i] for i in contracted)
+    if _grid_depends_on_data(equation):
+      total += equation.params['cost_estimate'].flops
+      continue
     times = _expected_times(equation) or TIMES.get(equation.primitive.name, lambda parameters: 1)(equation.params)
     is_jaxpr = lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
     for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
@@ -100,11 +104,19 @@ def matmul_flops(jaxpr) -> int:
   return total
 
 
-def _expected_times(equation) -> int | None:
-  """How often a loop is expected to run, where that depends on the data."""
-  if equation.primitive.name != 'while':
+def _expected_times(equation) -> float | None:
+  """How often a loop is expected to run, or which share of a grouped product's rows to be there, where that depends
+  on the data.
+  """
+  if equation.primitive.name != 'while' and equation.params.get('name') not in ('gmm', 'tgmm'):
     return None
   return times_in_name(str(equation.source_info.name_stack))
+
+
+def _grid_depends_on_data(equation) -> bool:
+  """Whether it is a kernel of grouped products, which says itself what its rows multiply."""
+  kernel = equation.params
+  return equation.primitive.name == 'pallas_call' and kernel['grid_mapping'].num_dynamic_grid_bounds > 0
 
 
 def _tiles(kernel: dict) -> int:

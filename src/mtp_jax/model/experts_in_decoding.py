@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from mtp_jax.model.grouped import Tiles
+from mtp_jax.model.expert_rows import Tiles
 from mtp_jax.sharding import RULES
 
 
@@ -22,8 +22,8 @@ def mixture_in_decoding(mesh: Mesh, h_BiD, expert_Bij, weight_Bij, gate_EDW, up_
     x_tD, expert_tj, weight_tj = (jnp.reshape(x, (-1, x.shape[-1])) for x in (h_BiD, expert_Bij, weight_Bij))
     experts = len(matrices[0])
     own_tj = expert_tj - (jax.lax.axis_index(axes) * experts if axes else 0)
-    own_tj = jnp.where((own_tj >= 0) & (own_tj < experts), own_tj, experts)
-    y_tD, _ = Tiles.of(own_tj, experts).forward(x_tD, weight_tj, *matrices)
+    own_jt = jnp.where((own_tj >= 0) & (own_tj < experts), own_tj, experts).T
+    y_tD, _ = Tiles.of(own_jt, experts, own_jt.size).forward(x_tD, weight_tj.T, *matrices)
     y_tD = jax.lax.psum(y_tD, axes + tensor) if axes + tensor else y_tD
     return jnp.reshape(y_tD.astype(h_BiD.dtype), h_BiD.shape)
 

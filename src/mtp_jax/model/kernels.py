@@ -1,9 +1,11 @@
-"""Attention kernels of the chips, each called under `jax.shard_map` on a device's own rows, heads
-and positions.
+"""Kernels of the chips for attention and for experts. Where none fits the platform or the shapes, `attention.attend`
+and `expert_rows.Tiles` run.
 
-A kernel keeps the scores in the chip's own memory. Where none fits the platform or the shapes,
-`attention.attend` runs.
+A kernel of attention is called under `jax.shard_map` on a device's own rows, heads and positions, and keeps the scores
+in the chip's own memory. One of experts is called on a device's rows in the order of their experts.
 """
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +20,7 @@ def kernel_for(q_BLHJ, v_BSGK):
   It is called with (q_BLHJ, k_BSGJ, v_BSGK, segments_BL, mask_BLS). A TPU's takes tiles of 128 positions and
   widths of whole halves of 128; cuDNN's takes queries of up to 128 in bfloat16.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  kind = getattr(None if mesh.empty else mesh.abstract_device, 'device_kind', '')
+  mesh, kind = jax.sharding.get_abstract_mesh(), device_kind()
   _, L, _, J = q_BLHJ.shape
   K = v_BSGK.shape[3]
   if 'TPU' in kind:
@@ -28,6 +29,12 @@ def kernel_for(q_BLHJ, v_BSGK):
   if 'NVIDIA' in kind:
     return cudnn if q_BLHJ.dtype == jnp.bfloat16 and K <= J <= 128 and J % 8 == 0 else None
   return None
+
+
+def device_kind() -> str:
+  """Such as 'TPU v5p'; '' without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return getattr(None if mesh.empty else mesh.abstract_device, 'device_kind', '')
 
 
 def splash(q_BLHJ, k_BSGJ, v_BSGK, segments_BL, mask_BLS=None, interpret: bool = False):
@@ -90,3 +97,34 @@ def cudnn(q_BLHJ, k_BSGJ, v_BSGK, segments_BL, mask_BLS, implementation: str = '
   specs = tuple(map(spec, ('BLHJ', 'BSGJ', 'BSGK', 'BLS')))
   return jax.shard_map(on_device, in_specs=specs, out_specs=spec('BLHK'), check_vma=False)(
       q_BLHJ, k_BSGJ, v_BSGK, mask_BLS)
+
+
+def grouped_kernel():
+  """What multiplies rows by the matrices of their experts on the platform of the mesh, or None."""
+  return Megablox() if 'TPU' in device_kind() else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Megablox:
+  """JAX's TPU kernels of grouped products. Only tiles with rows are multiplied; where there are none, in the first
+  place after the last expert's, results are not defined.
+
+  Attributes:
+    rows: of a tile; the rows are a whole number of them.
+    interpret: run them on any platform, slowly.
+  """
+  rows: int = 512
+  interpret: bool = False
+
+  def product(self, x_aD, matrix_EDW, rows_E, transposed: bool = False):
+    """Each row times the matrix of its expert, or its transpose, in the type of the rows: [a, W]."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+    width = matrix_EDW.shape[1 if transposed else 2]
+    tiling = self.rows, min(1024, x_aD.shape[1]), min(1024, width)
+    return gmm(x_aD, matrix_EDW, rows_E, x_aD.dtype, tiling, transpose_rhs=transposed, interpret=self.interpret)
+
+  def outer(self, x_aD, dy_aW, rows_E):
+    """The sum over the rows of each expert of their outer products: float32[E, D, W]."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+    tiling = self.rows, min(512, x_aD.shape[1]), min(1024, dy_aW.shape[1])  # its float32 tile fills the chip's memory
+    return tgmm(x_aD.T, dy_aW, rows_E, jnp.float32, tiling, interpret=self.interpret)

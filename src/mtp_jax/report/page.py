@@ -54,7 +54,7 @@ class Run:
 
   def tokens(self, record: dict) -> int:
     """Trained on up to a record, as the config of the run has it."""
-    return record['step'] * self.config.train.batch * self.config.data.length
+    return self.config.train.rows_before(record['step']) * self.config.data.length
 
 
 def page(runs: Sequence[Run]) -> str:

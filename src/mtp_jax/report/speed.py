@@ -18,14 +18,19 @@ class Speed:
     peak_flops: FLOP/s of all devices together; nan where it is not known, and then there is no MFU.
   """
 
-  def __init__(self, step: int, tokens_per_step: int, peak_flops: float, events: Events):
-    self.tokens_per_step, self.peak_flops, self.events = tokens_per_step, peak_flops, events
+  def __init__(self, step: int, peak_flops: float, events: Events):
+    self.peak_flops, self.events = peak_flops, events
     self.step_seconds = collections.deque(maxlen=20)  # of the latest records
     self._restart(step)
 
   def _restart(self, step: int) -> None:
     self.step, self.start, self.began, self.waited = step, time.perf_counter(), time.time(), 0.0
-    self.flops = 0  # model FLOPs of the steps since; the run adds them
+    self.tokens = self.flops = 0  # of the steps since
+
+  def add(self, tokens: int, flops_per_token: int) -> None:
+    """Counts a step."""
+    self.tokens += tokens
+    self.flops += tokens * flops_per_token
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
@@ -48,12 +53,12 @@ class Speed:
     mfu is nan where it would be above 1: then the peak was measured while other work kept the machine busy.
     """
     seconds = max(time.perf_counter() - self.start, 1e-9)
-    done, waited, flops = step - self.step, self.waited, self.flops
+    done, waited, tokens, flops = step - self.step, self.waited, self.tokens, self.flops
     self.events.write('data_wait', self.began, waited, step)
     self.events.write('step', self.began, seconds - waited, step)
     self._restart(step)
     self.step_seconds.append(seconds / max(done, 1))
-    values = {'tokens_per_second': done * self.tokens_per_step / seconds,
+    values = {'tokens_per_second': tokens / seconds,
               'data_wait': waited / seconds,
               'eta_seconds': (steps - step) * statistics.median(self.step_seconds)}
     if not math.isnan(self.peak_flops):

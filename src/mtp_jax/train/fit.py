@@ -149,6 +149,7 @@ class _Run:
     self.step = self.saved_step = opened.step
     self.validation = {}
     self.active = ()  # futures that the step computes; known once the first one starts
+    self.rows = 0  # of the step
     self.profiling = False
     is_first = folder == workdir
     with cannot('write', f'--workdir={workdir}', 'give a folder that can be written'):
@@ -162,7 +163,8 @@ class _Run:
     self.held_out = opened.corpus.held_out(M, note)
     rows = opened.corpus.rows(M, note)
     self.batches = opened.corpus.batches(rows, config.train.batch, *self.share,
-                                         place=lambda batch: put(batch, mesh))
+                                         place=lambda batch: put(batch, mesh),
+                                         rows_before=config.train.rows_before)
     self.events = Events(folder)
     self.events.write('start', started, 0.0, self.step)
     self.events.write('setup', started, time.time() - started, self.step)
@@ -186,7 +188,7 @@ class _Run:
       with self.events.span('compile', self.step):
         return compiled_init(self.config, jax.random.key(self.config.train.seed))
     with self.events.span('restore', self.step):
-      self.batches.set_state(opened.record['data'])
+      self.batches.set_state(opened.record['data'], self.step)
       return restore(self.config, workdir, self.step, self.mesh)
 
   def advance(self) -> None:
@@ -196,24 +198,26 @@ class _Run:
       batch = next(self.batches)
     fraction = self.step / self.config.train.steps
     active = self.config.objective.active(self.config.model.futures, fraction)
-    if active != self.active:
-      self._enter_stage(active)
+    rows = self.config.train.rows_at(self.step)
+    if (active, rows) != (self.active, self.rows):
+      self._enter_stage(active, rows)
       timed = self.recorder.speed.paused('compile', self.step)
     else:
       timed = watched(hang_seconds)
     with timed:
       self.state, metrics = compiled_step(self.config, self.state, batch, self.byte_length_V, fraction)
     self.step += 1
-    self.recorder.add(Step(self.step, metrics, batch, self.flops_per_step,
+    self.recorder.add(Step(self.step, metrics, batch, rows * self.config.data.length, self.flops_per_token,
                            self.batches.quarantined))
 
-  def _enter_stage(self, active: tuple[bool, ...]) -> None:
-    """From the next step on these futures are computed, by a program that is not compiled yet."""
+  def _enter_stage(self, active: tuple[bool, ...], rows: int) -> None:
+    """From the next step on these futures are computed, of so many rows, by a program that may not be compiled yet."""
     self.recorder.flush()
-    flops_per_token = costs.flops_per_token(self.config.model, self.config.data.length,
-                                            active)['total']
-    self.flops_per_step = flops_per_token * self.config.train.batch * self.config.data.length
-    if self.active or not all(active):
+    self.flops_per_token = costs.flops_per_token(self.config.model, self.config.data.length, active)['total']
+    if rows != (self.rows or self.config.train.batch):
+      self.display.line(f'step {self.step + 1}: batches of {rows} rows')
+    self.rows = rows
+    if active != self.active and (self.active or not all(active)):
       computed = ' '.join(str(m) for m, is_active in enumerate(active) if is_active)
       self.display.line(f'step {self.step + 1}: futures {computed} are computed, the others have weight 0')
     self.active = active

@@ -67,7 +67,7 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None])
   corpus.sides()  # raises where one has less than a row
   if record:
     changes += _check_data(config, corpus, record, workdir) + rate_change(config, record)
-  changes += corpus.left_out(config.train.steps * config.train.batch)
+  changes += corpus.left_out(config.train.rows_before(config.train.steps))
   for change in changes:
     note(change)
   return Opened(tokens, corpus, record)

@@ -27,7 +27,8 @@ class Step:
   number: int
   metrics: dict  # on the device
   batch: dict
-  flops: float  # model FLOPs
+  tokens: int
+  flops_per_token: int  # of the model
   quarantined_rows: int  # of this process, since the start
 
 
@@ -43,7 +44,7 @@ class Recorder:
   def __init__(self, config: Config, folder: pathlib.Path, step: int, peak_flops: float,
                events: Events, display: Display, trackers: Sequence[Tracker]):
     self.config, self.folder, self.display = config, folder, display
-    self.speed = Speed(step, config.train.batch * config.data.length, peak_flops, events)
+    self.speed = Speed(step, peak_flops, events)
     self.log = Log(folder, step, trackers)
     self.waiting: Step | None = None
 
@@ -65,7 +66,7 @@ class Recorder:
 
   def _record(self, step: Step) -> None:
     t, n = self.config.train, step.number
-    self.speed.flops += step.flops
+    self.speed.add(step.tokens, step.flops_per_token)
     metrics = jax.tree.map(lambda x: x.tolist(), jax.device_get(step.metrics))
     bad_in_a_row = metrics['skipped_in_a_row']
     assert not metrics.get('dropped'), f'step {n}: {metrics["dropped"]} rows reached no expert'

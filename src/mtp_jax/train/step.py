@@ -72,11 +72,11 @@ def abstract(config: Config, mesh) -> State:
 
 def gradients(config: Config, model: Model, read: Read, weight_M, active: tuple[bool, ...],
               loss=objective.loss):
-  """Those of the loss over a batch, in config.train.accumulate microbatches: (float32 loss, Sums,
-  a Model of gradients).
+  """Those of the loss over the rows of a step, in microbatches of train.batch / train.accumulate: (float32 loss,
+  Sums, a Model of gradients).
 
   Args:
-    read: the whole batch, rows over (data, fsdp).
+    read: all rows of the step, over (data, fsdp).
     weight_M: float32, the weight of each future.
     active: futures that are computed at all.
     loss: with the arguments and results of `objective.loss`.
@@ -89,11 +89,12 @@ def gradients(config: Config, model: Model, read: Read, weight_M, active: tuple[
     (loss, sums), grads = gradient(model, read)
     return jax.tree.map(jnp.add, total, (loss, sums, grads)), None
 
-  if config.train.accumulate == 1:
+  microbatches = len(read.segments_BL) * config.train.accumulate // config.train.batch
+  if microbatches == 1:
     (loss, sums), grads = gradient(model, read)
     return loss, sums, grads
   zeros = jnp.zeros(()), Sums.zeros(config.model.futures), jax.tree.map(jnp.zeros_like, model)
-  return jax.lax.scan(microbatch, zeros, read.microbatches(config.train.accumulate))[0]
+  return jax.lax.scan(microbatch, zeros, read.microbatches(microbatches))[0]
 
 
 def counted_flops_per_token(config: Config) -> float:
