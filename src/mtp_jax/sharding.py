@@ -151,6 +151,32 @@ def on_devices(f, inputs: tuple[str, ...], outputs):
   return jax.shard_map(f, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=False)
 
 
+def sum_over_slices(f, outputs, *arguments):
+  """The sum of f of each slice's own rows: what f adds up crosses the network between slices once.
+
+  Slices are along the mesh axis `data`. Within f no letter is divided over it.
+
+  Args:
+    outputs: the shardings of the results, as PartitionSpecs.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.shape['data'] == 1:
+    return f(*arguments)
+  within = tuple(axis for axis in AXES if axis != 'data')
+  divided = lambda axes: jax.tree.map(lambda x: _divided(x, axes), arguments)
+  # With Explicit axes alone, jax 0.10 would gather whatever goes into a shard_map of one axis, or comes out of it.
+  on_slice = jax.sharding.explicit_axes(f, axes=within, in_sharding=divided(within))
+  summed = jax.shard_map(lambda *own: jax.lax.psum(on_slice(*own), 'data'), in_specs=divided(('data',)),
+                         out_specs=PartitionSpec(), axis_names={'data'}, check_vma=False)
+  return jax.sharding.auto_axes(summed, axes=within, out_sharding=outputs)(*arguments)
+
+
+def _divided(x, axes: tuple[str, ...]) -> PartitionSpec:
+  """How these mesh axes alone divide an array."""
+  dims = (dim if isinstance(dim, tuple) else (dim,) for dim in jax.typeof(x).sharding.spec)
+  return PartitionSpec(*(tuple(axis for axis in dim if axis in axes) for dim in dims))
+
+
 def devices_along(letter: str) -> int:
   """How many parts the mesh divides a letter into."""
   mesh = jax.sharding.get_abstract_mesh()

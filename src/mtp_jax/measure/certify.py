@@ -42,6 +42,7 @@ EXPERT_MESHES = {
     'expert 8': MeshConfig(expert=8),
     'expert 4 x fsdp 2': MeshConfig(expert=4, fsdp=2),
     'expert 2 x context 2 x tensor 2': MeshConfig(expert=2, context=2, tensor=2),
+    'data 2 x expert 2 x fsdp 2': MeshConfig(data=2, expert=2, fsdp=2),
 }
 
 

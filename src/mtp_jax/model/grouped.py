@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mtp_jax.model.expert_rows import expected_times, inverse, ranks, rows_by_expert
-from mtp_jax.sharding import RULES, on_devices
+from mtp_jax.sharding import RULES, axes, on_devices
 
 ROOM = 1.25  # rows that a device can send to another in a round, over those it sends under an even load
 MATRICES = 'EDW', 'EWD'  # letters of the parameters of experts
@@ -34,7 +34,8 @@ def mixture(h_BLD, expert_BLj, weight_BLj, gate_EDW, up_EDW, down_EWD):
       tokens.
   """
   inputs, outputs = ('BLD', 'BLj', 'BLj', 'EDW', 'EDW', 'EWD'), ('BLD', 'e')
-  return on_devices(_forward, inputs, outputs)(h_BLD, expert_BLj, weight_BLj, gate_EDW, up_EDW, down_EWD)
+  forward = functools.partial(_forward, axes('P'))
+  return on_devices(forward, inputs, outputs)(h_BLD, expert_BLj, weight_BLj, gate_EDW, up_EDW, down_EWD)
 
 
 def _mixture_forward(*arguments):
@@ -45,7 +46,8 @@ def _mixture_backward(arguments, cotangents):
   inputs = ('BLD', 'BLD', 'BLj', 'BLj', 'EDW', 'EDW', 'EWD')
   outputs = ('BLD', 'BLj', 'EDW', 'EDW', 'EWD')
   dy_BLD, _ = cotangents
-  dh_BLD, dweight_BLj, *dmatrices = on_devices(_backward, inputs, outputs)(dy_BLD, *arguments)
+  backward = functools.partial(_backward, axes('P'))
+  dh_BLD, dweight_BLj, *dmatrices = on_devices(backward, inputs, outputs)(dy_BLD, *arguments)
   return dh_BLD, None, dweight_BLj, *dmatrices
 
 
@@ -76,23 +78,27 @@ def _whole(x, letters: str, dtype):
   return jax.lax.all_gather(x, axes, axis=letters.index('D'), tiled=True) if axes else x
 
 
-def _shared_out(dx, letters: str):
+def _shared_out(dx, letters: str, tokens: tuple[str, ...]):
   """The inverse for gradients: their sum over all devices, of which each keeps its part."""
   axes, dimension = _axes(letters, 'D'), letters.index('D')
   if axes:
     dx = jax.lax.psum_scatter(dx, axes, scatter_dimension=dimension, tiled=True)
-  return _sum(dx, tuple(axis for axis in RULES['P'] if axis not in (*axes, *_axes(letters, 'E'))))
+  return _sum(dx, tuple(axis for axis in tokens if axis not in (*axes, *_axes(letters, 'E'))))
 
 
-def _forward(h_BLD, expert_BLj, weight_BLj, gate_EDW, up_EDW, down_EWD):
-  """`mixture` on a device: its tokens, its experts, its part of their width W."""
+def _forward(tokens: tuple[str, ...], h_BLD, expert_BLj, weight_BLj, gate_EDW, up_EDW, down_EWD):
+  """`mixture` on a device: its tokens, its experts, its part of their width W.
+
+  Args:
+    tokens: the mesh axes that divide tokens.
+  """
   x_tD, expert_jt, weight_jt = _by_token(h_BLD), _by_token(expert_BLj).T, _by_token(weight_BLj).T
   matrices = _matrices(gate_EDW, up_EDW, down_EWD, x_tD.dtype)
   experts = len(gate_EDW)
   if _size('expert') == 1:
     y_tD, rows_E = rows_by_expert(expert_jt, experts, expert_jt.size).forward(x_tD, weight_jt, *matrices)
   else:
-    exchange = _Exchange.of(expert_jt, experts)
+    exchange = _Exchange.of(expert_jt, experts, tokens)
 
     def receive(i, carry):
       y_tD, rows_E = carry
@@ -104,11 +110,11 @@ def _forward(h_BLD, expert_BLj, weight_BLj, gate_EDW, up_EDW, down_EWD):
     y_tD, rows_E = exchange.rounds(receive, zeros)
     rows_E = jax.lax.all_gather(rows_E, 'expert', tiled=True)
   y_tD = _sum(y_tD.astype(x_tD.dtype), RULES['W'])
-  rows_E = _sum(rows_E, tuple(axis for axis in RULES['P'] if axis != 'expert'))
+  rows_E = _sum(rows_E, tuple(axis for axis in tokens if axis != 'expert'))
   return jnp.reshape(y_tD, h_BLD.shape), rows_E
 
 
-def _backward(dy_BLD, h_BLD, expert_BLj, weight_BLj, gate_EDW, up_EDW, down_EWD):
+def _backward(tokens: tuple[str, ...], dy_BLD, h_BLD, expert_BLj, weight_BLj, gate_EDW, up_EDW, down_EWD):
   """(gradients of h_BLD, of the weights, and of the three matrices) on a device."""
   dy_tD, x_tD, expert_jt, weight_jt = (
       _by_token(dy_BLD), _by_token(h_BLD), _by_token(expert_BLj).T, _by_token(weight_BLj).T)
@@ -119,7 +125,7 @@ def _backward(dy_BLD, h_BLD, expert_BLj, weight_BLj, gate_EDW, up_EDW, down_EWD)
     dx_tD, dweight_jt, dmatrices = rows_by_expert(expert_jt, experts, expert_jt.size).backward(
         dy_tD, x_tD, weight_jt, *matrices, dmatrices)
   else:
-    exchange = _Exchange.of(expert_jt, experts)
+    exchange = _Exchange.of(expert_jt, experts, tokens)
 
     def receive(i, carry):
       dx_tD, dweight_jt, dmatrices = carry
@@ -133,7 +139,7 @@ def _backward(dy_BLD, h_BLD, expert_BLj, weight_BLj, gate_EDW, up_EDW, down_EWD)
     zeros = jnp.zeros(x_tD.shape, jnp.float32), jnp.zeros(weight_jt.shape, jnp.float32)
     dx_tD, dweight_jt, dmatrices = exchange.rounds(receive, (*zeros, dmatrices))
   dx_tD, dweight_jt = _sum(dx_tD.astype(x_tD.dtype), RULES['W']), _sum(dweight_jt, RULES['W'])
-  shared_out = map(_shared_out, dmatrices, ('EDW', 'EDW', 'EWD'))
+  shared_out = map(functools.partial(_shared_out, tokens=tokens), dmatrices, ('EDW', 'EDW', 'EWD'))
   return jnp.reshape(dx_tD, h_BLD.shape), jnp.reshape(dweight_jt.T, weight_BLj.shape), *shared_out
 
 
@@ -162,13 +168,13 @@ class _Exchange:
   room: int = dataclasses.field(metadata={'static': True})
 
   @classmethod
-  def of(cls, expert_jt, experts: int) -> '_Exchange':
-    """experts: of one device."""
+  def of(cls, expert_jt, experts: int, tokens: tuple[str, ...]) -> '_Exchange':
+    """experts: of one device. tokens: the mesh axes that divide tokens."""
     devices, rows = _size('expert'), expert_jt.size
     room = min(rows, (int(ROOM * rows / devices) // 512 + 1) * 512)  # any other size is slow to compile on a TPU
     device_jt = jnp.minimum(expert_jt // experts, devices)
     rank_jt, rows_e = ranks(device_jt, devices)
-    needed = jax.lax.pmax(-(-jnp.max(rows_e) // room), tuple(axis for axis in RULES['P'] if _size(axis) > 1))
+    needed = jax.lax.pmax(-(-jnp.max(rows_e) // room), tuple(axis for axis in tokens if _size(axis) > 1))
     return cls(rank_jt, device_jt, needed, experts, room)
 
   def rounds(self, body, carry):

@@ -60,7 +60,8 @@ def splash(q_BLHJ, k_BSGJ, v_BSGK, segments_BL, mask_BLS=None, interpret: bool =
       block_sizes=splash_kernels.BlockSizes(block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv=tile,
                                             block_q_dq=tile, block_kv_dq=tile),
       residual_checkpoint_name='attention', interpret=interpret)
-  kernel_specs = kernel.manual_sharding_spec(jax.NamedSharding(mesh, jax.P(None, 'context')))
+  along_context = jax.NamedSharding(jax.sharding.AbstractMesh((context,), ('context',)), jax.P(None, 'context'))
+  kernel_specs = kernel.manual_sharding_spec(along_context)
   kernel = jax.tree.map(jax.sharding.reshard, kernel, kernel_specs)
 
   def on_device(kernel, q_BLHJ, k_BSGJ, v_BSGK, segments_BL, segments_BS):

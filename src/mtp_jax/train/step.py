@@ -23,7 +23,7 @@ from mtp_jax.config import Config
 from mtp_jax.model import costs
 from mtp_jax.model.model import Model
 from mtp_jax.objective import Read, Sums
-from mtp_jax.sharding import parameter_spec
+from mtp_jax.sharding import parameter_spec, sum_over_slices
 from mtp_jax.train import balance, optimizer
 
 
@@ -82,19 +82,23 @@ def gradients(config: Config, model: Model, read: Read, weight_M, active: tuple[
     loss: with the arguments and results of `objective.loss`.
   """
   coefficient_M = weight_M / jnp.maximum(read.count_M, 1)
-  loss_of = lambda model, read: loss(model, read, coefficient_M, config.objective, active)
-  gradient = jax.value_and_grad(loss_of, has_aux=True)
-
-  def microbatch(total, read):
-    (loss, sums), grads = gradient(model, read)
-    return jax.tree.map(jnp.add, total, (loss, sums, grads)), None
-
   microbatches = len(read.segments_BL) * config.train.accumulate // config.train.batch
-  if microbatches == 1:
-    (loss, sums), grads = gradient(model, read)
-    return loss, sums, grads
-  zeros = jnp.zeros(()), Sums.zeros(config.model.futures), jax.tree.map(jnp.zeros_like, model)
-  return jax.lax.scan(microbatch, zeros, read.microbatches(microbatches))[0]
+
+  def of_slice(model, read, coefficient_M):
+    loss_of = lambda model, read: loss(model, read, coefficient_M, config.objective, active)
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+
+    def microbatch(total, read):
+      return jax.tree.map(jnp.add, total, gradient(model, read)), None
+
+    if microbatches == 1:
+      return gradient(model, read)
+    zeros = (jnp.zeros(()), Sums.zeros(config.model.futures)), jax.tree.map(jnp.zeros_like, model)
+    return jax.lax.scan(microbatch, zeros, read.microbatches(microbatches))[0]
+
+  specs = jax.tree_util.tree_map_with_path(parameter_spec, model)
+  (total, sums), grads = sum_over_slices(of_slice, (jax.P(), specs), model, read, coefficient_M)
+  return total, sums, grads
 
 
 def counted_flops_per_token(config: Config) -> float:
