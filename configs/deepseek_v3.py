@@ -3,18 +3,19 @@
     --config=configs/deepseek_v3.py:671b     DeepSeek-V3
     --config=configs/deepseek_v3.py:16b      the smaller model of Table 4, in the shape of DeepSeek-V2-Lite
 
-The batch is the largest of the paper's, from the first step on; there it grows from 3,072 rows over 469 B tokens.
-A group of experts is that of a node: a token goes to four of eight.
+The batch grows from 3,072 to 15,360 rows during the first 469 B tokens, a fifteenth of it at a time. A group of
+experts is that of a node: a token goes to four of eight.
 
 paper        DeepSeek-V3 (arXiv:2412.19437, sections 2 and 4.2, Table 4); DeepSeek-V2 (arXiv:2405.04434, appendix B)
 parameters   682,636,487,424: 669.2 B in the trunk, 11.6 B in the module; a token uses 37.3 B, 36.6 B without the
              module. 16b: 16.3 B, of which a token uses 2.54 B
 FLOPs        292 G a token, forward and backward; causal 261 G. 16b: 20.0 G, causal 18.3 G
 data         14.8 T tokens, 62.9 M a step
-hardware     not compiled for a pod, never run
-time         not measured
+hardware     v5p:4x4x4 holds 16b; compiled for it, never run. 671b not compiled
+time         at least 13.8 days for 16b
 expect       not measured
-command      python -m mtp_jax inspect --config=configs/deepseek_v3.py:671b
+command      python -m mtp_jax plan --config=configs/deepseek_v3.py:16b --topology=v5p:4x4x4 --config.mesh.fsdp=8
+             --config.mesh.expert=8
 """
 from mtp_jax.config import BadInput, Config, DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 
@@ -25,23 +26,24 @@ SHAPES = {
     '16b': {'vocab': 102_400, 'width': 2048, 'layers': 27, 'heads': 16, 'kv_heads': 16, 'feed_forward': 10_944,
             'experts': 64, 'experts_per_token': 6, 'shared_experts': 2, 'expert_width': 1408, 'dense_layers': 1},
 }
-RUNS = {  # highest learning rate, steps, rows
-    '671b': (2.2e-4, 235_240, 15_360),
-    '16b': (4.2e-4, 70_464, 4608),
+RUNS = {  # highest learning rate, steps, rows, microbatches, share of the rows
+    '671b': (2.2e-4, 241_000, 15_360, 15, '0.2 linear 0:0.055 1'),
+    '16b': (4.2e-4, 70_464, 4608, 18, 1.0),
 }
 
 
 def get_config(which: str = '671b'):
   if which not in SHAPES:
     raise BadInput(f'{which!r}: must be {" or ".join(SHAPES)}')
-  learning_rate, steps, batch = RUNS[which]
+  learning_rate, steps, batch, accumulate, share = RUNS[which]
   return Config(
       model=ModelConfig(kind='sequential', placement='appended', futures=2, attention='latent', kv_rank=512,
                         rope_width=64, head_width=128, dtype='bfloat16', remat='full', **SHAPES[which]),
-      objective=ObjectiveConfig(weights=(1.0, '0.3 step 0.676 0.1'), balance_rate='0.001 step 0.966 0',
+      objective=ObjectiveConfig(weights=(1.0, '0.3 step 0.683 0.1'), balance_rate='0.001 step 0.967 0',
                                 balance_loss=1e-4),
       data=DataConfig(length=4096),
       optimizer=OptimizerConfig(learning_rate=learning_rate, warmup_steps=2000,
-                                schedule='1 cosine 0.676:0.966 0.1 step 0.989 0.0332'),
-      train=TrainConfig(steps=steps, batch=batch, evaluate_rows=batch),
+                                schedule='1 cosine 0.683:0.967 0.1 step 0.989 0.0332'),
+      train=TrainConfig(steps=steps, batch=batch, batch_share=share, accumulate=accumulate,
+                        evaluate_rows=batch // accumulate),
   ).to_config_dict()

@@ -63,7 +63,7 @@ def test_a_config_costs_what_it_says(name):
   assert parameters(c) == stated(doc, 'parameters')[0]
   assert is_about(flops(c), stated(doc, 'FLOPs'))
   assert is_about(flops(c, causal=True), stated(doc, 'FLOPs', 'causal '))
-  assert is_about(c.train.steps * c.train.batch * c.data.length, stated(doc, 'data'))
+  assert is_about(c.train.rows_before(c.train.steps) * c.data.length, stated(doc, 'data'))
 
 
 def test_deepseek_v3_has_the_parameters_that_its_paper_states():

@@ -13,7 +13,7 @@ from flax import nnx
 from mtp_jax import objective
 from mtp_jax.config import Config, DataConfig, MeshConfig, ObjectiveConfig, TrainConfig
 from mtp_jax.mesh import make_mesh, put
-from mtp_jax.model import experts, kernels
+from mtp_jax.model import costs, experts, kernels
 from mtp_jax.model.attention import documents
 from mtp_jax.model.block import Block
 from mtp_jax.model.expert_rows import tile_rows
@@ -90,6 +90,23 @@ def test_of_fewer_rows_than_experts_each_is_a_tile(assert_close):
   wanted, found = (jax.value_and_grad(loss(function), range(5))(h, weight, *matrices)
                    for function in (every_expert, lambda *x: mixture(*x)[0]))
   assert_close(found, wanted, 2e-6)
+
+
+def test_room_for_more_rows_than_an_even_load_sends_does_not_count_as_multiplied(monkeypatch):
+  shapes = [(8, 512, D), (8, 512, J), (8, 512, J), (E, D, W), (E, D, W), (E, W, D)]
+  letters = ('BLD', 'BLj', 'BLj', 'EDW', 'EDW', 'EWD')
+
+  def flops():
+    x = [jax.ShapeDtypeStruct(shape, jnp.int32 if i == 1 else jnp.float32) for i, shape in enumerate(shapes)]
+    return costs.matmul_flops(jax.make_jaxpr(lambda *x: mixture(*map(place, x, letters)))(*x).jaxpr)
+
+  wanted, in_tiles = 8 * 512 * J * 3 * 2 * D * W, flops()
+  found = []
+  with jax.set_mesh(make_mesh(MeshConfig(expert=8))):
+    found.append(flops())
+    monkeypatch.setattr(kernels, 'grouped_kernel', kernels.Megablox)
+    found.append(flops())
+  assert in_tiles == found[0] == wanted == pytest.approx(found[1], rel=1e-6)
 
 
 @pytest.mark.parametrize('rows, experts, wanted', [(1, 8, 8), (96 * 8 * 8, 8, 64), (2**22, 8, 512), (640, 4, 16)])

@@ -122,7 +122,8 @@ def plan(config: Config, topology: str, options: Mapping[str, str] | None = None
 
   chip, moved = chip_of(chips), traffic(hlo, slice_count(chips))
   seconds, bound = least_seconds(flops_per_token * tokens / mesh.size, moved, mesh, chip)
-  step_seconds, run_seconds = seconds[bound], config.train.steps * seconds[bound]
+  step_seconds, run_tokens = seconds[bound], config.train.rows_before(config.train.steps) * L
+  run_seconds = run_tokens / tokens * step_seconds
   flops_per_token_at_peak = step_seconds * mesh.size * chip.flops / tokens
 
   memory = memory_bytes(compiled.memory_analysis(), chips[0].platform)
@@ -142,7 +143,7 @@ def plan(config: Config, topology: str, options: Mapping[str, str] | None = None
       tokens_per_second=tokens / step_seconds,
       mfu_bound=model_flops / flops_per_token_at_peak,
       mfu_bound_causal=model_flops_causal / flops_per_token_at_peak,
-      run_days=run_seconds / 86400, run_tokens=config.train.steps * tokens,
+      run_days=run_seconds / 86400, run_tokens=run_tokens,
       chip_hours=run_seconds * mesh.size / 3600, compile_seconds=compile_seconds, hlo=hlo)
 
 
