@@ -17,7 +17,7 @@ from mtp_jax.mesh import make_mesh
 from mtp_jax.model.model import conventions
 from mtp_jax.train import step as training
 from mtp_jax.train.fit import fit
-from mtp_jax.train.opening import rate_change
+from mtp_jax.train.opening import rate_change, rows_change
 
 ONE, EIGHT = MeshConfig(), MeshConfig(fsdp=4, tensor=2)
 
@@ -304,6 +304,14 @@ def test_a_longer_run_says_the_old_and_the_new_learning_rate(schedule, steps, ra
   if rates:
     assert lines[0].startswith(f'the learning rate goes from {rates[0]} to {rates[1]}')
     assert lines[0].endswith('as the schedule of 1,000 steps has it; that of the checkpoint was for 100')
+
+
+def test_a_longer_run_says_that_its_batch_grows_more_slowly():
+  train = {'accumulate': 4, 'batch_share': '0.25 linear 0:1 1'}
+  old, new = (Config(train=train | {'steps': steps}) for steps in (200, 400))
+  assert rows_change(new, {'step': 100, 'config': old.to_dict()}) == [
+      'the rows of a step go from 16 to 8 at step 100']
+  assert rows_change(old, {'step': 100, 'config': old.to_dict()}) == []
 
 
 def test_a_folder_without_checkpoints_is_bad_input(tmp_path):

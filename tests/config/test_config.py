@@ -119,6 +119,8 @@ WRONG = {
                      'config.optimizer.decay_share=0.95', 'do not fit into the steps'),
     'batch and accumulate': ({'train': {'accumulate': 3}}, 'config.train.batch=32',
                              'must be a multiple of config.train.accumulate=3, such as 33'),
+    'less than a microbatch': ({'train': {'batch': 30, 'accumulate': 3, 'batch_share': '0.3 step 0.5 1'}},
+                               "config.train.batch_share='0.3 step 0.5 1'", 'one microbatch, 1/3 of the batch,'),
     'batch and mesh': ({'mesh': {'fsdp': 3}}, 'config.train.batch=32',
                        'a multiple of data x fsdp = 3 rows, such as 33 in all'),
     'rows and mesh': ({'mesh': {'data': 32}, 'train': {'evaluate_rows': 40}},

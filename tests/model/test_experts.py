@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mtp_jax import objective
+from mtp_jax import objective, sharding
 from mtp_jax.config import Config, DataConfig, MeshConfig, ObjectiveConfig, TrainConfig
+from mtp_jax.decode.decoder import arranged
 from mtp_jax.mesh import make_mesh, put
-from mtp_jax.model import costs, experts, kernels
+from mtp_jax.model import costs, expert_rows, experts, kernels
 from mtp_jax.model.attention import documents
 from mtp_jax.model.block import Block
 from mtp_jax.model.expert_rows import tile_rows
 from mtp_jax.model.grouped import mixture
+from mtp_jax.model.model import Model
 from mtp_jax.objective import Read
 from mtp_jax.sharding import place, shardings
 from mtp_jax.train import step as training
@@ -69,9 +71,9 @@ def test_grouped_experts_are_every_expert_over_every_token_and_so_are_their_grad
   np.testing.assert_array_equal(rows_E, [(expert == e).sum() for e in range(E)])  # nothing is dropped
 
 
-@pytest.mark.parametrize('load', ['even', 'one expert takes all', 'one token'])
-def test_rows_sorted_for_a_kernel_give_the_same(load, assert_close, monkeypatch):
-  monkeypatch.setattr(kernels, 'grouped_kernel', lambda: kernels.Megablox(rows=16, interpret=True))
+@pytest.mark.parametrize('load, rows', [('even', 16), ('one expert takes all', 16), ('one token', 16), ('even', 128)])
+def test_rows_sorted_for_a_kernel_give_the_same(load, rows, assert_close, monkeypatch):
+  monkeypatch.setattr(kernels, 'grouped_kernel', lambda: kernels.Megablox(rows, interpret=True))
   h, expert, *others = map(jnp.asarray, arguments(load))
   dy = np.float32(np.random.default_rng(1).standard_normal((B, L, D)))
 
@@ -90,6 +92,14 @@ def test_of_fewer_rows_than_experts_each_is_a_tile(assert_close):
   wanted, found = (jax.value_and_grad(loss(function), range(5))(h, weight, *matrices)
                    for function in (every_expert, lambda *x: mixture(*x)[0]))
   assert_close(found, wanted, 2e-6)
+
+
+def test_a_tile_that_no_turn_multiplies_is_missing_in_the_counted_rows(monkeypatch):
+  h, expert, *others = map(jnp.asarray, arguments('even'))
+  whole = expert_rows.Tiles._loop
+  monkeypatch.setattr(expert_rows.Tiles, '_loop', lambda tiles, body, carry: whole(
+      dataclasses.replace(tiles, used=tiles.used - 1), body, carry))
+  assert 0 < jnp.sum(expert < E) - jnp.sum(mixture(h, expert, *others)[1]) <= tile_rows(expert.size, E)
 
 
 def test_room_for_more_rows_than_an_even_load_sends_does_not_count_as_multiplied(monkeypatch):
@@ -153,6 +163,22 @@ def test_the_balance_loss_is_one_a_row_under_an_even_load_and_knows_no_padding(r
   np.testing.assert_allclose(experts.balance_loss(c, affinity, jnp.asarray(real[None])), 1.0, 1e-6)
   uneven = np.where(np.arange(8) < 2, 1.0, 0.1) * np.ones((1, 24, 1), np.float32)
   np.testing.assert_allclose(experts.balance_loss(c, uneven, jnp.asarray(real[None])), 8 / 2 * 2 * 1 / 2.6, 1e-6)
+
+
+def test_a_decoder_in_bfloat16_routes_in_float32_as_training_does(routed):
+  model = jax.eval_shape(lambda: Model(routed(dtype='bfloat16'), jax.random.key(0)))
+  leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda model: arranged(model, 24), model))
+  types = {sharding.name(path): leaf.dtype for path, leaf in leaves}
+  assert types['router_DE'] == types['bias_E'] == jnp.float32
+  assert types['gate_EDW'] == types['wq_DHK'] == jnp.bfloat16
+
+
+def test_the_balance_loss_counts_the_largest_affinities_of_all_groups(routed):
+  """DeepSeek-V3, equation 18."""
+  c = routed(experts_per_token=2, expert_groups=4, groups_per_token=1)
+  affinity = jnp.array([[[.9, .1, .5, .6, .2, .2, .2, .2]]])
+  share = (.9 + .6) / jnp.sum(affinity)
+  np.testing.assert_allclose(experts.balance_loss(c, affinity, jnp.ones((1, 1), bool)), 8 / 2 * share, 1e-6)
 
 
 @pytest.mark.parametrize('router', ['sigmoid', 'softmax'])

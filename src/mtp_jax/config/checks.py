@@ -133,7 +133,7 @@ def _check_objective(c) -> None:
   _require(c, 'objective.z_loss', o.z_loss >= 0, 'must not be negative')
 
 
-def _path(c, field: str, path: float | str) -> list[Segment]:
+def _path(c, field: str, path: float | str) -> tuple[Segment, ...]:
   """How a number changes over training. Raises BadInput unless it is well written, finite and not negative."""
   try:
     first, changes = parse_weight(path)
@@ -209,9 +209,9 @@ def _check_mesh(c) -> None:
   _require_multiple(c, 'train.batch', 'train.accumulate')
   changes = _path(c, 'train.batch_share', t.batch_share)
   shares = [parse_weight(t.batch_share)[0], *(change.goal for change in changes)]
-  _require(c, 'train.batch_share', 1 / t.accumulate <= min(shares) and max(shares) <= 1,
-           f'must be between one microbatch, {1 / t.accumulate:.3g} of the batch, and 1; more microbatches '
-           '(config.train.accumulate) make smaller ones')
+  _require(c, 'train.batch_share', min(shares) * t.accumulate > 1 - 1e-6 and max(shares) <= 1,
+           f'must be between one microbatch, 1/{t.accumulate} of the batch, and 1; with a larger '
+           'config.train.accumulate microbatches are smaller')
   rows = x.data * x.fsdp * x.expert
   rows_per_step = rows * t.accumulate
   product = 'data x fsdp x expert' if x.expert > 1 else 'data x fsdp'

@@ -235,7 +235,7 @@ class OptimizerConfig:
   warmup_steps: int = _field(100, 'steps of linear warm-up from 0')
   schedule: str = _field(
       'cosine', "after the warm-up: cosine, wsd (stable, then linear decay), or the factor of the rate as a path "
-                "through all steps, such as '1 cosine 0.676:0.966 0.1 step 0.989 0.033' (DeepSeek-V3)")
+                "through all steps, such as '1 cosine 0.683:0.967 0.1 step 0.989 0.033' (DeepSeek-V3)")
   decay_share: float = _field(0.2, 'wsd: fraction of all steps spent decaying')
   final_ratio: float = _field(0.03, 'last learning rate / highest')
   b1: float = _field(0.9, 'decay of the first moment')
@@ -254,7 +254,7 @@ class TrainConfig:
   batch: int = _field(32, 'B: rows per step, over all devices')
   batch_share: float | str = _field(
       1.0, "share of the batch that a step reads, down to whole microbatches: a number, or a path through all steps, "
-           "such as '0.2 linear 0:0.052 1' (DeepSeek-V3), which warms the batch up; each size is compiled once")
+           "such as '0.2 linear 0:0.055 1' (DeepSeek-V3), which warms the batch up; each size is compiled once")
   accumulate: int = _field(1, 'microbatches of a whole batch; the gradient is that of all rows of a step')
   seed: int = _field(0, 'of the initial parameters')
   log_every: int = _field(10, 'steps between records of the log')

@@ -5,6 +5,7 @@
     '0 linear 0:0.5 1'          from 0 to 1 during the first half; `cosine` likewise, along half a cosine
 """
 import dataclasses
+import functools
 import math
 
 
@@ -32,14 +33,15 @@ def weight_at(weight: float | str, fraction: float) -> float:
   return value
 
 
-def parse_weight(weight: float | str) -> tuple[float, list[Segment]]:
+@functools.lru_cache
+def parse_weight(weight: float | str) -> tuple[float, tuple[Segment, ...]]:
   """The value at the beginning, and the changes in order. Raises ValueError that tells what is
   wrong.
   """
   if not isinstance(weight, str):
-    return float(weight), []
+    return float(weight), ()
   first, *words = weight.split() or ['nothing']
-  segments = [_segment(*(words[i:i + 3] + ['', ''])[:3]) for i in range(0, len(words), 3)]
+  segments = tuple(_segment(*(words[i:i + 3] + ['', ''])[:3]) for i in range(0, len(words), 3))
   limits = [limit for segment in segments for limit in (segment.start, segment.end)]
   fractions = [0.0, *limits, 1.0]
   rise = all(a <= b for a, b in zip(fractions, fractions[1:]))

@@ -2,7 +2,7 @@
 
     row         int32[L+M] each: {'tokens', 'segments', 'positions'}: L inputs, and M tokens more so
                 that every future has a target
-    batch       int32[B, L+M] each: rows in an order that is a function of (seed, step) alone
+    batch       int32[B, L+M] each: rows in an order that is a function of seed and position alone
 
 'segments' numbers the documents of a row from 1 and is 0 in padding; 'positions' counts from a
 document's first token in the row. Where attention and futures may cross documents, a row is one
@@ -197,9 +197,10 @@ class _Order:
 
 
 class Batches:
-  """This process's rows of every batch, endlessly: dicts of int32[B / process_count, L+M].
+  """This process's rows of every batch, endlessly: dicts of int32[B / process_count, L+M], of fewer rows where
+  rows_before says so.
 
-  Which rows is a function of (seed, step) and of the sources. The state says how many rows were
+  Which rows is a function of the seed, of the rows before and of the sources. The state says how many rows were
   taken of each source; it is the same on all processes, and any number of processes may go on from
   it. A source goes on at its own number after a change of weights, or of the list of sources.
 

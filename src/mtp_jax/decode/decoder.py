@@ -18,7 +18,7 @@ from mtp_jax.model.block import Block
 from mtp_jax.model.latent import LatentCache
 from mtp_jax.model.model import Model, capped
 from mtp_jax.model.norm import rms_norm
-from mtp_jax.sharding import einsum, letters
+from mtp_jax.sharding import einsum, letters, name
 
 
 @jax.tree_util.register_dataclass
@@ -141,7 +141,7 @@ def arranged(model: Model, vocabulary: int, mesh: jax.sharding.Mesh | None = Non
   c, readout = model.config, model.readout()
 
   def cast(path, x):
-    return x.astype(c.dtype) if len(letters(path)) > 1 else x
+    return x.astype(c.dtype) if len(letters(path)) > 1 and name(path) != 'router_DE' else x
 
   def unstacked(stack, n: int) -> tuple:
     layer = lambda i: jax.tree_util.tree_map_with_path(lambda path, x: cast(path, x[i]), stack)

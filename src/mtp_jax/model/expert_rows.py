@@ -134,14 +134,12 @@ class Tiles:
     expert_n: the expert of each tile.
     row_nb: the rows of each tile; j x t where it has fewer.
     place_jt: where each row lies in the tiles, n x b; beyond them where it goes to no expert.
-    rows_E: float32, rows of each expert.
     used: tiles in use, the first ones.
     even: tiles that an even load needs.
   """
   expert_n: jax.Array
   row_nb: jax.Array
   place_jt: jax.Array
-  rows_E: jax.Array
   used: jax.Array
   even: int = dataclasses.field(metadata={'static': True})
 
@@ -158,8 +156,7 @@ class Tiles:
     expert_n = jnp.minimum(jnp.sum(tile_end_E <= jnp.arange(n)[:, None], 1, dtype=jnp.int32), experts - 1)
     place_jt = jnp.where(expert_jt < experts, _of_key((tile_end_E - tiles_E) * b, expert_jt) + rank_jt, n * b)
     even = experts * -(-expected // (experts * b))
-    return cls(expert_n, jnp.reshape(inverse(place_jt, n * b), (n, b)), place_jt, rows_E.astype(jnp.float32),
-               tile_end_E[-1], min(n, even))
+    return cls(expert_n, jnp.reshape(inverse(place_jt, n * b), (n, b)), place_jt, tile_end_E[-1], min(n, even))
 
   @classmethod
   def _of_single_rows(cls, expert_jt, experts: int) -> 'Tiles':
@@ -168,18 +165,21 @@ class Tiles:
     inside_a = expert_a < experts
     place_a = jnp.where(inside_a, jnp.cumsum(inside_a) - 1, rows)
     row_n = jnp.full(rows, rows, jnp.int32).at[place_a].set(jnp.arange(rows, dtype=jnp.int32), mode='drop')
-    rows_E = jnp.sum(expert_a[:, None] == jnp.arange(experts), 0, dtype=jnp.float32)
-    return cls(expert_a.at[row_n].get(mode='clip'), row_n[:, None], jnp.reshape(place_a, expert_jt.shape), rows_E,
+    return cls(expert_a.at[row_n].get(mode='clip'), row_n[:, None], jnp.reshape(place_a, expert_jt.shape),
                jnp.sum(inside_a, dtype=jnp.int32), rows)
 
   def forward(self, x_tD, weight_jt, *matrices):
     """As of `SortedRows`."""
-    def multiply(i, y_nbD):
+    def multiply(i, carry):
+      y_nbD, rows_E = carry
       expert, _, x_bD, weight_b = self._tile(i, x_tD, weight_jt)
-      return y_nbD.at[i].set(_forward(x_bD, weight_b, *(matrix[expert] for matrix in matrices), _dot))
+      y_bD = _forward(x_bD, weight_b, *(matrix[expert] for matrix in matrices), _dot)
+      rows = jnp.sum(self.row_nb[i] < weight_jt.size, dtype=jnp.float32)
+      return y_nbD.at[i].set(y_bD), rows_E.at[expert].add(rows)
 
-    y_nbD = self._loop(multiply, jnp.zeros((*self.row_nb.shape, x_tD.shape[-1]), x_tD.dtype))
-    return _by_token(_rows_of(y_nbD), self.place_jt), self.rows_E
+    zeros = jnp.zeros((*self.row_nb.shape, x_tD.shape[-1]), x_tD.dtype), jnp.zeros(len(matrices[0]), jnp.float32)
+    y_nbD, rows_E = self._loop(multiply, zeros)
+    return _by_token(_rows_of(y_nbD), self.place_jt), rows_E
 
   def backward(self, dy_tD, x_tD, weight_jt, *matrices_and_totals):
     """As of `SortedRows`."""
@@ -258,7 +258,7 @@ def expected_times(times: float) -> str:
   """The name of a loop whose number of turns depends on the data, or of a product whose number of rows does: how
   often it is, or which share is, to expect under an even load.
   """
-  return f'about_{times:.6g}_times'
+  return f'about_{times:f}_times'
 
 
 def times_in_name(name: str) -> float | None:

@@ -102,12 +102,13 @@ def weights(c: ModelConfig, affinity_BLE, expert_BLj):
 def balance_loss(c: ModelConfig, affinity_BLE, real_BL):
   """sum over rows and experts of f_e P_e, 1 a row under an even load (DeepSeek-V3, equations 17 to 20).
 
-  f_e is the share of a row's tokens whose largest affinities, without bias, are those of e, times E / j; P_e the
-  mean of its share of their affinities, the only factor with a gradient.
+  f_e is the share of a row's tokens whose largest affinities, without bias and groups, are those of e, times
+  E / j; P_e the mean of its share of their affinities, the only factor with a gradient.
   """
   count_B1 = jnp.maximum(jnp.sum(real_BL, 1, keepdims=True), 1)
   mean = lambda x_BLE: jnp.sum(jnp.where(real_BL[..., None], x_BLE, 0), 1) / count_B1
-  is_chosen_BLE = jnp.any(choose(c, affinity_BLE)[..., None] == jnp.arange(c.experts), -2)
+  largest_BLj = jax.lax.top_k(jax.lax.stop_gradient(affinity_BLE), c.experts_per_token)[1]
+  is_chosen_BLE = jnp.any(largest_BLj[..., None] == jnp.arange(c.experts), -2)
   share_BE = mean(affinity_BLE / jnp.sum(affinity_BLE, -1, keepdims=True))
   return c.experts / c.experts_per_token * jnp.sum(mean(is_chosen_BLE.astype(jnp.float32)) * share_BE)
 

@@ -28,9 +28,8 @@ def mixture_in_decoding(mesh: Mesh, h_BiD, expert_Bij, weight_Bij, gate_EDW, up_
     return jnp.reshape(y_tD.astype(h_BiD.dtype), h_BiD.shape)
 
   whole = PartitionSpec()
-  on_devices = jax.shard_map(on_device, mesh=mesh, in_specs=(whole, whole, whole, *specs), out_specs=whole,
-                             check_vma=False)
-  return on_devices(h_BiD, expert_Bij, weight_Bij, gate_EDW, up_EDW, down_EWD)
+  spread = jax.shard_map(on_device, mesh=mesh, in_specs=(whole, whole, whole, *specs), out_specs=whole, check_vma=False)
+  return spread(h_BiD, expert_Bij, weight_Bij, gate_EDW, up_EDW, down_EWD)
 
 
 def decoding_spec(letters: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:

@@ -92,7 +92,7 @@ def _forward(tokens: tuple[str, ...], h_BLD, expert_BLj, weight_BLj, gate_EDW, u
   Args:
     tokens: the mesh axes that divide tokens.
   """
-  x_tD, expert_jt, weight_jt = _by_token(h_BLD), _by_token(expert_BLj).T, _by_token(weight_BLj).T
+  x_tD, expert_jt, weight_jt = _flat(h_BLD), _flat(expert_BLj).T, _flat(weight_BLj).T
   matrices = _matrices(gate_EDW, up_EDW, down_EWD, x_tD.dtype)
   experts = len(gate_EDW)
   if _size('expert') == 1:
@@ -117,7 +117,7 @@ def _forward(tokens: tuple[str, ...], h_BLD, expert_BLj, weight_BLj, gate_EDW, u
 def _backward(tokens: tuple[str, ...], dy_BLD, h_BLD, expert_BLj, weight_BLj, gate_EDW, up_EDW, down_EWD):
   """(gradients of h_BLD, of the weights, and of the three matrices) on a device."""
   dy_tD, x_tD, expert_jt, weight_jt = (
-      _by_token(dy_BLD), _by_token(h_BLD), _by_token(expert_BLj).T, _by_token(weight_BLj).T)
+      _flat(dy_BLD), _flat(h_BLD), _flat(expert_BLj).T, _flat(weight_BLj).T)
   matrices = _matrices(gate_EDW, up_EDW, down_EWD, x_tD.dtype)
   experts = len(gate_EDW)
   dmatrices = tuple(jnp.zeros(matrix.shape, jnp.float32) for matrix in matrices)
@@ -143,7 +143,7 @@ def _backward(tokens: tuple[str, ...], dy_BLD, h_BLD, expert_BLj, weight_BLj, ga
   return jnp.reshape(dx_tD, h_BLD.shape), jnp.reshape(dweight_jt.T, weight_BLj.shape), *shared_out
 
 
-def _by_token(x_BLx):
+def _flat(x_BLx):
   return jnp.reshape(x_BLx, (-1, x_BLx.shape[-1]))
 
 

@@ -66,7 +66,7 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None])
   corpus = open_corpus(config.data, tokens, print_stderr, Meter)
   corpus.sides()  # raises where one has less than a row
   if record:
-    changes += _check_data(config, corpus, record, workdir) + rate_change(config, record)
+    changes += _check_data(config, corpus, record, workdir) + rate_change(config, record) + rows_change(config, record)
   changes += corpus.left_out(config.train.rows_before(config.train.steps))
   for change in changes:
     note(change)
@@ -140,3 +140,10 @@ def rate_change(config: Config, record: dict) -> list[str]:
     return []
   return [f'the learning rate goes from {old:.3g} to {new:.3g} at step {step:,}, as the schedule of '
           f'{config.train.steps:,} steps has it; that of the checkpoint was for {configs[0].train.steps:,}']
+
+
+def rows_change(config: Config, record: dict) -> list[str]:
+  """The rows of the step after the checkpoint, where the config gives others than the checkpoint's own; in one line."""
+  step, configs = record['step'], (Config.from_dict(record['config']), config)
+  old, new = (c.train.rows_at(step) for c in configs)
+  return [] if old == new else [f'the rows of a step go from {old:,} to {new:,} at step {step:,}']
