@@ -8,7 +8,7 @@ parameters   6,132,336: 5.20 M in the trunk, 0.87 M in the module; a token uses 
 FLOPs        12.8 M a token, forward and backward; causal 11.3 M
 data         1.4 M tokens, 5 % of the standard library's own source
 hardware     two CPU cores
-time         1.36 x as long as the dense model of equal FLOPs, --config.model.experts=0
+time         1.55 x as long as the dense model of equal FLOPs, --config.model.experts=0
 expect       validation at 2.07 bits per byte, as the dense model; 1.79 tokens per forward with one draft
 command      python -m mtp_jax train --config=configs/tiny_moe.py --workdir=runs/tiny_moe
 """
