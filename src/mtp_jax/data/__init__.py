@@ -13,6 +13,8 @@
     train_tokenizer.py  a SentencePiece model from a sample of the inputs
     packing.py          which tokens of a stream make a row
     rows.py             rows to batches: mixture, order, epochs        (the door to Grain)
+    texts.py            texts in memory as rows
+    dataset.py          a grain.MapDataset of documents as a source
     corpus.py           what a config trains on, and its identity
     progress.py         what a caller may hand in to follow the work
 """

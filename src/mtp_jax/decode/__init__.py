@@ -8,4 +8,5 @@
     loop.py         the passes, on the device
     detokenizer.py  text while it is generated, stop strings
     engine.py       the host's side: padded shapes, timing, streaming
+    generation.py   what a caller gets
 """

@@ -3,9 +3,9 @@
     x_BLD += attention(norm(x_BLD))
     x_BLD += feed_forward(norm(x_BLD))
 
-Pre-norm, residual, no biases. One block serves training and decoding: `keys` is what its tokens may
-look at, the `Documents` of a batch or a `Cache`. Parameters are float32; `einsum` casts them to the
-compute type, that of x_BLD, where they are used.
+Pre-norm, residual, no biases. The same block trains and decodes: `keys` holds the keys and values that its tokens may
+attend to, as the `Documents` of a batch or as a `Cache`. Parameters are float32; `einsum` casts them to the type of
+x_BLD where it uses them.
 """
 import jax
 from flax import nnx
@@ -26,10 +26,10 @@ def attention_of(c: ModelConfig) -> type[GroupedQueryAttention | LatentAttention
 
 
 class Block(nnx.Module):
-  """One transformer block; stacked blocks are one object whose parameters have a leading axis.
+  """One transformer block. A stack of blocks is one object too; its parameters have a leading axis.
 
   Args:
-    experts: whether its feed-forward is of experts.
+    experts: whether the feed-forward is a mixture of experts.
   """
 
   def __init__(self, c: ModelConfig, experts: bool, rngs: nnx.Rngs):
@@ -38,7 +38,7 @@ class Block(nnx.Module):
     self.config = c
 
   def __call__(self, x_BLD, positions_BL, keys):
-    """(x_BLD after the block, `keys` with those of these tokens)."""
+    """(x_BLD after the block, `keys` with the keys and values of these tokens)."""
     keys = self.write(x_BLD, positions_BL, keys)
     return self.read(x_BLD, positions_BL, keys), keys
 

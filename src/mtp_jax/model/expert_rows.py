@@ -258,7 +258,7 @@ def expected_times(times: float) -> str:
   """The name of a loop whose number of turns depends on the data, or of a product whose number of rows does: how
   often it is, or which share is, to expect under an even load.
   """
-  return f'about_{times:f}_times'
+  return f'about_{times:.12g}_times'
 
 
 def times_in_name(name: str) -> float | None:

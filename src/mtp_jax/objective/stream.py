@@ -1,11 +1,11 @@
-"""Cross-entropy in chunks: logits are made once, turned into their gradient at once, and dropped.
+"""Cross-entropy in chunks: the logits of a chunk are computed once, turned into their gradient, and dropped.
 
-    logits  = h w^T        nats = lse - logit of the target        lse = log sum exp logits
-    dlogits = weight * ((1 + 2 z_loss lse) softmax - one-hot)      dh = dlogits w        dw += dlogits^T h
+    logits  = cap(h w^T)   nats = lse - logit of the target        lse = log sum exp logits
+    dlogits = weight * ((1 + 2 z_loss lse) softmax - one-hot) * cap'       dh = dlogits w        dw += dlogits^T h
 
-The weights are known in advance, so the gradient of a chunk's logits is computed as soon as its
-softmax is: three matrix products a chunk, of which none is repeated in the backward pass. One
-chunk's logits are alive at a time. (z-loss: PaLM, arXiv:2204.02311, section 5.)
+cap is the identity, or with config.model.logit_cap a tanh. The weight of every position is known before the forward
+pass, so a chunk's gradient follows its softmax directly. That takes three matrix products a chunk; the backward pass
+repeats none. The logits of one chunk are in memory at a time. (z-loss: PaLM, arXiv:2204.02311, section 5.)
 """
 import jax
 import jax.numpy as jnp
@@ -58,10 +58,9 @@ _INPUTS = 'gBLD', 'PVD', 'gBL'
 
 
 class _Chunk:
-  """The logits of at most `chunk` tokens of each device, all of one future, and what follows.
+  """The logits of at most `chunk` tokens of each device, all of one future; their loss and gradients.
 
-  Arrays are those of one device: the rows of the table that it holds, and the tokens of all devices
-  that share the table.
+  A device's arrays have the rows of the table that it holds, and the tokens of all devices that share the table.
   """
 
   def __init__(self, c: ModelConfig, o: ObjectiveConfig, table: Table, h_PtD, labels: Labels):
@@ -110,9 +109,7 @@ def _by_future(sums_n: Sums, futures: int) -> Sums:
 
 
 def chunked(x_gBL, chunk: int):
-  """[g, B, L, ...] -> [n, P, t, ...]: each device's tokens in equal chunks of at most `chunk`,
-  filled up at the end.
-  """
+  """[g, B, L, ...] -> [n, P, t, ...]: each device's tokens in n equal chunks of at most `chunk`; the last is padded."""
   all_tokens = jnp.stack([by_device(x_BL) for x_BL in x_gBL])
   g, P, tokens, *rest = all_tokens.shape
   n = -(-tokens // chunk)

@@ -1,10 +1,9 @@
-"""What a step takes from a batch, made once: inputs, positions, documents, and what each future
-predicts and where it counts.
+"""A batch as a step reads it: inputs, positions and documents, and the target of every future.
 
-Future m at position t predicts token t+1+m, and counts iff that token is in the same document as t.
-A batch is a dict of int32[B, T], T = L + M: 'tokens', 'segments' (the number of a token's document
-in its row, 0 for padding) and 'positions' (from the document's first token). A row holds M tokens
-more than inputs, so the farthest future has a target at the last position.
+Future m at position t predicts token t+1+m. Its prediction counts if that token is in the same document as token t.
+A batch is a dict of int32[B, T], T = L + M: 'tokens', 'segments' (the number of a token's document in its row, 0 for
+padding) and 'positions' (counted from the document's first token). A row has L inputs and M tokens more, so that the
+farthest future has a target at the last input.
 """
 import dataclasses
 
@@ -22,10 +21,10 @@ class Read:
 
   Attributes:
     inputs_BL, positions_BL, segments_BL: int32.
-    targets_MBL: int32, the token that each future predicts; sequential module k is given those of
+    targets_MBL: int32, the token that each future predicts; sequential module k also reads the targets of
       future k-1.
-    counted_MBL: bool, whether it counts.
-    rows: of the whole batch, also where this is one of its microbatches.
+    counted_MBL: bool, whether that prediction counts.
+    rows: rows of the whole batch, also in a microbatch.
   """
   inputs_BL: jax.Array
   positions_BL: jax.Array
@@ -36,7 +35,7 @@ class Read:
 
   @classmethod
   def of(cls, batch, futures: int) -> 'Read':
-    """From int32[B, L + M] arrays, whose rows are whole on every device of the context axis."""
+    """From int32[B, L + M] arrays; no device holds a part of a row only."""
     L = batch['tokens'].shape[1] - futures
     cut = lambda x_BT, start: to_mesh_order(x_BT[:, start:start + L])
     segments_BL = cut(batch['segments'], 0)
@@ -53,9 +52,7 @@ class Read:
     return jnp.sum(self.counted_MBL, (1, 2), dtype=jnp.int32)
 
   def microbatches(self, n: int) -> 'Read':
-    """With a leading axis n: every n-th row each, so that each microbatch is spread over the
-    devices like the batch.
-    """
+    """n microbatches, stacked on a leading axis. Each takes every n-th row, and so is spread over all devices."""
     def split(x):
       *stacked, B, L = x.shape
       letters = 'M' * len(stacked) + 'BnL'
@@ -63,7 +60,7 @@ class Read:
     return jax.tree.map(split, self)
 
   def target_bytes(self, byte_length_V):
-    """How many bytes future 0's counted targets stand for: int32."""
+    """Bytes of text of the targets of future 0 that count: int32."""
     bytes_BL = byte_length_V.at[self.targets_MBL[0]].get(**out('BL'))
     return jnp.sum(bytes_BL, where=self.counted_MBL[0], dtype=jnp.int32)
 
@@ -71,9 +68,7 @@ class Read:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Labels:
-  """Targets, weights in the loss and a mask, of a group of futures or of all of them: tokens, weight, and where
-  they count.
-  """
+  """What a group of futures predicts: target tokens, their weights in the loss, and a mask of those that count."""
   target_gBL: jax.Array
   weight_gBL: jax.Array
   counted_gBL: jax.Array
@@ -88,8 +83,8 @@ class Labels:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums:
-  """Of each future, over all positions that count: float32[M] nats, int32[M] hits of the argmax,
-  int32[M] positions.
+  """Sums over the positions that count, for each future: nats, float32[M]; predictions whose argmax is the target,
+  int32[M]; positions, int32[M].
   """
   nats_M: jax.Array
   correct_M: jax.Array

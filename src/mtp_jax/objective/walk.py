@@ -2,19 +2,18 @@
 
     loss = sum_m weight_m / count_m * sum_{b,t} (nats + z_loss * lse^2)
 
-(Gloeckle et al. 2024, arXiv:2404.19737, section 2.) With several futures the logits take most of the
-time and memory, so their backward pass is written by hand:
+(Gloeckle et al. 2024, arXiv:2404.19737, section 2.) With several futures the logits take most of the time and memory.
+So the backward pass is written by hand:
 
-    for each group of futures, in the reverse of the order in which a chain runs:
+    for each group of futures, the last of a chain first:
       heads forward
       for each chunk of their positions:   logits, their gradient, dh, dw      (stream.py)
-      heads backward, into the gradient of the state that they read
+      heads backward: adds to the gradient of the state that they read
 
-One group's activations and one chunk's logits are alive at a time (Gloeckle et al., figure 2),
-whatever the number of futures; besides them the float32 gradients of the unembedding and of the
-heads, and in a chain one state a head, just as the trunk keeps one state a block.
-config.model.head_batch independent heads run as a group, vmapped; the links of a chain run one by one.
-Heads that run one by one have no axis g: for an axis of size 1, XLA on a CPU keeps a tenth more memory.
+Whatever the number of futures, memory holds the activations of one group and the logits of one chunk at a time
+(Gloeckle et al., figure 2). It also holds the float32 gradients of the unembedding and of the heads, and in a chain
+the state that each head reads. A group is config.model.head_batch independent heads, vmapped, or one head of a chain.
+A group of one head has no axis g: with an axis of size 1, XLA on a CPU keeps a tenth more memory.
 """
 import dataclasses
 import functools
@@ -47,15 +46,14 @@ def future_states(model: Model, read: Read, futures: int | None = None, balance_
 
 
 def loss(model: Model, read: Read, coefficient_M, o: ObjectiveConfig, active: tuple[bool, ...] | None = None):
-  """sum_m coefficient_M[m] * (nats_M[m] + z-loss), and the sums it is made of.
+  """sum_m coefficient_M[m] * (nats_M[m] + z-loss), and the sums behind it.
 
-  Only the loss has a gradient, and only to the model.
+  Only the loss has a gradient, and only for the model.
 
   Args:
-    coefficient_M: weight_m / count_m, with the counts of the whole step, so that microbatches add
-      up exactly.
-    active: futures that are computed, by default all; of the others the sums are 0. In a chain
-      those that an active one depends on are computed too.
+    coefficient_M: weight_m / count_m; the counts are those of the whole step, so that losses of microbatches add up.
+    active: the futures to compute, by default all; the sums of the others are 0. In a chain the heads that an active
+      one depends on run too.
 
   Returns:
     (float32 scalar, Sums).
@@ -66,9 +64,7 @@ def loss(model: Model, read: Read, coefficient_M, o: ObjectiveConfig, active: tu
 
 
 def dense(model: Model, read: Read, coefficient_M, o: ObjectiveConfig, active: tuple[bool, ...] | None = None):
-  """`loss` as one would first write it: every future's logits at once, and JAX's own gradient. For
-  comparison.
-  """
+  """`loss` in its plainest form, for comparison: the logits of all futures at once, differentiated by JAX."""
   c, h_MBLD = model.config, future_states(model, read, balance_loss=o.balance_loss)
   counted_MBL = read.counted_MBL & jnp.array(active or (True,) * c.futures)[:, None, None]
   logits_MBLV = jnp.einsum('MBLD,VD->MBLV', h_MBLD, model.readout().table(), preferred_element_type=jnp.float32)
@@ -100,14 +96,14 @@ def _loss(o: ObjectiveConfig, active: tuple[bool, ...], futures: Futures, z_BLD,
 
 def _loss_forward(o: ObjectiveConfig, active: tuple[bool, ...], futures: Futures, z_BLD, coefficient_M,
                   read: Read, keys: Documents):
-  """Loss and sums, and as residuals the gradients of the futures and of the trunk's state."""
+  """Loss and sums; as residuals, the finished gradients of the futures and of the trunk's state."""
   with jax.named_scope('futures'):
     walk = _Walk(o, active, futures, Table.for_rows(futures, read.inputs_BL), read.positions_BL, keys)
     return walk.run(z_BLD, read.targets_MBL, Labels.of(read, coefficient_M))
 
 
 def _loss_backward(o, active, gradients, cotangents):
-  """The gradients exist already: they are only scaled by that of the loss."""
+  """The forward pass computed the gradients; this scales them by the gradient of the loss."""
   futures, z_BLD = jax.tree.map(lambda x: cotangents[0].astype(x.dtype) * x, gradients)
   return futures, z_BLD, None, None, None
 
@@ -212,7 +208,7 @@ class _Walk:
     return _Total(total.loss + loss, dw_DV), sums, dh_gBLD
 
   def states_of_chain(self, head_n, common, state_BLD, given_nBL):
-    """The state that each link reads: [n, B, L, D]. The last link's output is read by nobody, so it does not run."""
+    """The state that each head of a chain reads: [n, B, L, D]. Nothing reads that of the last, so it does not run."""
     last_first = self.futures.config.kind == 'anticausal'
     links = jax.tree.map(lambda x: x[1:] if last_first else x[:-1], (head_n, given_nBL))
 
@@ -224,8 +220,8 @@ class _Walk:
     return jnp.concatenate([end_BLD[None], earlier] if last_first else [earlier, end_BLD[None]])
 
   def walk_back(self, total: _Total, groups, common, start_BLD):
-    """Each group forward, scored, and backward: (total, Sums, gradients of the heads, of `common`
-    and of start_BLD).
+    """Runs every group forward, scores it, and runs it backward: (total, Sums, gradients of the heads, of `common` and
+    of start_BLD).
     """
     c = self.futures.config
     head_n, given_nBL, labels_n = groups
