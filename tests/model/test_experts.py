@@ -71,17 +71,22 @@ def test_grouped_experts_are_every_expert_over_every_token_and_so_are_their_grad
   np.testing.assert_array_equal(rows_E, [(expert == e).sum() for e in range(E)])  # nothing is dropped
 
 
-@pytest.mark.parametrize('load, rows', [('even', 16), ('one expert takes all', 16), ('one token', 16), ('even', 128)])
-def test_rows_sorted_for_a_kernel_give_the_same(load, rows, assert_close, monkeypatch):
+@pytest.mark.parametrize('load, rows, mesh', [
+    ('even', 16, MeshConfig()), ('one expert takes all', 16, MeshConfig()), ('one token', 16, MeshConfig()),
+    ('even', 128, MeshConfig()), ('even', 16, MeshConfig(expert=2))], ids=str)
+def test_rows_sorted_for_a_kernel_give_the_same(load, rows, mesh, assert_close, monkeypatch):
   monkeypatch.setattr(kernels, 'grouped_kernel', lambda: kernels.Megablox(rows, interpret=True))
-  h, expert, *others = map(jnp.asarray, arguments(load))
-  dy = np.float32(np.random.default_rng(1).standard_normal((B, L, D)))
+  inputs = np.float32(np.random.default_rng(1).standard_normal((B, L, D))), *arguments(load)
 
-  def run(function):
+  def run(function, dy, h, expert, *others):
     y, back = jax.vjp(lambda h, *others: function(h, expert, *others), h, *others)
-    return y, back(jnp.asarray(dy))
+    return y, back(dy)
 
-  assert_close(run(lambda *x: mixture(*x)[0]), run(every_expert), 2e-6)
+  wanted = jax.jit(functools.partial(run, every_expert))(*inputs)
+  with jax.set_mesh(make_mesh(mesh)):
+    placed = [place(jnp.asarray(x), letters) for x, letters in
+              zip(inputs, ('BLD', 'BLD', 'BLj', 'BLj', 'EDW', 'EDW', 'EWD'))]
+    assert_close(jax.jit(functools.partial(run, lambda *x: mixture(*x)[0]))(*placed), wanted, 2e-6)
 
 
 def test_of_fewer_rows_than_experts_each_is_a_tile(assert_close):
