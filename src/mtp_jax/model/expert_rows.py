@@ -23,7 +23,7 @@ def rows_by_expert(expert_jt, experts: int, expected: int):
 
   Args:
     expert_jt: int32, the experts of each token; from `experts` on where it goes to none.
-    expected: so many rows go to an expert under an even load.
+    expected: rows that all these experts together have under an even load.
   """
   kernel = kernels.grouped_kernel()
   return (SortedRows.of(expert_jt, experts, expected, kernel) if kernel
@@ -57,17 +57,17 @@ def _backward(dy_aD, x_aD, weight_a, gate, up, down, product, transposed, outer)
 
 def _by_token(x_aD, place_jt):
   """The sum of each token's rows; float32 where j is above 1. A CPU takes ten times as long to sum the first axis."""
-  x_tjD = _at(x_aD, place_jt.T)
+  x_tjD = entries(x_aD, place_jt.T)
   return jnp.sum(x_tjD, 1, dtype=jnp.float32) if len(place_jt) > 1 else x_tjD[:, 0]
 
 
-def _tokens(row, weight_jt):
-  """The token of each row; t, beyond them, where there is no row."""
-  tokens = weight_jt.shape[1]
-  return jnp.where(row < weight_jt.size, row % tokens, tokens)
+def tokens_of(row, x_jt):
+  """The token of each row, of j x t rows; t, beyond them, where there is no row."""
+  tokens = x_jt.shape[1]
+  return jnp.where(row < x_jt.size, row % tokens, tokens)
 
 
-def _at(x_t, index):
+def entries(x_t, index):
   """Entries of an array, 0 beyond its end."""
   return x_t.at[index].get(mode='fill', fill_value=0)
 
@@ -107,14 +107,14 @@ class SortedRows:
     """(gradient of x_tD, of the weights, float32 gradients of the matrices added to the last argument)."""
     *matrices, totals = matrices_and_totals
     x_aD, weight_a = self._rows(x_tD, weight_jt)
-    dy_aD = _at(dy_tD, _tokens(self.row_a, weight_jt))
+    dy_aD = entries(dy_tD, tokens_of(self.row_a, weight_jt))
     transposed = lambda rows, matrix: self._product(rows, matrix, transposed=True)
     dx_aD, dweight_a, dmatrices = _backward(dy_aD, x_aD, weight_a, *matrices, self._product, transposed, self._outer)
-    return _by_token(dx_aD, self.place_jt), _at(dweight_a, self.place_jt), jax.tree.map(jnp.add, totals, dmatrices)
+    return _by_token(dx_aD, self.place_jt), entries(dweight_a, self.place_jt), jax.tree.map(jnp.add, totals, dmatrices)
 
   def _rows(self, x_tD, weight_jt):
     """(states, weights) of the rows."""
-    return _at(x_tD, _tokens(self.row_a, weight_jt)), _at(jnp.ravel(weight_jt), self.row_a)
+    return entries(x_tD, tokens_of(self.row_a, weight_jt)), entries(jnp.ravel(weight_jt), self.row_a)
 
   def _product(self, x_aD, matrix, transposed=False):
     with jax.named_scope(expected_times(self.filled)):
@@ -164,7 +164,7 @@ class Tiles:
     expert_a, rows = jnp.ravel(expert_jt), expert_jt.size
     inside_a = expert_a < experts
     place_a = jnp.where(inside_a, jnp.cumsum(inside_a) - 1, rows)
-    row_n = jnp.full(rows, rows, jnp.int32).at[place_a].set(jnp.arange(rows, dtype=jnp.int32), mode='drop')
+    row_n = inverse(place_a, rows)
     return cls(expert_a.at[row_n].get(mode='clip'), row_n[:, None], jnp.reshape(place_a, expert_jt.shape),
                jnp.sum(inside_a, dtype=jnp.int32), rows)
 
@@ -191,20 +191,20 @@ class Tiles:
       dx_nbD, dweight_nb, *totals = carry
       expert, token_b, x_bD, weight_b = self._tile(i, x_tD, weight_jt)
       dx_bD, dweight_b, dmatrices = _backward(
-          _at(dy_tD, token_b), x_bD, weight_b, *(matrix[expert] for matrix in matrices), _dot, transposed, outer)
+          entries(dy_tD, token_b), x_bD, weight_b, *(matrix[expert] for matrix in matrices), _dot, transposed, outer)
       totals = [total.at[expert].add(dmatrix) for total, dmatrix in zip(totals, dmatrices)]
       return dx_nbD.at[i].set(dx_bD), dweight_nb.at[i].set(dweight_b), *totals
 
     dx_nbD = jnp.zeros((*self.row_nb.shape, x_tD.shape[-1]), x_tD.dtype)
     carry = dx_nbD, jnp.zeros(self.row_nb.shape, jnp.float32), *totals
     dx_nbD, dweight_nb, *totals = self._loop(multiply, carry)
-    return _by_token(_rows_of(dx_nbD), self.place_jt), _at(jnp.ravel(dweight_nb), self.place_jt), tuple(totals)
+    return _by_token(_rows_of(dx_nbD), self.place_jt), entries(jnp.ravel(dweight_nb), self.place_jt), tuple(totals)
 
   def _tile(self, i, x_tD, weight_jt):
     """(expert, tokens, their states, their weights) of tile i; zeros where it has fewer rows."""
     row_b = self.row_nb[i]
-    token_b = _tokens(row_b, weight_jt)
-    return self.expert_n[i], token_b, _at(x_tD, token_b), _at(jnp.ravel(weight_jt), row_b)
+    token_b = tokens_of(row_b, weight_jt)
+    return self.expert_n[i], token_b, entries(x_tD, token_b), entries(jnp.ravel(weight_jt), row_b)
 
   def _loop(self, body, carry):
     with jax.named_scope(expected_times(self.even)):

@@ -15,10 +15,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mtp_jax.model.expert_rows import expected_times, inverse, ranks, rows_by_expert
+from mtp_jax.model.expert_rows import entries, expected_times, inverse, ranks, rows_by_expert, tokens_of
 from mtp_jax.sharding import RULES, axes, on_devices
 
 ROOM = 1.25  # rows that a device can send to another in a round, over those it sends under an even load
+UNIT = 512  # rounds of more rows are a multiple of this: for other sizes a TPU's compiler takes minutes
 MATRICES = 'EDW', 'EWD'  # letters of the parameters of experts
 
 
@@ -171,7 +172,10 @@ class _Exchange:
   def of(cls, expert_jt, experts: int, tokens: tuple[str, ...]) -> '_Exchange':
     """experts: of one device. tokens: the mesh axes that divide tokens."""
     devices, rows = _size('expert'), expert_jt.size
-    room = min(rows, (int(ROOM * rows / devices) // 512 + 1) * 512)  # any other size is slow to compile on a TPU
+    room = int(ROOM * rows / devices) + 1
+    if room > UNIT:
+      room = -(-room // UNIT) * UNIT
+    room = min(rows, room)
     device_jt = jnp.minimum(expert_jt // experts, devices)
     rank_jt, rows_e = ranks(device_jt, devices)
     needed = jax.lax.pmax(-(-jnp.max(rows_e) // room), tuple(axis for axis in tokens if _size(axis) > 1))
@@ -194,23 +198,21 @@ class _Exchange:
 
   def send_rows(self, i, x_tD):
     """The states of the tokens that arrive in round i."""
-    row_ec, tokens = self._rows(i), len(x_tD)
-    token_ec = jnp.where(row_ec < self.rank_jt.size, row_ec % tokens, tokens)
-    return self._to_devices(x_tD.at[token_ec].get(mode='fill', fill_value=0))
+    return self._to_devices(entries(x_tD, tokens_of(self._rows(i), self.rank_jt)))
 
   def send(self, i, x_tD, expert_jt, weight_jt):
     """(states, experts of this device, weights) of the rows that arrive in round i."""
     row_ec = self._rows(i)
     expert_ec = jnp.ravel(expert_jt).at[row_ec].get(mode='fill', fill_value=-1)
     expert_ec = jnp.where(expert_ec < 0, self.experts, expert_ec % self.experts)
-    weight_ec = jnp.ravel(weight_jt).at[row_ec].get(mode='fill', fill_value=0)
+    weight_ec = entries(jnp.ravel(weight_jt), row_ec)
     expert_a, weight_a = map(self._to_devices, (expert_ec, weight_ec))
     return self.send_rows(i, x_tD), expert_a[None], weight_a[None]
 
   def back(self, i, x_ax):
     """What the devices made of the rows of round i, by expert and token; 0 where a row was not in the round."""
     back_ax = self._to_devices(jnp.reshape(x_ax, (-1, self.room, *x_ax.shape[1:])))
-    return back_ax.at[self._places(i)].get(mode='fill', fill_value=0)
+    return entries(back_ax, self._places(i))
 
   def _to_devices(self, x_ecx):
     """The rows that every device has for this one: [e x c, ...]."""

@@ -107,8 +107,8 @@ def grouped_kernel():
 
 @dataclasses.dataclass(frozen=True)
 class Megablox:
-  """JAX's TPU kernels of grouped products. Only tiles with rows are multiplied; where there are none, in the first
-  place after the last expert's, results are not defined.
+  """JAX's TPU kernels of grouped products. Places after the rows of the last expert are not multiplied, and what the
+  result has there is undefined.
 
   Attributes:
     rows: of a tile; the rows are a whole number of them.

@@ -35,7 +35,7 @@ class Read:
 
   @classmethod
   def of(cls, batch, futures: int) -> 'Read':
-    """From int32[B, L + M] arrays; no device holds a part of a row only."""
+    """From int32[B, L + M] arrays; a device that holds a row holds all of it."""
     L = batch['tokens'].shape[1] - futures
     cut = lambda x_BT, start: to_mesh_order(x_BT[:, start:start + L])
     segments_BL = cut(batch['segments'], 0)
