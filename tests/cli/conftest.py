@@ -35,6 +35,13 @@ def place(tmp_path_factory):
   (folder / 'prepared-set').mkdir()
   (folder / 'prepared-set' / 'index.json').write_text('{}')
 
+  steps = ('{"time": 0, "kind": "start", "seconds": 0, "step": 0}\n'
+           '{"time": 0, "kind": "step", "seconds": 9, "step": 3}\n')
+  saves = '{"time": 9, "kind": "save", "seconds": 1, "step": 3}\n'
+  for name, text in (('unsaved', steps), ('saved', steps + saves)):
+    (folder / name).mkdir()
+    (folder / name / 'events.jsonl').write_text(text)
+
   identity = open_corpus(config.data, bytes_).identity
   write(folder / 'run', config, random_state(config), identity=identity)
   write(folder / 'elsewhere', config, random_state(config), conventions={})

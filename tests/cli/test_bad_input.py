@@ -280,6 +280,22 @@ BAD = {
         f'{TRAIN} "--config.data.sources=(\'documents\',)" --config.data.paths=()',
         "documents' holds no prepared set"),
     'plan without topology': ('plan --config=tiny.py', '--topology: missing'),
+    'plan for failures without a save': (
+        'plan --config=tiny.py --mtbf_hours=100 --restart_seconds=60 --step_seconds=1', '--save_seconds: missing'),
+    'plan for failures without their hours': (
+        'plan --config=tiny.py --topology=v5p:2x2x2 --save_seconds=3',
+        '--save_seconds: only together with --mtbf_hours'),
+    'plan for failures while decoding': (
+        'plan --config=tiny.py --topology=v5p:2x2x2 --decode --mtbf_hours=1 --save_seconds=1 --restart_seconds=1',
+        '--mtbf_hours=1: takes one topology, without --sweep and --decode'),
+    **{f'plan for failures every {hours} hours': (
+        f'plan --config=tiny.py --mtbf_hours={hours} --save_seconds=3 --restart_seconds=60 --step_seconds=1',
+        f'mtbf_hours={hours}: must be between 0.01 and') for hours in ('nan', '-1', '0', '-inf')},
+    'goodput of hosts without their hours': (
+        'goodput --workdir=run --chips_per_host=4', '--chips_per_host: only together with --mtbf_hours'),
+    'goodput without a save, for failures': (
+        'goodput --workdir=unsaved --mtbf_hours=100', '--workdir=unsaved: events.jsonl holds no save'),
+    'goodput for failures that never come': ('goodput --workdir=saved --mtbf_hours=nan', 'mtbf_hours=nan: must be'),
     'goodput of nothing': ('goodput --workdir=empty', '--workdir=empty: no events.jsonl there'),
     'certify without config': ('certify', '--config: missing'),
     'no steps': ('benchmark train --config=tiny.py --steps=0', '--steps=0: must be at least 1'),

@@ -7,7 +7,7 @@ import pytest
 
 from mtp_jax.chips import CHIPS, Chip
 from mtp_jax.config import BadInput, MeshConfig
-from mtp_jax.measure.topology import collective_seconds, devices
+from mtp_jax.measure.topology import chips_per_host, collective_seconds, devices
 from mtp_jax.measure.traffic import Collective
 from mtp_jax.mesh import make_mesh
 
@@ -28,6 +28,12 @@ def test_more_devices_than_this_machine_has_are_refused():
   line = '--topology=cpu:9: there are 8 CPU devices; XLA_FLAGS=--xla_force_host_platform_device_count=N makes N'
   with pytest.raises(BadInput, match=line):
     devices('cpu:9')
+
+
+@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu')
+@pytest.mark.parametrize('topology', ['v5p:4x4x4', 'v5e:4x4', '2xv5e:4x4', 'v6e:4x4'])
+def test_a_host_of_a_slice_has_four_chips(topology):
+  assert chips_per_host(devices(topology)) == 4
 
 
 @dataclasses.dataclass(frozen=True)

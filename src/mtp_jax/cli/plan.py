@@ -1,4 +1,5 @@
 """plan: what a train step, or a pass of decoding, takes on TPU chips that are not here."""
+import dataclasses
 import math
 import os
 
@@ -13,6 +14,7 @@ from mtp_jax.cli.command import (
     table,
     use_cpu_devices,
 )
+from mtp_jax.cli.failures import CHIPS_PER_HOST, MTBF, STATED, expected, stated_costs
 from mtp_jax.config import BadInput, Config
 
 
@@ -27,8 +29,18 @@ def plan(flags) -> int:
   With --decode it compiles a greedy pass of decoding instead, for each draft length and number of
   rows, and prints its memory, FLOPs, traffic and least time and, from the acceptance of drafts,
   the speed-up to expect. A config whose mesh has one device is spread over the tensor axis.
+
+  With --mtbf_hours it prints the best checkpoint interval and the goodput to expect where hosts
+  fail (launch/README.md); without --topology nothing else, and nothing is compiled.
   """
+  costs = stated_costs(flags)
+  if costs and not flags.topology:
+    values, lines = expected(flags, costs, config_of(flags).train.checkpoint_every)
+    print_result(flags, {'failures': values}, lines)
+    return 0
   need(flags, 'topology')
+  if costs and (flags.decode or flags.sweep or ',' in flags.topology):
+    raise BadInput(f'--mtbf_hours={flags.mtbf_hours:g}: takes one topology, without --sweep and --decode')
   if flags.decode:
     return _plan_decode(flags)
   for name in ('batch', 'draft', 'max_length', 'acceptance', 'workdir'):
@@ -54,7 +66,7 @@ def plan(flags) -> int:
     plans = sweep.weak_scaling(config, topologies, print_stderr)
   else:
     plans = [plan(config, flags.topology, _options(flags.xla))]
-  if flags.plot:
+  if flags.plot and not costs:
     sweep.plot(plans, flags.plot)
   values = [{name: value for name, value in vars(made).items() if name != 'hlo'} for made in plans]
   lines = _plan_lines(plans[0], mesh_text(plans[0].mesh))
@@ -65,6 +77,13 @@ def plan(flags) -> int:
              f'{made.hbm_bytes / 2**30:.2f}', 'yes' if made.fits else 'no',
              f'{made.step_seconds:.3f}', made.bound, f'{made.mfu_bound:.1%}') for made in plans]
     lines = table(head, rows) + (['', 'the first of them:', *lines] if flags.sweep else [])
+  if costs:
+    if not flags.step_seconds:
+      costs = dataclasses.replace(costs, step_seconds=plans[0].step_seconds)
+    if not flags['chips_per_host'].present:
+      costs = dataclasses.replace(costs, chips_per_host=topology.chips_per_host(topology.devices(flags.topology)))
+    values[0]['failures'], planned = expected(flags, costs, config.train.checkpoint_every)
+    lines += ['', *planned]
   print_result(flags, {**values[0], 'plans': values} if len(plans) > 1 else values[0], lines)
   return 0 if any(made.fits for made in plans) else 1
 
@@ -215,7 +234,8 @@ COMMANDS = {
          ('sweep', False,
           'try meshes, rematerialisation and, while nothing fits, smaller microbatches'),
          ('xla', '', "options of the compiler, to compare: 'name=value,name=value'"),
-         ('plot', '', 'a PNG of the seconds of a step over the number of chips'),
+         ('plot', '', 'a PNG of the seconds of a step over the number of chips; with --mtbf_hours: of goodput'),
+         MTBF, *STATED, CHIPS_PER_HOST,
          ('decode', False, 'plan decoding: a pass of each draft length'),
          ('batch', '1', 'decode: rows decoded at once; several: 1,8,64'),
          ('draft', -1, 'decode: longest draft; -1: as many tokens as there are futures'),

@@ -1,4 +1,4 @@
-"""train, generate, goodput: what is done with a workdir."""
+"""train, generate: what is done with a workdir."""
 import dataclasses
 import sys
 
@@ -17,7 +17,6 @@ from mtp_jax.cli.command import (
     need_at_least,
     print_result,
     say,
-    table,
 )
 from mtp_jax.cli.text import typed, typed_or_read
 from mtp_jax.config import BadInput, Config
@@ -133,29 +132,6 @@ def _generation_lines(flags, generation, criterion, trained_depth: int) -> list[
   return lines
 
 
-def goodput(flags) -> int:
-  """Where the time of a run went, over all its restarts.
-
-  Goodput is the fraction of the time spent in steps that were kept.
-  """
-  need(flags, 'workdir')
-  from mtp_jax.checkpoint.record import locate
-  from mtp_jax.report import goodput
-  from mtp_jax.report.events import read_events
-  events = read_events(locate(flags.workdir)[0])
-  account = goodput.account(events)
-  if flags.plot:
-    goodput.plot(events, flags.plot)
-  wall = account['wall_seconds']
-  rows = [(kind, f'{seconds:,.1f}', f'{seconds / max(wall, 1e-9):.1%}')
-          for kind, seconds in account['seconds'].items() if seconds]
-  print_result(flags, account, [
-      *table(('', 'seconds', 'share'), rows), '',
-      f'goodput {account["goodput"]:.1%} of {wall:,.1f} s; starts: {account["runs"]}, '
-      f'{account["steps"]:,} steps, {account["lost_steps"]:,} steps lost'])
-  return 0
-
-
 def drafter_of(flags, lm):
   """--drafter as `LanguageModel.generate` takes it: a name, or a loaded draft model.
 
@@ -212,10 +188,4 @@ COMMANDS = {
          ('stream', False, 'print the text as it grows'),
          JSON),
         "generate --workdir=runs/tiny --prompt='def main():' --max_tokens=200"),
-    'goodput': Command(
-        goodput, 'where the time of a run went',
-        (WORKDIR,
-         ('plot', '', 'a PNG, one bar per run'),
-         JSON),
-        'goodput --workdir=runs/tiny'),
 }

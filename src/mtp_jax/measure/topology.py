@@ -67,6 +67,10 @@ def slice_count(chips: list) -> int:
   return len({getattr(chip, 'slice_index', 0) for chip in chips})
 
 
+def chips_per_host(chips: list) -> int:
+  return len(chips) // len({chip.process_index for chip in chips})
+
+
 def chip_of(chips: list) -> Chip:
   """Peaks of one of the chips; of a CPU device its share of the machine's FLOP/s and memory."""
   kind = chips[0].device_kind
