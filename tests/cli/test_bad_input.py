@@ -286,7 +286,7 @@ BAD = {
         'plan --config=tiny.py --topology=v5p:2x2x2 --save_seconds=3',
         '--save_seconds: only together with --mtbf_hours'),
     'plan for failures while decoding': (
-        'plan --config=tiny.py --topology=v5p:2x2x2 --decode --mtbf_hours=1 --save_seconds=1 --restart_seconds=1',
+        'plan --config=tiny.py --decode --mtbf_hours=1 --save_seconds=1 --restart_seconds=1 --step_seconds=1',
         '--mtbf_hours=1: takes one topology, without --sweep and --decode'),
     **{f'plan for failures every {hours} hours': (
         f'plan --config=tiny.py --mtbf_hours={hours} --save_seconds=3 --restart_seconds=60 --step_seconds=1',

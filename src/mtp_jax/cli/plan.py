@@ -34,18 +34,18 @@ def plan(flags) -> int:
   fail (launch/README.md); without --topology nothing else, and nothing is compiled.
   """
   costs = stated_costs(flags)
-  if costs and not flags.topology:
-    values, lines = expected(flags, costs, config_of(flags).train.checkpoint_every)
-    print_result(flags, {'failures': values}, lines)
-    return 0
-  need(flags, 'topology')
-  if costs and (flags.decode or flags.sweep or ',' in flags.topology):
+  if costs and (flags.decode or flags.sweep or ',' in (flags.topology or '')):
     raise BadInput(f'--mtbf_hours={flags.mtbf_hours:g}: takes one topology, without --sweep and --decode')
   if flags.decode:
     return _plan_decode(flags)
   for name in ('batch', 'draft', 'max_length', 'acceptance', 'workdir'):
     if flags[name].present:
       raise BadInput(f'--{name}: only together with --decode')
+  if costs and not (flags.topology or flags.xla):
+    values, lines = expected(flags, costs, config_of(flags).train.checkpoint_every)
+    print_result(flags, {'failures': values}, lines)
+    return 0
+  need(flags, 'topology')
   config = config_of(flags)
   topologies = flags.topology.split(',')
   if flags.xla and (flags.sweep or len(topologies) > 1):
@@ -99,6 +99,7 @@ def _options(text: str) -> dict[str, str] | None:
 
 def _plan_decode(flags) -> int:
   """Plans of decoding passes, as a table."""
+  need(flags, 'topology')
   need_at_least(flags, draft=-1, max_length=0)
   for name in ('sweep', 'plot', 'xla'):
     if flags[name].value:
