@@ -89,7 +89,8 @@ def test_a_conditional_counts_as_the_branch_that_moves_most():
     ("replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_0'}", (0, 2, 4, 6)),
     ("replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=2], device_ids=([2,2]T(1,0)) {'axis_0'}", (0, 1)),
     ("replica_groups=mesh['axis_0'=2,'axis_1'=2], device_ids=([4]) {'axis_1'}", (0, 1)),
-    ('source_target_pairs={{0,2},{2,4},{4,6},{6,0}}', (0, 2))])
+    ('source_target_pairs={{0,2},{2,4},{4,6},{6,0}}', (0, 2)),
+    ('source_target_pairs={{0,0},{2,1},{1,2},{3,3}}', (2, 1))])
 def test_a_group_is_read_however_a_module_writes_it(text, group):
   assert first_group(f'%x), channel_id=1, {text}, use_global_device_ids=true') == group
 

@@ -92,14 +92,19 @@ def first_group(rest: str) -> tuple[int, ...]:
   """Positions, in the mesh, of the first group of devices of a collective.
 
   A module writes groups as lists, as a reshaped and transposed range, or as axes of a mesh:
-  {{0,2},{1,3}}, [2,2]<=[2,2]T(1,0), mesh['a'=2,'b'=2] {'a'}.
+  {{0,2},{1,3}}, [2,2]<=[2,2]T(1,0), mesh['a'=2,'b'=2] {'a'}. Of a permutation it is the first pair of two devices; the
+  pair of a device with itself if there is no other.
 
   Raises:
     ValueError: they are written in another way.
   """
-  listed = re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', rest)
+  listed = re.search(r'replica_groups=\{\{([\d,]+)\}', rest)
   if listed:
     return _numbers(listed.group(1))
+  permuted = re.search(r'source_target_pairs=\{(\{.*?\})\}', rest)
+  if permuted:
+    pairs = [_numbers(pair) for pair in re.findall(r'\{([\d,]+)\}', permuted.group(1))]
+    return next((pair for pair in pairs if len(set(pair)) > 1), pairs[0])
   of_range = re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', rest)
   if of_range:
     groups, shape, order = map(_numbers, of_range.groups())

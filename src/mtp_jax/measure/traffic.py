@@ -199,7 +199,7 @@ class _Module:
     all_devices = 'replica_groups={}' in line.rest
     group = tuple(range(self.partitions)) if all_devices else first_group(line.rest)
     size = sum(size_bytes(lines[name].type) for name in line.operands if name in lines)
-    return {(kind, group): SENT_BYTES[kind](size, len(group))} if len(group) > 1 else {}
+    return {(kind, group): SENT_BYTES[kind](size, len(group))} if len(set(group)) > 1 else {}
 
   def _sent_to_slices(self, line: Instruction, lines: Computation) -> dict:
     """What a `send` to the other slices sends; nothing if it is part of no collective."""
