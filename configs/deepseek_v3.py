@@ -11,8 +11,8 @@ parameters   682,636,487,424: 669.2 B in the trunk, 11.6 B in the module; a toke
              module. 16b: 16.3 B, of which a token uses 2.54 B
 FLOPs        292 G a token, forward and backward; causal 261 G. 16b: 20.0 G, causal 18.3 G
 data         14.8 T tokens, 62.9 M a step
-hardware     v5p:4x4x4 holds 16b; compiled for it, never run. 671b not compiled
-time         at least 13.8 days for 16b
+hardware     v5p:4x4x4 holds 16b, v5p:8x16x16 holds 671b; compiled for, never run
+time         at least 13.8 days for 16b, 71.6 for 671b
 expect       not measured
 command      python -m mtp_jax plan --config=configs/deepseek_v3.py:16b --topology=v5p:4x4x4 --config.mesh.fsdp=8
              --config.mesh.expert=8

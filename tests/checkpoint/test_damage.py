@@ -1,16 +1,26 @@
-"""A checkpoint whose files are damaged or missing is read right or refused in one line, which says how to go on."""
+"""Of a checkpoint whose files are damaged or missing nothing wrong is loaded: the one before it is, with a line."""
 import contextlib
-import re
+import random
 import shutil
 import sys
 import threading
 
 import jax
+import numpy as np
 import pytest
 from experiments import experiment, random_state, same_bits, write
 
 from mtp_jax.checkpoint import store
-from mtp_jax.checkpoint.record import FOLDER, read_record, steps
+from mtp_jax.checkpoint.record import (
+    FOLDER,
+    RUN,
+    check_run,
+    check_whole,
+    choose,
+    is_complete,
+    read_record,
+    steps,
+)
 from mtp_jax.config import BadInput
 from mtp_jax.mesh import make_mesh
 from mtp_jax.train import step as training
@@ -49,27 +59,111 @@ DAMAGES = {
 }
 
 
+def restore(config, workdir, mesh, step=None):
+  """(step, state) of the newest checkpoint that is whole, and the lines that tell why newer ones are not used."""
+  lines = []
+
+  def of_step(step):
+    check_whole(workdir, step)
+    with jax.set_mesh(mesh):
+      return step, training.restore(config, workdir, step, mesh)
+
+  return choose(workdir, step, of_step, lines.append), lines
+
+
 @pytest.mark.parametrize('name', DAMAGES)
-def test_whatever_is_damaged_a_checkpoint_is_read_right_or_refused_in_one_line(saved, tmp_path, capfd, name):
+def test_whatever_is_damaged_what_was_saved_is_restored_or_the_checkpoint_before_it(saved, tmp_path, capfd, name):
   config, states, workdir = saved
   newest = workdir / FOLDER / '6'
   paths = [path for path in sorted(newest.rglob('*')) if path.is_file() or name in ('removed', 'of another kind')]
-  mesh, refused = make_mesh(config.mesh), 0
+  mesh, fell_back = make_mesh(config.mesh), 0
   for number, path in enumerate(paths):
     copy = tmp_path / str(number)
     shutil.copytree(workdir, copy)
     DAMAGES[name](copy / path.relative_to(workdir))
-    try:
-      step = read_record(copy)['step']
-      with jax.set_mesh(mesh):
-        assert same_bits(training.restore(config, copy, step, mesh), states[step]), path
-    except BadInput as error:
-      assert re.search(r'remove the folder 6 to fall back to step 3$', str(error)), (path, error)
-      assert len(str(error).splitlines()) == 1 and len(str(error)) < 600
-      refused += 1
+    (step, state), lines = restore(config, copy, mesh)
+    assert same_bits(state, states[step]), path
+    assert len(lines) == (step == 3) and all(len(line.splitlines()) == 1 and len(line) < 600 for line in lines), path
+    assert all(line.endswith('; an older checkpoint is used') for line in lines), lines
+    fell_back += step == 3
+    if step == 3 and is_complete(copy, 6):
+      with pytest.raises(BadInput, match='; other checkpoints are of the steps 3$'):
+        restore(config, copy, mesh, step=6)
+    elif step == 6:  # a manifest, or a folder of nothing
+      assert path.name.startswith('manifest') or not any(path.rglob('*')), path
     shutil.rmtree(copy)
-  assert refused > 8
+  assert fell_back > 8
   assert capfd.readouterr() == ('', '')
+
+
+@pytest.mark.parametrize('part', ['parameters', 'training'])
+@pytest.mark.parametrize('listed', [True, False], ids=['manifest', 'no manifest'])
+def test_no_flipped_bit_of_an_array_is_ever_loaded(saved, tmp_path, capfd, part, listed):
+  """Without a manifest, as after a kill between commit and manifest, the fingerprint tells; or the read is refused."""
+  config, states, workdir = saved
+  mesh, random_bit = make_mesh(config.mesh), random.Random(part)
+  for number in range(4 if listed else 12):
+    copy = tmp_path / str(number)
+    shutil.copytree(workdir, copy)
+    newest = copy / FOLDER / '6'
+    if not listed:
+      for path in newest.glob('manifest*'):
+        path.unlink()
+    data = max((path for path in (newest / part).rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[random_bit.randrange(len(content))] ^= 1 << random_bit.randrange(8)
+    data.write_bytes(content)
+    (step, state), lines = restore(config, copy, mesh)
+    assert same_bits(state, states[step]) and len(lines) == (step == 3)
+    assert step == 3 or not listed
+    shutil.rmtree(copy)
+  assert capfd.readouterr() == ('', '')
+
+
+def test_a_flipped_bit_in_memory_is_told_by_the_fingerprint(saved, tmp_path, monkeypatch):
+  """The files are whole; what was read is not."""
+  config, states, workdir = saved
+  mesh, read = make_mesh(config.mesh), store._orbax().load_checkpointables
+
+  def flipped(path, nested):
+    arrays = read(path, nested)
+    name, x = max(arrays['parameters'].items(), key=lambda item: getattr(item[1], 'size', 0))
+    table = np.array(x)
+    table.view(np.uint32)[5, 3] ^= path.name == '6'
+    arrays['parameters'][name] = jax.device_put(table, x.sharding)
+    return arrays
+
+  monkeypatch.setattr(store._orbax(), 'load_checkpointables', flipped)
+  (step, state), (line,) = restore(config, workdir, mesh)
+  assert step == 3 and same_bits(state, states[3])
+  assert '6/parameters: its arrays are not those that were saved' in line
+
+
+def test_a_checkpoint_that_the_run_removes_meanwhile_is_passed_over_in_silence(saved, tmp_path):
+  config, states, workdir = saved
+  shutil.copytree(workdir, tmp_path / 'run')
+  mesh, lines = make_mesh(config.mesh), []
+
+  def of_step(step):
+    if step == 6:
+      shutil.rmtree(tmp_path / 'run' / FOLDER / '6')
+    check_whole(tmp_path / 'run', step)
+    with jax.set_mesh(mesh):
+      return training.restore(config, tmp_path / 'run', step, mesh)
+
+  assert same_bits(choose(tmp_path / 'run', None, of_step, lines.append), states[3]) and not lines
+
+
+def test_a_checkpoint_of_another_run_is_not_used(saved, tmp_path):
+  config, states, workdir = saved
+  writer = store.Writer(tmp_path, 3)
+  for step, run in ((3, 'ours'), (6, 'theirs')):
+    write(tmp_path, config, states[step], step, writer=writer, run=run)
+  writer.close()
+  (tmp_path / RUN).write_text('ours\n')
+  lines = []
+  choose(tmp_path, None, lambda step: check_run(tmp_path, read_record(tmp_path, step)), lines.append)
+  assert len(lines) == 1 and '6: is of another run, theirs; that of' in lines[0]
 
 
 @pytest.mark.parametrize('error', [PermissionError(13, 'Permission denied', 'a/file'), OSError(5, 'a disk', 'a/file')])
@@ -88,7 +182,7 @@ def test_a_renamed_folder_is_named_with_the_step_that_it_holds(saved, tmp_path):
   shutil.copytree(saved[2], tmp_path / 'run')
   (tmp_path / 'run' / FOLDER / '6').rename(tmp_path / 'run' / FOLDER / '600')
   with pytest.raises(BadInput, match='checkpoints/600: holds the checkpoint of step 6; rename the folder to that'):
-    read_record(tmp_path / 'run')
+    read_record(tmp_path / 'run', 600)
 
 
 def fill(folder):

@@ -6,20 +6,28 @@
     tokenizer     digest of the tokenizer
     identity      of the data; see `Corpus.identity`
     data          position in the data; see `Batches.get_state`
+    run           name of the run, drawn when it began
+    fingerprint   {'parameters': of these arrays, 'training': of those}; see fingerprint.py
+    digest        of the record without this line
 
-Nothing here imports JAX or Orbax.
+Earlier versions wrote no run, fingerprint and digest. Nothing here imports JAX or Orbax.
 """
+import hashlib
 import json
 import operator
 import os
 import pathlib
+from collections.abc import Callable, Collection
 
+from mtp_jax.checkpoint import manifest
 from mtp_jax.config import BadInput, Config, local_path, upgraded
 from mtp_jax.config.errors import cannot, in_words
+from mtp_jax.report.display import print_stderr
 
 FOLDER = 'checkpoints'
 CONFIG = 'config.json'  # of the newest start, beside the checkpoints
 TOKENIZER = 'tokenizer.model'  # a copy in the workdir, so that the run can be moved
+RUN = 'run.txt'  # the name of the run, as in the records of its checkpoints
 # Files of Orbax in a complete checkpoint.
 METADATA, COMMITTED = '_CHECKPOINT_METADATA', 'commit_success.txt'
 TYPES = {'step': int, 'config': dict, 'conventions': dict, 'tokenizer': str, 'identity': dict,
@@ -28,17 +36,30 @@ TYPES = {'step': int, 'config': dict, 'conventions': dict, 'tokenizer': str, 'id
 MODEL_FIELDS_FREE_TO_CHANGE = {'remat', 'head_batch', 'dtype'}
 
 
+class DamagedCheckpoint(BadInput):
+  """A checkpoint does not hold what was saved, or is of another run; an older one may be used."""
+
+  def __init__(self, step: int, text: str):
+    super().__init__(text)
+    self.step = step
+
+
 def steps(workdir: pathlib.Path) -> list[int]:
   """Steps with a complete checkpoint, oldest first. Raises OSError where the folder cannot be read."""
-  folder = pathlib.Path(workdir) / FOLDER
+  return [step for step in folders(workdir) if is_complete(workdir, step)]
+
+
+def folders(workdir: pathlib.Path) -> list[int]:
+  """Steps with a folder, oldest first. Raises OSError where the folder of all cannot be read."""
   try:
-    names = os.listdir(folder)
+    names = os.listdir(pathlib.Path(workdir) / FOLDER)
   except (FileNotFoundError, NotADirectoryError):
     return []
-  return sorted(int(name) for name in names if name.isdecimal() and _is_complete(folder / name))
+  return sorted(int(name) for name in names if name.isdecimal())
 
 
-def _is_complete(path: pathlib.Path) -> bool:
+def is_complete(workdir: pathlib.Path, step: int) -> bool:
+  path = pathlib.Path(workdir) / FOLDER / str(step)
   return (path / COMMITTED).exists() and (path / METADATA).exists()
 
 
@@ -66,46 +87,154 @@ def _located(path: pathlib.Path, step: int | None, where: str) -> tuple[pathlib.
   return path, step
 
 
-def read_record(workdir: pathlib.Path, step: int | None = None) -> dict:
-  """The record of a checkpoint: the newest one unless a step is given.
+def choose(workdir, step: int | None, use: Callable[[int], object], note: Callable[[str], None] = print_stderr,
+           passed_over: Collection[int] = ()):
+  """use(step) of the checkpoint asked for, or of the newest one that is not damaged.
+
+  While it looks, the run may save new checkpoints and remove old ones.
+
+  Args:
+    use: raises DamagedCheckpoint.
+    note: gets a line for each one that is damaged or incomplete.
+    passed_over: steps known to be damaged.
 
   Raises:
-    BadInput: when there is no such checkpoint, or its record is incomplete.
+    BadInput: there is no such checkpoint, or no good one.
   """
+  if step is not None:
+    step = existing_step(workdir, step)
+    try:
+      return use(step)
+    except DamagedCheckpoint as error:
+      raise BadInput(f'{error}; {_other_steps(workdir, step)}') from None
+  tried, failure = set(passed_over), None
+  while True:
+    with cannot('read', f'--workdir={workdir}', 'make it readable, or give another folder'):
+      left = [step for step in folders(workdir) if step not in tried]
+    if not left:
+      break
+    tried.add(left[-1])
+    try:
+      if not is_complete(workdir, left[-1]):
+        raise DamagedCheckpoint(left[-1], f'{_folder(workdir, left[-1])}: is incomplete, it was never committed')
+      return use(left[-1])
+    except DamagedCheckpoint as error:
+      if _folder(workdir, left[-1]).exists():  # else the run has removed it
+        failure = error
+        if left[:-1]:
+          note(f'{error}; an older checkpoint is used')
+  if failure:
+    raise BadInput(f'{failure}; there is no older one: restore the folder {failure.step} from a copy, or train in '
+                   'another --workdir')
+  if passed_over:
+    raise BadInput(f'--workdir={workdir}: holds no checkpoint that is whole; restore one from a copy, or choose '
+                   'another --workdir')
+  raise _no_checkpoint(workdir)
+
+
+def _no_checkpoint(workdir) -> BadInput:
+  return BadInput(f'--workdir={workdir}: holds no checkpoint; '
+                  f'train one with: python -m mtp_jax train --config=configs/tiny.py --workdir={workdir}')
+
+
+def read_record(workdir: pathlib.Path, step: int | None = None, note: Callable[[str], None] = print_stderr) -> dict:
+  """The record of a checkpoint: that of the newest one whose record is whole, unless a step is given.
+
+  Raises:
+    BadInput: there is no such checkpoint; or DamagedCheckpoint, its record is not what was saved.
+  """
+  if step is None:
+    return choose(workdir, None, lambda step: read_record(workdir, step), note)
+  step = existing_step(workdir, step)
+  path = _folder(workdir, step) / METADATA
+  try:
+    record = json.loads(path.read_text())['custom_metadata']
+    expected = record.get('digest')
+    record |= {key: kind(record[key]) for key, kind in TYPES.items()}
+  except OSError as error:
+    raise DamagedCheckpoint(step, f'{path}: cannot be read ({in_words(error)})') from None
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    raise DamagedCheckpoint(step, f'{path}: lacks the record of config and conventions ({error!r})') from None
+  if expected not in (None, digest(record)):
+    raise DamagedCheckpoint(step, f'{path}: the record is not the one that was saved')
+  if record['step'] != step:
+    raise DamagedCheckpoint(step, f'{path.parent}: holds the checkpoint of step {record["step"]}; '
+                            'rename the folder to that')
+  try:
+    return record | {'config': upgraded(record['config'])}
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise DamagedCheckpoint(step, f'{path}: lacks the record of config and conventions ({error!r})') from None
+
+
+def digest(record: dict) -> str:
+  """SHA-256 of a record, but for its own digest."""
+  text = json.dumps({key: value for key, value in record.items() if key != 'digest'}, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def existing_step(workdir, step) -> int:
+  """The step as an int. Raises BadInput when it is none, or there is no complete checkpoint of it."""
+  try:
+    step = operator.index(step)
+  except TypeError:
+    raise BadInput(f'step={step!r}: must be an int, not {type(step).__name__}') from None
   with cannot('read', f'--workdir={workdir}', 'make it readable, or give another folder'):
     available = steps(workdir)
   if not available:
-    raise BadInput(f'--workdir={workdir}: holds no checkpoint; '
-                   f'train one with: python -m mtp_jax train --config=configs/tiny.py --workdir={workdir}')
-  if step is not None:
-    try:
-      step = operator.index(step)
-    except TypeError:
-      raise BadInput(f'step={step!r}: must be an int, not {type(step).__name__}') from None
-  if step not in (None, *available):
+    raise _no_checkpoint(workdir)
+  if step not in available:
     raise BadInput(f'step {step}: {workdir} holds the steps {", ".join(map(str, available))}')
-  chosen = available[-1] if step is None else step
-  path = pathlib.Path(workdir) / FOLDER / str(chosen) / METADATA
+  return step
+
+
+def check_whole(workdir, step: int, index: int = 0, count: int = 1, without: str = '') -> None:
+  """Compares share number `index` of `count` of a checkpoint's files with its manifest, if it has one.
+
+  Args:
+    without: a folder of the checkpoint whose files do not matter.
+
+  Raises:
+    DamagedCheckpoint: a file is not what was saved, or the checkpoint is of another run.
+    BadInput: a file cannot be read.
+  """
+  folder = _folder(workdir, step)
   try:
-    record = json.loads(path.read_text())['custom_metadata']
-    record |= {key: kind(record[key]) for key, kind in TYPES.items()}
-    record |= {'config': upgraded(record['config'])}
+    problem = manifest.problem(folder, index, count, without)
+  except (FileNotFoundError, IsADirectoryError) as error:
+    problem = in_words(error)
   except OSError as error:
-    raise BadInput(f'{path}: cannot be read ({in_words(error)}); {older_step(workdir, chosen)}') from None
-  except (ValueError, KeyError, TypeError) as error:
-    raise BadInput(f'{path}: lacks the record of config and conventions ({error!r}); '
-                   f'{older_step(workdir, chosen)}') from None
-  if record['step'] != chosen:
-    raise BadInput(f'{path.parent}: holds the checkpoint of step {record["step"]}; rename the folder to that')
-  return record
+    raise BadInput(f'{folder}: cannot be read ({in_words(error)}); it may be whole: make it readable, and run '
+                   'again') from None
+  if problem:
+    raise DamagedCheckpoint(step, f'{folder}: is damaged, {problem}')
 
 
-def older_step(workdir, step: int) -> str:
+def check_run(workdir, record: dict) -> None:
+  """Raises DamagedCheckpoint for a checkpoint of another run."""
+  name = run_name(workdir)
+  if name and record.get('run', name) != name:
+    raise DamagedCheckpoint(record['step'], f'{_folder(workdir, record["step"])}: is of another run, '
+                            f'{record["run"]}; that of {workdir} is {name}')
+
+
+def run_name(workdir) -> str:
+  """The name of the run of a workdir; '' if it has none."""
+  try:
+    return (pathlib.Path(workdir) / RUN).read_text(errors='replace').strip()
+  except OSError:
+    return ''
+
+
+def _folder(workdir, step: int) -> pathlib.Path:
+  return pathlib.Path(workdir) / FOLDER / str(step)
+
+
+def _other_steps(workdir, step: int) -> str:
   """What to do about a checkpoint that cannot be used, in words."""
-  older = [other for other in steps(workdir) if other < step]
-  if not older:
-    return f'there is no older one: restore the folder {step} from a copy, or train in another --workdir'
-  return f'remove the folder {step} to fall back to step {older[-1]}'
+  others = [other for other in steps(workdir) if other != step]
+  if not others:
+    return f'there is no other one: restore the folder {step} from a copy, or train in another --workdir'
+  return f'other checkpoints are of the steps {", ".join(map(str, others))}'
 
 
 def check_resumes(config: Config, record: dict, workdir) -> list[str]:

@@ -3,6 +3,7 @@
     workdir/checkpoints/STEP/parameters   a nested dict of float32 arrays: {'trunk': {'wq_DHK': ...}, ...}
     workdir/checkpoints/STEP/training     step, skipped, skipped_in_a_row, optimizer: {'adam': {'mu': ...}, ...}
     its JSON metadata                     the record: see record.py
+    its manifest                          of all these files: see manifest.py
 
 Orbax writes them in the background; a folder that a crash left incomplete is never read. Nothing
 else imports Orbax; what it raises becomes one line here, and what it logs is dropped.
@@ -18,12 +19,14 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import jax
 import numpy as np
 
-from mtp_jax.checkpoint.record import FOLDER, older_step, steps
+from mtp_jax.checkpoint import manifest
+from mtp_jax.checkpoint.fingerprint import fingerprint
+from mtp_jax.checkpoint.record import FOLDER, DamagedCheckpoint, digest, folders, read_record, steps
 from mtp_jax.config import BadInput
 from mtp_jax.config.errors import cannot, in_words
 
@@ -56,7 +59,7 @@ def _is_orbax(error) -> bool:
 @contextlib.contextmanager
 def _reading(workdir, step: int) -> Iterator[None]:
   """Whatever fails in the block is a damaged checkpoint, or one that cannot be read, in one line."""
-  what = ''
+  what, kind = '', BadInput
   with _silence():
     try:
       yield
@@ -70,11 +73,11 @@ def _reading(workdir, step: int) -> Iterator[None]:
       if refused:  # tells nothing of the checkpoint
         what = f'cannot be read ({in_words(refused)}); it may be whole: make it readable, and run again'
       else:
-        what = f'is damaged ({_shortened(causes[-1])}); {older_step(workdir, step)}'
+        what, kind = f'is damaged ({_shortened(causes[-1])})', functools.partial(DamagedCheckpoint, step)
       del error, causes, refused
     if what:
       gc.collect()  # coroutines tell of their errors when they are deleted
-      raise BadInput(f'{_folder(workdir)}: checkpoint {step} {what}')
+      raise kind(f'{_folder(workdir)}: checkpoint {step} {what}')
 
 
 @contextlib.contextmanager
@@ -155,18 +158,22 @@ def _names(path) -> list[str]:
 class Writer:
   """Saves checkpoints in the background, one at a time, and keeps the newest `kept`.
 
+  Folders of steps that a crash left incomplete are renamed, and those of the steps `damaged`, so that these steps can
+  be saved again.
+
   Raises:
     BadInput: the folder of checkpoints cannot be written.
   """
 
-  def __init__(self, workdir: pathlib.Path, kept: int):
+  def __init__(self, workdir: pathlib.Path, kept: int, damaged: Collection[int] = ()):
     self.folder, self.kept = _folder(workdir), kept
     if jax.process_index() == 0:
       with cannot('write', f'--workdir={workdir}', 'give a folder that can be written'):
         _make_folder(self.folder)
-        _set_incomplete_aside(self.folder, steps(workdir))
+        _set_aside(self.folder, set(folders(workdir)) - set(steps(workdir)), 'incomplete')
+        _set_aside(self.folder, damaged, 'damaged')
     self.checkpointer = self._open()
-    self.pending = None  # Orbax's future of the save in progress
+    self.pending = None  # the save in progress
 
   def _open(self):
     training = _orbax().training
@@ -193,7 +200,10 @@ class Writer:
         _make_folder(self.folder)
       checkpointer = checkpointer or self._open()
       arrays = {'parameters': as_dict(parameters), 'training': as_dict(training)}
-      self.pending = checkpointer.save_checkpointables_async(step, arrays, custom_metadata=record)
+      record = record | {'fingerprint': {name: fingerprint(_by_path(tree)) for name, tree in arrays.items()}}
+      record |= {'digest': digest(record)}
+      saving = checkpointer.save_checkpointables_async(step, arrays, custom_metadata=record)
+      self.pending = _Save(saving, self.folder / str(step))
       self.checkpointer = checkpointer
 
   def wait(self) -> None:
@@ -214,6 +224,29 @@ class Writer:
         self.checkpointer.close()
 
 
+class _Save(threading.Thread):
+  """A save in progress: once Orbax has written the files, this process lists its share of them."""
+
+  def __init__(self, saving, folder: pathlib.Path):
+    super().__init__(daemon=True)
+    self.saving, self.folder, self.error = saving, folder, None
+    self.index, self.count = jax.process_index(), jax.process_count()
+    self.start()
+
+  def run(self) -> None:
+    try:
+      self.saving.result()
+      manifest.write(self.folder, self.index, self.count)
+    except Exception as error:
+      self.error = error
+
+  def result(self) -> None:
+    """Waits until it is done. Raises what made it fail."""
+    self.join()
+    if self.error:
+      raise self.error
+
+
 def _make_folder(folder: pathlib.Path) -> None:
   """Makes the folder if it is not there, and a folder in it for a moment: where Orbax cannot do that,
   its threads wait for minutes.
@@ -223,11 +256,11 @@ def _make_folder(folder: pathlib.Path) -> None:
     pass
 
 
-def _set_incomplete_aside(folder: pathlib.Path, complete: list[int]) -> None:
-  """Renames folders of steps that a crash left incomplete, so that the step can be saved again."""
+def _set_aside(folder: pathlib.Path, steps: Collection[int], what: str) -> None:
+  """Renames the folders of these steps."""
   for path in folder.glob('*'):
-    if path.name.isdigit() and int(path.name) not in complete:
-      names = (f'incomplete-{path.name}' + (f'-{n}' if n else '') for n in itertools.count())
+    if path.name.isdecimal() and int(path.name) in steps:
+      names = (f'{what}-{path.name}' + (f'-{n}' if n else '') for n in itertools.count())
       path.rename(next(free for free in map(path.with_name, names) if not free.exists()))
 
 
@@ -241,19 +274,24 @@ def restore(workdir: pathlib.Path, step: int, **abstract) -> dict:
     A dict of trees of the same structure.
 
   Raises:
-    BadInput: when names, shapes or types differ from the checkpoint's.
+    DamagedCheckpoint: its arrays are not those that were saved, or of other names, shapes or types.
+    BadInput: it cannot be read.
   """
   path = _folder(workdir) / str(step)
   nested = {name: as_dict(tree) for name, tree in abstract.items()}
+  fingerprints = read_record(workdir, step).get('fingerprint', {})
   for name in nested:
     if not (path / name).is_dir():
-      raise BadInput(f'{path}: is incomplete, it has no folder {name}; restore it, or {older_step(workdir, step)}')
+      raise DamagedCheckpoint(step, f'{path}: is incomplete, it has no folder {name}')
   orbax = _orbax()
   with _reading(workdir, step):
     for name, arrays in nested.items():
       saved = orbax.metadata(path, checkpointable_name=name).metadata
-      _check_arrays(path / name, _by_path(saved), _by_path(arrays), f'if it is damaged, {older_step(workdir, step)}')
+      _check_arrays(step, path / name, _by_path(saved), _by_path(arrays))
     loaded = orbax.load_checkpointables(path, nested)
+    for name, arrays in loaded.items():
+      if fingerprints.get(name) not in (None, fingerprint(_by_path(arrays))):
+        raise DamagedCheckpoint(step, f'{path / name}: its arrays are not those that were saved')
     return {name: from_dict(tree, loaded[name]) for name, tree in abstract.items()}
 
 
@@ -263,14 +301,14 @@ def _by_path(nested: dict) -> dict:
   return {'.'.join(_names(path)): leaf for path, leaf in leaves}
 
 
-def _check_arrays(path, saved: dict, expected: dict, fix: str) -> None:
+def _check_arrays(step: int, path, saved: dict, expected: dict) -> None:
   for name in sorted(saved.keys() ^ expected.keys()):
     is_left_over = name in saved
     what = 'is in the checkpoint but not in the model' if is_left_over else 'is missing from the checkpoint'
     near = difflib.get_close_matches(name, list(expected if is_left_over else saved), n=1)
-    raise BadInput(f'{path}: {name} {what}' + (f'; nearest name: {near[0]}' if near else '') + f'; {fix}')
+    raise DamagedCheckpoint(step, f'{path}: {name} {what}' + (f'; nearest name: {near[0]}' if near else ''))
   for name, array in expected.items():
     old = saved[name]
     if tuple(old.shape) != tuple(array.shape) or np.dtype(old.dtype) != np.dtype(array.dtype):
-      raise BadInput(f'{path}: {name} is {old.dtype}{list(old.shape)}, '
-                     f'but the config asks for {array.dtype}{list(array.shape)}; {fix}')
+      raise DamagedCheckpoint(step, f'{path}: {name} is {old.dtype}{list(old.shape)}, '
+                              f'but the config asks for {array.dtype}{list(array.shape)}')

@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from mtp_jax.checkpoint import store
-from mtp_jax.checkpoint.record import TOKENIZER, check_conventions, check_tokenizer, locate, read_record
+from mtp_jax.checkpoint.record import (
+    TOKENIZER,
+    check_conventions,
+    check_run,
+    check_tokenizer,
+    check_whole,
+    choose,
+    locate,
+    read_record,
+)
 from mtp_jax.config import Config
 from mtp_jax.data.corpus import load_tokenizer, other_documents
 from mtp_jax.decode.requests import check_is, one_or_several
@@ -25,7 +34,7 @@ def load(workdir, step: int | None = None, *, tokenizer: str | None = None,
 
   Args:
     workdir: of a training run, or a path inside it, such as that of one checkpoint.
-    step: by default the newest checkpoint.
+    step: by default the newest checkpoint that is whole; a line tells why a newer one is not used.
     tokenizer: a SentencePiece model file; by default the one that the workdir keeps.
     data: what `corpus` and `evaluate` read instead of the documents of the training run: prepared
       sets, or text files and folders of them.
@@ -39,7 +48,17 @@ def load(workdir, step: int | None = None, *, tokenizer: str | None = None,
   """
   workdir, step = locate(workdir, step, 'workdir')
   workdir = workdir.absolute()
-  record = read_record(workdir, step)
+
+  def load_step(step: int) -> LanguageModel:
+    check_whole(workdir, step, without='training')
+    record = read_record(workdir, step)
+    check_run(workdir, record)
+    return _loaded(workdir, record, tokenizer, data, mesh)
+
+  return choose(workdir, step, load_step)
+
+
+def _loaded(workdir: pathlib.Path, record: dict, tokenizer, data, mesh) -> LanguageModel:
   config = Config.from_dict(record['config'])
   check_conventions(conventions(config.model), record, workdir)
   check_is((str, pathlib.Path, types.NoneType), tokenizer=tokenizer)

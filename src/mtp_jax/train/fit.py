@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import secrets
 import time
 from collections.abc import Callable, Iterator
 
@@ -16,7 +17,7 @@ import jax
 
 from mtp_jax import chips
 from mtp_jax.checkpoint import store
-from mtp_jax.checkpoint.record import CONFIG, TOKENIZER
+from mtp_jax.checkpoint.record import CONFIG, RUN, TOKENIZER, DamagedCheckpoint, run_name
 from mtp_jax.config import BadInput, Config, local_path
 from mtp_jax.config.errors import cannot, in_words
 from mtp_jax.data.folder import Damaged, Folder, Unreadable
@@ -79,13 +80,23 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=print_std
     raise BadInput(f'config={config!r}: must be a Config')
   if not isinstance(profile_steps, range) or not callable(note):
     raise BadInput(f'profile_steps={profile_steps!r}, note={note!r}: must be a range and a function of a line')
-  started, t = time.time(), config.train
   workdir = local_path(workdir, '--workdir').absolute()
-  index = jax.process_index()
-  note = quiet if index else note
-  check_installed(t.trackers)
+  note = quiet if jax.process_index() else note
+  check_installed(config.train.trackers)
   keep_programs(config)
-  opened = open_run(config, workdir, note)
+  damaged = set()
+  while True:
+    opened = open_run(config, workdir, note, damaged)
+    try:
+      return _fit(config, workdir, profile_steps, note, opened)
+    except DamagedCheckpoint as error:  # its files are what was written, its arrays are not
+      note(f'{error}; an older checkpoint is used')
+      damaged.add(error.step)
+
+
+def _fit(config: Config, workdir: pathlib.Path, profile_steps: range, note, opened: Opened) -> Outcome:
+  """`fit` from the checkpoint that was opened."""
+  started, t, index = time.time(), config.train, jax.process_index()
   mesh = make_mesh(config.mesh)
   processes.check_same(config=json.dumps(config.to_dict()), checkpoint=f'step {opened.step}',
                        data=json.dumps(opened.corpus.identity))
@@ -126,6 +137,12 @@ def _make_folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
   with cannot('be a folder', f'--workdir={workdir}', 'choose another'):
     (workdir / name).mkdir(parents=True, exist_ok=True)
   return workdir / name
+
+
+def _name_of_run(workdir: pathlib.Path, opened: Opened) -> str:
+  """That of the run that is resumed; a new one if there is none."""
+  resumed = opened.record and (opened.record.get('run') or run_name(workdir))
+  return resumed or secrets.token_hex(8)
 
 
 @contextlib.contextmanager
@@ -174,11 +191,14 @@ class _Run:
                                         jax.NamedSharding(mesh, jax.P()))
     self.decodable_V = decodable(config, opened.tokenizer)
     self.record = {'config': config.to_dict(), 'conventions': conventions(config.model),
-                   'tokenizer': opened.tokenizer.digest, 'identity': opened.corpus.identity}
-    self.writer = store.Writer(workdir, config.train.checkpoints_kept)
+                   'tokenizer': opened.tokenizer.digest, 'identity': opened.corpus.identity,
+                   'run': _name_of_run(workdir, opened)}
+    self.writer = store.Writer(workdir, config.train.checkpoints_kept, opened.damaged)
     self.recorder = Recorder(config, folder, self.step, chips.peak_flops() * mesh.size, self.events,
                              display, trackers)
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + '\n')
+    if is_first:
+      (workdir / RUN).write_text(self.record['run'] + '\n')
     if is_first and opened.tokenizer.model:
       Folder(folder, '--workdir').write(TOKENIZER, opened.tokenizer.model)
 

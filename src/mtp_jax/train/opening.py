@@ -6,14 +6,19 @@ import dataclasses
 import fcntl
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from mtp_jax.checkpoint.record import (
     FOLDER,
     TOKENIZER,
+    DamagedCheckpoint,
     check_conventions,
     check_resumes,
+    check_run,
     check_tokenizer,
+    check_whole,
+    choose,
+    folders,
     locate,
     read_record,
     steps,
@@ -25,15 +30,20 @@ from mtp_jax.data.prepared_set import INDEX
 from mtp_jax.model.model import conventions
 from mtp_jax.report.display import Meter, print_stderr
 from mtp_jax.tokenizer import Tokenizer, check_vocabulary
+from mtp_jax.train import processes
 from mtp_jax.train.optimizer import schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-  """Tokenizer, documents, and the record of the checkpoint to resume, None for a new run."""
+  """Tokenizer, documents, and the record of the checkpoint to resume, None for a new run.
+
+  damaged: steps with a newer checkpoint, which is not whole.
+  """
   tokenizer: Tokenizer
   corpus: Corpus
   record: dict | None
+  damaged: tuple[int, ...]
 
   @property
   def step(self) -> int:
@@ -41,19 +51,22 @@ class Opened:
     return self.record['step'] if self.record else 0
 
 
-def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None]) -> Opened:
-  """Opens the tokenizer, the documents and the newest checkpoint in workdir. Prepares
-  config.data.paths where needed.
+def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None],
+             damaged: Collection[int] = ()) -> Opened:
+  """Opens the tokenizer, the documents and the newest checkpoint in workdir that is whole. Prepares
+  config.data.paths where needed. Every process of a job must call it.
 
   Args:
-    note: gets a line for each change since the checkpoint, and for each source that the run never reads.
+    note: gets a line for each change since the checkpoint, for each newer checkpoint that is damaged, and for each
+      source that the run never reads.
+    damaged: steps whose checkpoint is known to be damaged.
 
   Raises:
     BadInput: config, data and checkpoint do not fit together.
   """
   with cannot('read', f'--workdir={workdir}', 'make it readable, or choose another'):
     _check_workdir(workdir)
-    record = read_record(workdir) if steps(workdir) else None
+    record = _newest_record(workdir, note, damaged) if steps(workdir) else None
   changes = []
   if record:
     changes += check_resumes(config, record, workdir)
@@ -70,7 +83,27 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None])
   changes += corpus.left_out(config.train.rows_before(config.train.steps))
   for change in changes:
     note(change)
-  return Opened(tokens, corpus, record)
+  newer = tuple(step for step in steps(workdir) if record and step > record['step'])
+  return Opened(tokens, corpus, record, newer)
+
+
+def _newest_record(workdir: pathlib.Path, note: Callable[[str], None], damaged: Collection[int]) -> dict:
+  """That of the newest checkpoint that is whole; each process of a job reads a share of its files."""
+  processes.check_same(checkpoints=str(folders(workdir)))
+
+  def record_of(step: int) -> dict:
+    record, error = None, None
+    try:
+      check_whole(workdir, step, *processes.place())
+      record = read_record(workdir, step)
+      check_run(workdir, record)
+    except BadInput as refused:
+      error = refused
+    if processes.total(error is not None):
+      raise error or DamagedCheckpoint(step, f'checkpoint {step}: is damaged, as another process of this job has found')
+    return record
+
+  return choose(workdir, None, record_of, note, damaged)
 
 
 def _check_workdir(workdir: pathlib.Path) -> None:
@@ -101,7 +134,7 @@ def only_run(workdir: pathlib.Path, opened: Opened) -> Iterator[None]:
       raise BadInput(f'--workdir={workdir}: another process trains there; wait for it, or choose another') from None
     except OSError:  # a file system without locks
       pass
-    if max(steps(workdir), default=0) != opened.step:
+    if max(set(steps(workdir)) - set(opened.damaged), default=0) != opened.step:
       raise BadInput(f'--workdir={workdir}: another process has saved a checkpoint there; run the same command again')
     yield
   finally:

@@ -213,6 +213,12 @@ def stop_signal(interrupts: Interrupts) -> int:
   return interrupts.received or signal.SIGTERM
 
 
+def place() -> tuple[int, int]:
+  """(index of this process, how many the job has)."""
+  import jax
+  return jax.process_index(), jax.process_count()
+
+
 def total(number: int) -> int:
   """The sum over all processes. Every process must call it."""
   import jax

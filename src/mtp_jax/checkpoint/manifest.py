@@ -1,0 +1,115 @@
+"""The manifest of a checkpoint: size and SHA-256 of each of its files, written once all of them are.
+
+    STEP/manifest-INDEX-of-COUNT.json   {'name of a file, relative to STEP': [bytes, 'hex digest'], ...}
+
+Orbax and TensorStore keep no checksum of arrays: of a flipped bit they tell nothing. Each process reads a share of the
+files back and lists it; a checkpoint has a manifest when all COUNT lists are there. Nothing here imports JAX or Orbax.
+"""
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+import re
+
+NAME = 'manifest-{index}-of-{count}.json'
+PATTERN = re.compile(r'manifest-(\d+)-of-(\d+)\.json')
+BLOCK_BYTES = 1 << 20
+
+
+def write(folder: pathlib.Path, index: int = 0, count: int = 1) -> None:
+  """Lists share number `index` of `count` of the files in the folder of a checkpoint. Raises OSError."""
+  paths = _share(_files(folder), index, count)
+  listed = {name: [path.stat().st_size, found] for (name, path), found in zip(paths.items(), _digests(paths.values()))}
+  path = folder / NAME.format(index=index, count=count)
+  temporary = path.with_name(f'.{path.name}')
+  with temporary.open('w') as file:
+    file.write(json.dumps(listed, indent=0) + '\n')
+    file.flush()
+    os.fsync(file.fileno())
+  temporary.replace(path)
+
+
+def problem(folder: pathlib.Path, index: int = 0, count: int = 1, without: str = '') -> str:
+  """What differs from the manifest in share number `index` of `count` of the listed files, in words; '' if nothing
+  does, or if there is no manifest.
+
+  Args:
+    without: a folder whose files are not looked at.
+
+  Raises:
+    OSError: a file cannot be read.
+  """
+  try:
+    listed = read(folder) or {}
+  except ValueError as error:
+    return str(error)
+  chosen = {name: listed[name] for name in listed if not (without and name.startswith(without + '/'))}
+  share = _share(chosen, index, count)
+  for name, (size, _) in share.items():
+    path = folder / name
+    if not path.is_file():
+      return f'{name} is missing'
+    if path.stat().st_size != size:
+      return f'{name} has {path.stat().st_size:,} bytes, not {size:,}'
+  for (name, (_, expected)), found in zip(share.items(), _digests(folder / name for name in share)):
+    if found != expected:
+      return f'{name} holds other bytes than were saved'
+  return ''
+
+
+def read(folder: pathlib.Path) -> dict[str, tuple[int, str]] | None:
+  """{name: (bytes, digest)} of all files of a checkpoint; None if it has no manifest, or not all of it yet.
+
+  Raises:
+    ValueError: it cannot be understood.
+    OSError: it cannot be read.
+  """
+  found = [match for match in map(PATTERN.fullmatch, os.listdir(folder)) if match]
+  if not found or len(found) < int(found[0].group(2)):
+    return None
+  listed = {}
+  for match in found:
+    try:
+      entries = json.loads((folder / match.string).read_text())
+      listed |= {_inside(name): (int(size), str(hexadecimal)) for name, (size, hexadecimal) in entries.items()}
+    except (ValueError, TypeError, AttributeError):
+      raise ValueError(f'{match.string} is no list of files') from None
+  return listed
+
+
+def size_bytes(folder: pathlib.Path) -> int:
+  """Of all files of a checkpoint."""
+  return sum(path.stat().st_size for path in _files(folder).values())
+
+
+def digest(path: pathlib.Path) -> str:
+  """SHA-256 of a file, in hexadecimal."""
+  sha = hashlib.sha256()
+  with path.open('rb') as file:
+    while block := file.read(BLOCK_BYTES):
+      sha.update(block)
+  return sha.hexdigest()
+
+
+def _digests(paths) -> list[str]:
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return list(pool.map(digest, paths))
+
+
+def _inside(name: str) -> str:
+  """The name of a file within the folder. Raises ValueError for any other."""
+  if pathlib.PurePosixPath(name).is_absolute() or '..' in name.split('/'):
+    raise ValueError
+  return name
+
+
+def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """All files of a checkpoint but its manifest, by their names relative to the folder."""
+  paths = (path for path in folder.rglob('*') if path.is_file())
+  named = {path.relative_to(folder).as_posix(): path for path in paths}
+  return {name: path for name, path in sorted(named.items()) if not PATTERN.fullmatch(name.removeprefix('.'))}
+
+
+def _share(files: dict, index: int, count: int) -> dict:
+  return dict(sorted(files.items())[index::count])
