@@ -1,9 +1,19 @@
 """evaluate and generate print what the functions behind them return."""
+import json
+
 from experiments import experiment, generate_clearly, random_state, write
 
 import mtp_jax
+from mtp_jax.checkpoint import store
 
 GENERATE = 'generate --workdir=run --prompt=a'
+
+
+def flip_last_byte(folder):
+  """Of the largest file in a folder."""
+  path = max((path for path in folder.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+  content = path.read_bytes()
+  path.write_bytes(content[:-1] + bytes([content[-1] ^ 255]))
 
 
 def test_evaluate_prints_one_entry_a_future(run, run_json):
@@ -64,3 +74,44 @@ def test_what_is_lossy_says_so_and_what_is_not_does_not(run, run_json):
   blocks = 'lossy: exact, threshold 0, blocks of 2 at least'
   assert last_line(f'{short} --min_block=2').startswith(blocks)
   assert not any('lossy' in line for line in run(short)[1])
+
+
+def test_verify_tells_of_each_checkpoint_whether_it_is_whole(run, run_json, place):
+  config = experiment(place)
+  writer = store.Writer(place / 'several', 3)
+  for step in (2, 4, 6):
+    write(place / 'several', config, random_state(config), step, writer=writer)
+  writer.close()
+  assert run('verify --workdir=several')[0] == 0
+  checkpoints = place / 'several' / 'checkpoints'
+  flip_last_byte(checkpoints / '4')
+  (checkpoints / '6' / 'commit_success.txt').unlink()
+  code, out, err = run('verify --workdir=several')
+  assert code == 1 and not err
+  assert [line.split()[0] for line in out] == ['step', '2', '4', '6'] and out[1].endswith(' whole')
+  assert 'is damaged, ' in out[2] and out[2].endswith('holds other bytes than were saved')
+  assert out[3].endswith('incomplete, it was never committed')
+  code, out, _ = run('verify --workdir=several --step=2 --json')
+  assert code == 0 and json.loads(out[-1])['whole'] == 1
+  for path in (checkpoints / '2').glob('manifest*'):
+    path.unlink()
+  assert run('verify --workdir=several --step=2')[1][1].endswith('it has no manifest')
+  steps_held = 'step 3: several holds the steps 2, 4, 6'
+  for where, message in (('several --step=3', steps_held), ('none', 'holds no checkpoint')):
+    code, _, (line,) = run(f'verify --workdir={where}')
+    assert code == 2 and message in line
+
+
+def test_evaluate_and_generate_use_the_newest_checkpoint_that_is_whole(run, run_json, place):
+  config = experiment(place)
+  writer = store.Writer(place / 'flipped', 3)
+  for step in (2, 4):
+    write(place / 'flipped', config, random_state(config, seed=step), step, writer=writer)
+  writer.close()
+  flip_last_byte(place / 'flipped/checkpoints/4/parameters')
+  for command in ('evaluate --workdir=flipped --rows=4', 'generate --workdir=flipped --prompt=a --max_tokens=2'):
+    code, _, err = run(command)
+    assert code == 0 and len([line for line in err if line.endswith('; an older checkpoint is used')]) == 1, err
+    code, _, err = run(f'{command} --step=4')
+    assert code == 2 and err[-1].endswith('; other checkpoints are of the steps 2'), err
+  assert run_json('evaluate --workdir=flipped --rows=4')['step'] == 2

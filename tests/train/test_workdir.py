@@ -6,6 +6,7 @@ import sys
 import pytest
 from experiments import experiment, log_of, random_state, write, write_config_file
 
+from mtp_jax.checkpoint.record import FOLDER
 from mtp_jax.config import BadInput
 from mtp_jax.data.progress import quiet
 from mtp_jax.train.fit import fit
@@ -31,6 +32,31 @@ def test_a_run_that_was_opened_before_another_one_saved_is_refused(tmp_path):
   with pytest.raises(BadInput, match='another process has saved a checkpoint there; run the same command again'):
     with only_run(workdir, opened):
       pass
+
+
+@pytest.mark.parametrize('damage', ['a file', 'an array', 'incomplete'])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_logs_what_it_would_have(tmp_path, damage):
+  """Without a manifest, a flipped bit of an array shows only in the arrays that are restored."""
+  fields = {'steps': 6, 'checkpoint_every': 2, 'evaluate_every': 0, 'log_every': 1}
+  config, workdir, lines = experiment(tmp_path, train=fields), tmp_path / 'run', []
+  fit(config, workdir, note=quiet)
+  whole, folder = log_of(workdir), workdir / FOLDER / '6'
+  if damage == 'incomplete':
+    (folder / 'commit_success.txt').unlink()
+  else:
+    largest = max((path for path in (folder / 'parameters').rglob('*') if path.is_file()),
+                  key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 16
+    largest.write_bytes(content)
+  if damage == 'an array':
+    (folder / 'manifest-0-of-1.json').unlink()
+  assert fit(config, workdir, note=lines.append).step == 6
+  assert log_of(workdir) == whole
+  assert [line for line in lines if line.startswith(str(workdir)) and line.endswith('an older checkpoint is used')]
+  names = sorted(path.name for path in (workdir / FOLDER).iterdir())
+  assert names == ['2', '4', '6', f'{"incomplete" if damage == "incomplete" else "damaged"}-6']
+  assert fit(config, workdir, note=lines.append).step == 6 and len(log_of(workdir)) == len(whole)
 
 
 @pytest.mark.parametrize('name', ['metrics.jsonl', 'events.jsonl', 'config.json'])

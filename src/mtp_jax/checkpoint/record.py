@@ -209,6 +209,20 @@ def check_whole(workdir, step: int, index: int = 0, count: int = 1, without: str
     raise DamagedCheckpoint(step, f'{folder}: is damaged, {problem}')
 
 
+def state(workdir, step: int) -> str:
+  """What is known of a checkpoint without loading it: 'whole', or without a manifest 'whole as far as its record
+  tells', or why it would not be used. Reads all its files.
+  """
+  if not is_complete(workdir, step):
+    return 'incomplete, it was never committed'
+  try:
+    check_whole(workdir, step)
+    check_run(workdir, read_record(workdir, step))
+    return 'whole' if manifest.read(_folder(workdir, step)) else 'whole as far as its record tells: it has no manifest'
+  except BadInput as error:
+    return str(error).removeprefix(f'{_folder(workdir, step)}: ')
+
+
 def check_run(workdir, record: dict) -> None:
   """Raises DamagedCheckpoint for a checkpoint of another run."""
   name = run_name(workdir)

@@ -1,4 +1,4 @@
-"""train, generate: what is done with a workdir."""
+"""train, generate, verify: what is done with a workdir."""
 import dataclasses
 import sys
 
@@ -17,9 +17,11 @@ from mtp_jax.cli.command import (
     need_at_least,
     print_result,
     say,
+    table,
 )
 from mtp_jax.cli.text import typed, typed_or_read
 from mtp_jax.config import BadInput, Config
+from mtp_jax.config.errors import cannot
 
 
 def train(flags) -> int:
@@ -132,6 +134,33 @@ def _generation_lines(flags, generation, criterion, trained_depth: int) -> list[
   return lines
 
 
+def verify(flags) -> int:
+  """Reads all files of every checkpoint in --workdir, or of --step alone, and compares them with what was saved.
+
+  Changes nothing. The exit code is 1 if one is not whole; `train`, `evaluate` and `generate` use the newest that is.
+  """
+  need(flags, 'workdir')
+  need_at_least(flags, step=-1)
+  from mtp_jax.checkpoint import manifest
+  from mtp_jax.checkpoint.record import FOLDER, folders, locate, read_record, state
+  workdir, step = locate(flags.workdir, None if flags.step < 0 else flags.step)
+  with cannot('read', f'--workdir={workdir}', 'make it readable, or give another folder'):
+    found = folders(workdir)
+  if not found:
+    read_record(workdir)  # says what to do
+  if step not in (None, *found):
+    raise BadInput(f'step {step}: {workdir} holds the steps {", ".join(map(str, found))}')
+  checkpoints = []
+  for step in found if step is None else [step]:
+    with cannot('read', f'--workdir={workdir}', 'make it readable, or give another folder'):
+      size = manifest.size_bytes(workdir / FOLDER / str(step))
+    checkpoints.append({'step': step, 'bytes': size, 'state': state(workdir, step)})
+  whole = [row['state'].startswith('whole') for row in checkpoints]
+  rows = [(row['step'], f'{row["bytes"]:,}', row['state']) for row in checkpoints]
+  print_result(flags, {'checkpoints': checkpoints, 'whole': sum(whole)}, table(('step', 'bytes', ''), rows))
+  return 0 if all(whole) else 1
+
+
 def drafter_of(flags, lm):
   """--drafter as `LanguageModel.generate` takes it: a name, or a loaded draft model.
 
@@ -188,4 +217,8 @@ COMMANDS = {
          ('stream', False, 'print the text as it grows'),
          JSON),
         "generate --workdir=runs/tiny --prompt='def main():' --max_tokens=200"),
+    'verify': Command(
+        verify, 'whether the checkpoints of a run are whole',
+        (WORKDIR, ('step', -1, 'of the checkpoint; -1: all'), JSON),
+        'verify --workdir=runs/tiny'),
 }

@@ -98,8 +98,7 @@ def _fit(config: Config, workdir: pathlib.Path, profile_steps: range, note, open
   """`fit` from the checkpoint that was opened."""
   started, t, index = time.time(), config.train, jax.process_index()
   mesh = make_mesh(config.mesh)
-  processes.check_same(config=json.dumps(config.to_dict()), checkpoint=f'step {opened.step}',
-                       data=json.dumps(opened.corpus.identity))
+  processes.check_same(data=json.dumps(opened.corpus.identity))
   folder = _make_folder(workdir, f'process-{index}' if index else '')
   note(opened.corpus.sides())
 
@@ -182,10 +181,15 @@ class _Run:
     self.batches = opened.corpus.batches(rows, config.train.batch, *self.share,
                                          place=lambda batch: put(batch, mesh),
                                          rows_before=config.train.rows_before)
-    self.events = Events(folder)
-    self.events.write('start', started, 0.0, self.step)
-    self.events.write('setup', started, time.time() - started, self.step)
-    self.state = self._first_state(workdir, opened)
+    with contextlib.ExitStack() as stack:  # closes all of it where the state cannot be restored
+      stack.callback(self.batches.close)
+      self.events = stack.enter_context(contextlib.closing(Events(folder)))
+      self.recorder = stack.enter_context(contextlib.closing(
+          Recorder(config, folder, self.step, chips.peak_flops() * mesh.size, self.events, display, trackers)))
+      self.events.write('start', started, 0.0, self.step)
+      self.events.write('setup', started, time.time() - started, self.step)
+      self.state = self._first_state(workdir, opened)
+      self.files = stack.pop_all()
 
     self.byte_length_V = jax.device_put(byte_lengths(config, opened.tokenizer),
                                         jax.NamedSharding(mesh, jax.P()))
@@ -194,8 +198,6 @@ class _Run:
                    'tokenizer': opened.tokenizer.digest, 'identity': opened.corpus.identity,
                    'run': _name_of_run(workdir, opened)}
     self.writer = store.Writer(workdir, config.train.checkpoints_kept, opened.damaged)
-    self.recorder = Recorder(config, folder, self.step, chips.peak_flops() * mesh.size, self.events,
-                             display, trackers)
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + '\n')
     if is_first:
       (workdir / RUN).write_text(self.record['run'] + '\n')
@@ -304,6 +306,4 @@ class _Run:
       with self.events.span('save', self.step) if self.writer.pending else contextlib.nullcontext():
         self.writer.close()
     finally:
-      self.events.close()
-      self.recorder.close()
-      self.batches.close()
+      self.files.close()

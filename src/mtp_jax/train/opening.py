@@ -4,6 +4,7 @@ it resumes.
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import pathlib
 from collections.abc import Callable, Collection, Iterator
@@ -66,6 +67,7 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None],
   """
   with cannot('read', f'--workdir={workdir}', 'make it readable, or choose another'):
     _check_workdir(workdir)
+    processes.check_same(config=json.dumps(config.to_dict()), checkpoint=f'steps {folders(workdir)}')
     record = _newest_record(workdir, note, damaged) if steps(workdir) else None
   changes = []
   if record:
@@ -89,8 +91,6 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None],
 
 def _newest_record(workdir: pathlib.Path, note: Callable[[str], None], damaged: Collection[int]) -> dict:
   """That of the newest checkpoint that is whole; each process of a job reads a share of its files."""
-  processes.check_same(checkpoints=str(folders(workdir)))
-
   def record_of(step: int) -> dict:
     record, error = None, None
     try:
