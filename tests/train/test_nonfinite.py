@@ -1,4 +1,4 @@
-"""A step that is not finite changes nothing; too many end the run with evidence."""
+"""A step that is not finite changes nothing; too many end the run with evidence, after roll-backs."""
 import dataclasses
 import functools
 import json
@@ -87,8 +87,19 @@ def test_too_many_non_finite_steps_end_the_run_with_evidence_and_a_good_checkpoi
   _, workdir = uninterrupted('parallel')
   monkeypatch.setattr('mtp_jax.train.fit.compiled_step', poisoned({4, 5}))
   config = experiment(folder, train={'skipped_allowed': 2})
-  with pytest.raises(NotFinite, match='step 5: 2 steps in a row'):
-    fit(config, tmp_path / 'run', note=lambda line: None)
+  lines, arrays = [], []
+
+  def note(line):
+    lines.append(line)
+    if 'roll-back' in line:
+      arrays.append(len(jax.live_arrays()))
+
+  before = len(jax.live_arrays())
+  with pytest.raises(NotFinite, match='step 5: 2 bad steps in a row, .* after 2 roll-backs to step 3'):
+    fit(config, tmp_path / 'run', note=note)
+  assert [line[:67] for line in lines if 'roll-back' in line] == [
+      f'step 5: 2 bad steps in a row, the last one: loss not finite; roll-back {n} of 2'[:67] for n in (1, 2)]
+  assert max(arrays) < before + 10  # the state of before is gone when that of the checkpoint comes
   assert steps(tmp_path / 'run') == [3]
   assert same_bits(mtp_jax.load(tmp_path / 'run').model, mtp_jax.load(workdir, 3).model)
   evidence = np.load(tmp_path / 'run' / 'nonfinite' / 'step-5.npz')
@@ -97,5 +108,8 @@ def test_too_many_non_finite_steps_end_the_run_with_evidence_and_a_good_checkpoi
   assert json.loads((tmp_path / 'run' / 'nonfinite' / 'step-5.json').read_text())['skipped_in_a_row'] == 2
 
   write_config_file(tmp_path / 'config.py', config)
-  assert main(['train', f'--config={tmp_path / "config.py"}', f'--workdir={tmp_path / "run"}']) == 1
-  assert capsys.readouterr().err.splitlines()[-1].startswith('mtp_jax: step 5: 2 steps in a row')
+  arguments = ['train', f'--config={tmp_path / "config.py"}', f'--workdir={tmp_path / "run"}']
+  assert main(arguments) == 1
+  assert capsys.readouterr().err.splitlines()[-1].startswith('mtp_jax: step 5: 2 bad steps in a row')
+  assert main([*arguments, '--config.train.rollbacks_allowed=0']) == 1
+  assert ' roll-back 1' not in capsys.readouterr().err

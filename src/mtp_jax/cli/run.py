@@ -25,13 +25,18 @@ from mtp_jax.config.errors import cannot
 
 
 def train(flags) -> int:
-  """Starts a run, or resumes it from the newest checkpoint in --workdir."""
+  """Starts a run, or resumes it from the newest checkpoint in --workdir.
+
+  With --replay_step=N it instead runs step N again, twice from the checkpoint before it, and writes nothing there.
+  Exit code 0 if both agree with each other, bit for bit, and with the log; 1 if not: then the machine is to blame.
+  """
   config = config_of(flags)
   need(flags, 'workdir')
   profiled = _profiled(flags.profile_steps)
+  need_at_least(flags, replay_step=0)
   from mtp_jax.train import processes
-  return processes.run(lambda: exit_code_of(lambda: _fit(flags, config, profiled)),
-                       config.train.heartbeat_seconds)
+  work = (lambda: _replay(flags, config)) if flags.replay_step else (lambda: _fit(flags, config, profiled))
+  return processes.run(lambda: exit_code_of(work), config.train.heartbeat_seconds)
 
 
 def _profiled(steps: str) -> range:
@@ -58,6 +63,27 @@ def _fit(flags, config: Config, profiled: range) -> int:
   if jax.process_index() == 0:
     print_result(flags, values, [line])
   return 128 + outcome.signal if outcome.signal else 0
+
+
+def _replay(flags, config: Config) -> int:
+  import jax
+
+  from mtp_jax.train.replay import replay
+  found = replay(config, flags.workdir, flags.replay_step)
+  start = f'the checkpoint of step {found.start}' if found.start else 'the beginning'
+  lines = [f'step {found.step}, twice from {start}: '
+           + (f'the same state and metrics, bit for bit; loss {found.loss}' if found.same else
+              f'NOT the same state and metrics ({" and ".join(d[:12] for d in found.digests)}): the machine errs')]
+  if found.logged and found.loss == found.logged_loss:
+    lines.append(f'the log has that loss: {f"{found.cause}, from" if found.cause else "the step depends on"} data and '
+                 'parameters, not on the machine')
+  elif found.logged:
+    lines.append(f'the log has loss {found.logged_loss}: the machine erred then, or config or devices were others')
+  else:
+    lines.append(f'the log has no record of step {found.step}' + (f'; {found.cause}' if found.cause else ''))
+  if jax.process_index() == 0:
+    print_result(flags, dataclasses.asdict(found) | {'agrees': found.agrees}, lines)
+  return 0 if found.agrees else 1
 
 
 def generate(flags) -> int:
@@ -186,6 +212,7 @@ COMMANDS = {
         train, 'pretrain, or resume',
         (CONFIG, WORKDIR,
          ('profile_steps', '', 'a:b writes a jax.profiler trace of the steps a to b-1'),
+         ('replay_step', 0, 'a step to run again, twice, instead of training'),
          JSON),
         'train --config=configs/tiny.py --workdir=runs/tiny --config.train.steps=200'),
     'generate': Command(

@@ -14,7 +14,7 @@ AT_LEAST_1 = (
     'model.expert_width', 'model.expert_groups', 'model.groups_per_token', 'model.futures', 'model.head_batch',
     'data.length', 'train.steps', 'train.batch', 'train.accumulate',
     'train.log_every', 'train.evaluate_rows', 'train.checkpoint_every', 'train.checkpoints_kept',
-    'train.skipped_allowed', 'train.heartbeat_seconds',
+    'train.skipped_allowed', 'train.spike_window', 'train.heartbeat_seconds',
     'mesh.data', 'mesh.fsdp', 'mesh.context', 'mesh.tensor', 'mesh.expert')
 CHOICES = {
     'model.kind': ('parallel', 'linear', 'causal', 'anticausal', 'sequential'),
@@ -174,6 +174,8 @@ def _check_train(c) -> None:
   t = c.train
   _require(c, 'train.seed', t.seed >= 0, 'must not be negative')
   _require(c, 'train.hang_seconds', t.hang_seconds >= 0, 'must not be negative; 0 waits forever')
+  _require(c, 'train.rollbacks_allowed', t.rollbacks_allowed >= 0, 'must not be negative; 0 ends the run at once')
+  _require(c, 'train.spike_factor', t.spike_factor >= 0, 'must be positive, such as 20, or 0 for no spikes')
   _require(c, 'train.evaluate_every', t.evaluate_every >= 0,
            'must not be negative; 0 validates only at the end')
   for tracker in t.trackers:

@@ -262,7 +262,15 @@ class TrainConfig:
   evaluate_rows: int = _field(64, 'held-out rows in a validation')
   checkpoint_every: int = _field(200, 'steps between checkpoints; one is also saved at the end')
   checkpoints_kept: int = _field(3, 'newest checkpoints to keep')
-  skipped_allowed: int = _field(10, 'steps in a row that are not finite, after which the run ends')
+  skipped_allowed: int = _field(
+      10, 'bad steps in a row (not finite, or spikes), after which the run goes back to its newest checkpoint and '
+          'leaves out the rows it has read since')
+  rollbacks_allowed: int = _field(2, 'times that it goes back to the same checkpoint; then it ends with exit code 1')
+  spike_factor: float = _field(
+      0.0, 'a step whose loss or gradient norm is this many deviations above the median of the last spike_window good '
+           'steps is bad and skipped; 0: none is. Gradient norms have heavy tails: of 2,000 steps of a good run '
+           '6 skips 29, 10 skips 13 and 20 none')
+  spike_window: int = _field(128, 'good steps before which no step counts as a spike')
   hang_seconds: float = _field(
       1800.0, 'a step that takes longer ends the process with exit code 1 and the stacks of all '
               'threads; 0: never')

@@ -289,6 +289,12 @@ class Batches:
     mixed = state['mixed'] if mixture == list(zip(self._names, self._mixture.shares)) else 0
     self._begin([n - m for n, m in zip(taken, self._mixture.counts(mixed))], mixed, step)
 
+  def skip(self, rows: int) -> None:
+    """Leaves out the next so many rows."""
+    step = self._iterator.get_state()['next_index']
+    self.close()
+    self._begin(self._bases, self._mixed_before(step) + rows, self._step + step)
+
   def close(self) -> None:
     self._iterator.close()
 

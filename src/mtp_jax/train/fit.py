@@ -4,6 +4,11 @@ The loop keeps the device busy: it starts a step, and records the one before whi
 runs. Batches are a function of (seed, step), and a checkpoint holds all that a step changes. So a
 run that was stopped, or killed and started again, ends with the same parameters and the same log,
 bit by bit, as one that was not.
+
+After too many bad steps in a row it rolls back: it goes on from the newest checkpoint, without the rows that
+were read since. (Without those of the bad steps alone it would come to the same parameters, and fail again, if these
+are to blame.) The record of every later checkpoint lists the roll-backs; one that was killed before rolls back again,
+in the same way. No checkpoint is saved within a row of bad steps.
 """
 import contextlib
 import dataclasses
@@ -14,10 +19,11 @@ import time
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 
 from mtp_jax import chips
 from mtp_jax.checkpoint import store
-from mtp_jax.checkpoint.record import CONFIG, RUN, TOKENIZER, DamagedCheckpoint, run_name
+from mtp_jax.checkpoint.record import CONFIG, FOLDER, RUN, TOKENIZER, DamagedCheckpoint, read_record, run_name, steps
 from mtp_jax.config import BadInput, Config, local_path
 from mtp_jax.config.errors import cannot, in_words
 from mtp_jax.data.folder import Damaged, Folder, Unreadable
@@ -35,6 +41,7 @@ from mtp_jax.report.log import FILE as METRICS
 from mtp_jax.report.trackers import check_installed, open_trackers
 from mtp_jax.tokenizer import byte_lengths, decodable
 from mtp_jax.train import processes
+from mtp_jax.train.guards import Guard, changes_loss
 from mtp_jax.train.nonfinite import NotFinite
 from mtp_jax.train.opening import Opened, only_run, open_run
 from mtp_jax.train.recording import Recorder, Step
@@ -49,7 +56,7 @@ class Outcome:
   """How a run ended.
 
   Fields:
-    step: the last one.
+    step: the last one, or that of the newest checkpoint where a signal came within a row of bad steps.
     validation: metrics of the newest validation.
     signal: the one that stopped the run on all its processes; 0 if none did.
   """
@@ -73,8 +80,8 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=print_std
   Raises:
     BadInput: for what the user can fix, before anything is written.
     Damaged, Unreadable: the data cannot be read; a run of one process saves a checkpoint first.
-    NotFinite: config.train.skipped_allowed steps in a row were not finite; their batches are in
-      workdir/nonfinite.
+    NotFinite: config.train.skipped_allowed steps in a row were bad, after config.train.rollbacks_allowed roll-backs to
+      the same checkpoint; their batches are in workdir/nonfinite.
   """
   if not isinstance(config, Config):
     raise BadInput(f'config={config!r}: must be a Config')
@@ -102,34 +109,83 @@ def _fit(config: Config, workdir: pathlib.Path, profile_steps: range, note, open
   folder = _make_folder(workdir, f'process-{index}' if index else '')
   note(opened.corpus.sides())
 
-  with (contextlib.nullcontext() if index else only_run(workdir, opened), _writing(workdir),
-        processes.interrupts() as interrupts, jax.set_mesh(mesh),
-        contextlib.closing(Display(t.steps, opened.step, note, bar=index == 0)) as display,
-        contextlib.closing(_Run(config, workdir, folder, opened, mesh, display, started)) as run):
-    def heard() -> int:
-      with watched(t.hang_seconds):
-        return processes.stop_signal(interrupts)
+  skipped = _skipped_rows(opened)
+  with processes.interrupts() as interrupts, jax.set_mesh(mesh):
+    while True:
+      try:
+        with (contextlib.nullcontext() if index else only_run(workdir, opened), _writing(workdir),
+              contextlib.closing(Display(t.steps, opened.step, note, bar=index == 0)) as display):
+          return _train(_Run(config, workdir, folder, opened, skipped, mesh, display, started), interrupts,
+                        profile_steps, opened.record is not None)
+      except NotFinite as error:
+        opened, skipped, line = _rolled_back(config, workdir, opened, skipped, error)
+      note(line)
+      started = time.time()
 
-    stop_signal = 0
-    try:
-      # the run before may have ended between a checkpoint and its validation
-      if opened.record and run.validation_due():
-        stop_signal = run.validate(heard)
-      while run.step < t.steps and not stop_signal:
-        run.profile(profile_steps)
-        run.advance()
-        stop_signal = heard()
-        if stop_signal or run.step == t.steps or run.step % t.checkpoint_every == 0:
-          run.save()
-        if run.validation_due() and not stop_signal:
-          stop_signal = run.validate(heard)
-          if stop_signal:
-            run.save()
-    except (Damaged, Unreadable):
-      if jax.process_count() == 1:  # among several processes the others may be a step ahead
+
+def _train(run: '_Run', interrupts, profile_steps: range, resumed: bool) -> Outcome:
+  """To the last step, or a signal; closes the run."""
+  with contextlib.closing(run):
+    return _advance_to_end(run, interrupts, profile_steps, resumed)
+
+
+def _advance_to_end(run: '_Run', interrupts, profile_steps: range, resumed: bool) -> Outcome:
+  t = run.config.train
+
+  def heard() -> int:
+    with watched(t.hang_seconds):
+      return processes.stop_signal(interrupts)
+
+  stop_signal = 0
+  try:
+    # the run before may have ended between a checkpoint and its validation
+    if resumed and run.validation_due():
+      stop_signal = run.validate(heard)
+    while run.step < t.steps and not stop_signal:
+      run.profile(profile_steps)
+      run.advance()
+      stop_signal = heard()
+      if stop_signal or run.step == t.steps or run.step % t.checkpoint_every == 0:
         run.save()
-      raise
-    return Outcome(run.step, run.validation, stop_signal)
+      if run.validation_due() and not stop_signal:
+        stop_signal = run.validate(heard)
+        if stop_signal:
+          run.save()
+  except (Damaged, Unreadable):
+    if jax.process_count() == 1:  # among several processes the others may be a step ahead
+      run.save()
+    raise
+  return Outcome(run.saved_step if stop_signal else run.step, run.validation, stop_signal)
+
+
+def _skipped_rows(opened: Opened) -> list[tuple[int, int]]:
+  """(step of the checkpoint, rows left out after it) of each roll-back before the checkpoint."""
+  return [tuple(window) for window in opened.record.get('skipped_rows', [])] if opened.record else []
+
+
+def _rolled_back(config: Config, workdir: pathlib.Path, opened: Opened, skipped: list[tuple[int, int]],
+                 error: NotFinite) -> tuple[Opened, list[tuple[int, int]], str]:
+  """What to go on from after too many bad steps in a row, with one roll-back more, and a line about it.
+
+  Raises:
+    NotFinite: there were as many roll-backs to this checkpoint as are allowed.
+  """
+  t, available = config.train, steps(workdir)
+  opened = dataclasses.replace(opened, record=read_record(workdir, available[-1]) if available else None,
+                               damaged=())
+  processes.check_same(checkpoint=f'step {opened.step}')
+  place = f'step {opened.step}' if available else 'the beginning'
+  before = sum(step == opened.step for step, _ in skipped)
+  if before >= t.rollbacks_allowed:
+    further = f', remove {FOLDER}/{available[-1]} to go back further' if available else ''
+    raise NotFinite(error.step, f'{error.text}, after {before} roll-backs to {place}; evidence in {workdir}/nonfinite; '
+                    'the same command would end here again: lower config.optimizer.learning_rate'
+                    f'{further}, leave out more rows with a higher config.train.rollbacks_allowed, or see with '
+                    f'--replay_step={error.step} whether the machine is to blame')
+  rows = t.rows_before(error.step) - t.rows_before(opened.step)
+  line = (f'step {error.step}: {error.text}; roll-back {before + 1} of {t.rollbacks_allowed} to {place}, '
+          f'without the {rows:,} rows read since')
+  return opened, [*skipped, (opened.step, rows)], line
 
 
 def _make_folder(workdir: pathlib.Path, name: str) -> pathlib.Path:
@@ -160,7 +216,7 @@ class _Run:
   """A run in progress: its state, its position in the data, its records and checkpoints."""
 
   def __init__(self, config: Config, workdir: pathlib.Path, folder: pathlib.Path, opened: Opened,
-               mesh, display: Display, started: float):
+               skipped: list[tuple[int, int]], mesh, display: Display, started: float):
     self.config, self.folder, self.mesh, self.display = config, folder, mesh, display
     self.step = self.saved_step = opened.step
     self.validation = {}
@@ -181,22 +237,27 @@ class _Run:
     self.batches = opened.corpus.batches(rows, config.train.batch, *self.share,
                                          place=lambda batch: put(batch, mesh),
                                          rows_before=config.train.rows_before)
+    self.guard = Guard.resumed(config, opened.corpus.identity, opened.record)
     with contextlib.ExitStack() as stack:  # closes all of it where the state cannot be restored
       stack.callback(self.batches.close)
       self.events = stack.enter_context(contextlib.closing(Events(folder)))
       self.recorder = stack.enter_context(contextlib.closing(
-          Recorder(config, folder, self.step, chips.peak_flops() * mesh.size, self.events, display, trackers)))
+          Recorder(config, folder, self.step, chips.peak_flops() * mesh.size, self.events, display, trackers, self.guard,
+                   sum(rows for _, rows in skipped))))
       self.events.write('start', started, 0.0, self.step)
       self.events.write('setup', started, time.time() - started, self.step)
       self.state = self._first_state(workdir, opened)
       self.files = stack.pop_all()
+    if left_out := sum(rows for step, rows in skipped if step == self.step):  # roll-backs to here
+      self.batches.skip(left_out)
+      self.state = dataclasses.replace(self.state, skipped_in_a_row=jnp.zeros_like(self.state.skipped_in_a_row))
 
     self.byte_length_V = jax.device_put(byte_lengths(config, opened.tokenizer),
                                         jax.NamedSharding(mesh, jax.P()))
     self.decodable_V = decodable(config, opened.tokenizer)
     self.record = {'config': config.to_dict(), 'conventions': conventions(config.model),
                    'tokenizer': opened.tokenizer.digest, 'identity': opened.corpus.identity,
-                   'run': _name_of_run(workdir, opened)}
+                   'run': _name_of_run(workdir, opened), 'skipped_rows': skipped}
     self.writer = store.Writer(workdir, config.train.checkpoints_kept, opened.damaged)
     (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + '\n')
     if is_first:
@@ -221,16 +282,20 @@ class _Run:
     fraction = self.step / self.config.train.steps
     active = self.config.objective.active(self.config.model.futures, fraction)
     rows = self.config.train.rows_at(self.step)
+    if changes_loss(self.config, self.step):
+      self.recorder.flush()
+      self.guard.forget()
+    limits = self.guard.limits(self.step + 1)
     if (active, rows) != (self.active, self.rows):
       self._enter_stage(active, rows)
       timed = self.recorder.speed.paused('compile', self.step)
     else:
       timed = watched(hang_seconds)
     with timed:
-      self.state, metrics = compiled_step(self.config, self.state, batch, self.byte_length_V, fraction)
+      self.state, metrics = compiled_step(self.config, self.state, batch, self.byte_length_V, fraction, limits)
     self.step += 1
     self.recorder.add(Step(self.step, metrics, batch, rows * self.config.data.length, self.flops_per_token,
-                           self.batches.quarantined))
+                           self.batches.quarantined, limits))
 
   def _enter_stage(self, active: tuple[bool, ...], rows: int) -> None:
     """From the next step on these futures are computed, of so many rows, by a program that may not be compiled yet."""
@@ -288,13 +353,13 @@ class _Run:
     return 0
 
   def save(self) -> None:
-    """Starts to write a checkpoint of the last step, unless it has one."""
+    """Starts to write a checkpoint of the last step, unless it has one, or is bad and not the end of the run."""
     self.recorder.flush()
-    if self.step == self.saved_step:
+    if self.step == self.saved_step or self.recorder.bad_in_a_row and self.step < self.config.train.steps:
       return
     self.saved_step = self.step
     with self.recorder.speed.paused('save', self.step):
-      record = {'step': self.step, 'data': self.batches.get_state(), **self.record}
+      record = {'step': self.step, 'data': self.batches.get_state(), 'guard': self.guard.state(), **self.record}
       self.writer.save(self.step, self.state.model, self.state.without_model(), record)
 
   def close(self) -> None:

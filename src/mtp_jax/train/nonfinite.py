@@ -1,6 +1,4 @@
-"""Steps whose loss or gradient is not finite: their batch is kept as evidence, and too many in a
-row end the run.
-"""
+"""Bad steps (guards.py): their batch is kept as evidence, and too many in a row end the run, or send it back."""
 import json
 import pathlib
 
@@ -8,7 +6,11 @@ import numpy as np
 
 
 class NotFinite(RuntimeError):
-  """Too many steps in a row had a loss or gradient that is not finite."""
+  """Too many steps in a row were bad; the last one was `step`."""
+
+  def __init__(self, step: int, text: str):
+    super().__init__(f'step {step}: {text}')
+    self.step, self.text = step, text
 
 
 def write_evidence(folder: pathlib.Path, step: int, batch, metrics: dict) -> pathlib.Path:

@@ -1,5 +1,4 @@
-"""What a run writes about its steps: metrics log, event log, display, and evidence of steps that
-are not finite.
+"""What a run writes about its steps: metrics log, event log, display, and evidence of bad steps.
 
 A step is recorded one step later: reading its metrics waits for the device, which then has the
 next step to work on.
@@ -17,6 +16,7 @@ from mtp_jax.report.log import Log
 from mtp_jax.report.speed import Speed
 from mtp_jax.report.trackers import Tracker
 from mtp_jax.train import processes
+from mtp_jax.train.guards import CAUSES, NO_LIMITS, Guard, Limits
 from mtp_jax.train.nonfinite import NotFinite, write_evidence
 from mtp_jax.train.watch import watched
 
@@ -30,6 +30,7 @@ class Step:
   tokens: int
   flops_per_token: int  # of the model
   quarantined_rows: int  # of this process, since the start
+  limits: Limits
 
 
 class Recorder:
@@ -39,14 +40,18 @@ class Recorder:
     folder: of this process.
     step: at which the run begins.
     peak_flops: FLOP/s of all devices together, nan if unknown.
+    guard: told of every step.
+    skipped_rows: rows that roll-backs have left out so far.
   """
 
   def __init__(self, config: Config, folder: pathlib.Path, step: int, peak_flops: float,
-               events: Events, display: Display, trackers: Sequence[Tracker]):
-    self.config, self.folder, self.display = config, folder, display
+               events: Events, display: Display, trackers: Sequence[Tracker], guard: Guard, skipped_rows: int):
+    self.config, self.folder, self.display, self.guard = config, folder, display, guard
+    self.skipped_rows = skipped_rows
     self.speed = Speed(step, peak_flops, events)
     self.log = Log(folder, step, trackers)
     self.waiting: Step | None = None
+    self.bad_in_a_row = 0
 
   def add(self, step: Step) -> None:
     """Records the step before this one."""
@@ -57,7 +62,7 @@ class Recorder:
     """Records the last step added; waits until it has run.
 
     Raises:
-      NotFinite: it is the config.train.skipped_allowed-th bad step in a row.
+      NotFinite: it is the config.train.skipped_allowed-th bad step in a row, of any cause.
     """
     step, self.waiting = self.waiting, None
     if step is not None:
@@ -68,23 +73,27 @@ class Recorder:
     t, n = self.config.train, step.number
     self.speed.add(step.tokens, step.flops_per_token)
     metrics = jax.tree.map(lambda x: x.tolist(), jax.device_get(step.metrics))
-    bad_in_a_row = metrics['skipped_in_a_row']
     assert not metrics.get('dropped'), f'step {n}: {metrics["dropped"]} rows reached no expert'
-    if bad_in_a_row:
+    cause, self.bad_in_a_row = metrics['skip_cause'], metrics['skipped_in_a_row']
+    self.guard.add(n, metrics['loss'], metrics['gradient_norm'], cause)
+    metrics |= {'skipped_' + name.replace(' ', '_'): count for name, count in self.guard.skipped.items()}
+    if step.limits != NO_LIMITS:
+      metrics |= {f'{name}_limit': limit for name, limit in step.limits._asdict().items()}
+    if self.skipped_rows:
+      metrics['skipped_rows'] = self.skipped_rows
+    if cause:
       evidence = write_evidence(self.folder, n, step.batch, metrics)
-      self.display.line(f'step {n} skipped: loss {metrics["loss"]}, gradient norm {metrics["gradient_norm"]}; '
-                        f'evidence in {evidence}')
-    if bad_in_a_row or n % t.log_every == 0 or n == t.steps:
+      self.display.line(f'step {n} skipped, {CAUSES[cause - 1]}: loss {metrics["loss"]:.4g}, gradient norm '
+                        f'{metrics["gradient_norm"]:.4g}; evidence in {evidence}')
+    if cause or n % t.log_every == 0 or n == t.steps:
       metrics |= self.speed.since_last(n, t.steps)
       metrics |= {'quarantined_rows': processes.total(step.quarantined_rows)}
       self.log.write(n, 'train', metrics)
       self.display.record(n, metrics)
     else:
       self.display.advance(n)
-    if bad_in_a_row >= t.skipped_allowed:
-      raise NotFinite(f'step {n}: {bad_in_a_row} steps in a row had a loss or gradient that is not finite; '
-                      f'evidence in {evidence}; lower config.optimizer.learning_rate, '
-                      'or resume from the last checkpoint with other data')
+    if self.bad_in_a_row >= t.skipped_allowed:
+      raise NotFinite(n, f'{self.bad_in_a_row} bad steps in a row, the last one: {CAUSES[cause - 1]}')
 
   def validation(self, step: int, metrics: dict) -> None:
     """Records the metrics of a validation."""

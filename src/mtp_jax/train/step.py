@@ -3,8 +3,8 @@
     state, metrics = step(state, batch)          batch: int32[B, L + M] 'tokens', 'segments', 'positions'
 
 The gradients of the microbatches of a step are added up. Each is weighted by counts over the
-whole batch, so accumulation changes only the memory that a step needs. A step whose loss or
-gradient is not finite leaves parameters, moments and their counters as they were. A future whose
+whole batch, so accumulation changes only the memory that a step needs. A bad step (guards.py)
+leaves parameters, moments, their counters and the biases of experts as they were. A future whose
 weight is exactly 0 is not computed; each set of futures that are computed is a program of its
 own. The gradient of a future that is not computed is 0, as it would be otherwise; weight decay
 and momentum go on.
@@ -25,6 +25,7 @@ from mtp_jax.model.model import Model
 from mtp_jax.objective import Read, Sums
 from mtp_jax.sharding import parameter_spec, sum_over_slices
 from mtp_jax.train import balance, optimizer
+from mtp_jax.train.guards import NO_LIMITS, Limits
 
 
 @jax.tree_util.register_dataclass
@@ -32,8 +33,7 @@ from mtp_jax.train import balance, optimizer
 class State:
   """All that a step changes.
 
-  step counts batches; skipped and skipped_in_a_row count the steps whose loss or gradient was not
-  finite.
+  step counts batches; skipped and skipped_in_a_row count bad steps.
   """
   step: jax.Array
   skipped: jax.Array
@@ -118,7 +118,7 @@ def counted_flops_per_token(config: Config) -> float:
 
 
 def step(config: Config, state: State, batch, byte_length_V, weight_M, active: tuple[bool, ...],
-         loss=objective.loss, balance_rate=0.0) -> tuple[State, dict]:
+         loss=objective.loss, balance_rate=0.0, limits=NO_LIMITS) -> tuple[State, dict]:
   """One optimizer step.
 
   Args:
@@ -126,23 +126,25 @@ def step(config: Config, state: State, batch, byte_length_V, weight_M, active: t
     byte_length_V: int32, bytes that each id stands for.
     weight_M, active, loss: as in `gradients`.
     balance_rate: how far the biases of experts move.
+    limits: `guards.Limits`, above which loss or gradient norm is a spike.
 
   Returns:
     The next state, and metrics: scalars and [M] arrays, each a sum divided once by its count; nan
-      where nothing counted.
+      where nothing counted. skip_cause is 0, or 1 + the index of the first of guards.CAUSES that holds.
   """
   read = Read.of(batch, config.model.futures)
   loss, sums, grads_and_loads = gradients(config, state.model, read, weight_M, active, loss)
   grads = balance.without_loads(grads_and_loads)
   with jax.named_scope('update'):
     norm = optax.tree.norm(grads)
-    ok = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, moments = optimizer.update(config.optimizer, config.train.steps, grads,
-                                        state.optimizer, state.model, ok)
+    update_norm = optimizer.update_norm(config.optimizer, config.train.steps, grads, state.optimizer, state.model)
+    finite = [jnp.isfinite(x) for x in (loss, norm, update_norm)]
+    causes = jnp.stack([*map(jnp.logical_not, finite), loss > limits.loss, norm > limits.gradient_norm])
+    bad = jnp.any(causes)
+    updates, moments = optimizer.update(config.optimizer, config.train.steps, grads, state.optimizer, state.model, ~bad)
     updates = balance.with_biases(updates, grads_and_loads, balance_rate)
     updated = optax.apply_updates(state.model, updates)
-    model = jax.tree.map(lambda new, old: jnp.where(ok, new, old), updated, state.model)
-    bad = (~ok).astype(jnp.int32)
+    model = jax.tree.map(lambda new, old: jnp.where(bad, old, new), updated, state.model)
     following = State(state.step + 1, state.skipped + bad, (state.skipped_in_a_row + 1) * bad,
                       model, moments)
   bits_per_byte = sums.nats_M[0] / math.log(2) / read.target_bytes(byte_length_V)
@@ -156,12 +158,13 @@ def step(config: Config, state: State, batch, byte_length_V, weight_M, active: t
       'weight': weight_M,
       'bits_per_byte': jnp.where(active[0], bits_per_byte, jnp.nan),
       'gradient_norm': norm,
-      'update_norm': jnp.where(ok, optax.tree.norm(updates), 0.0),
+      'update_norm': jnp.where(bad, 0.0, update_norm),
       'learning_rate': optimizer.learning_rate(config.optimizer, config.train.steps,
                                                state.optimizer),
       'padding': jnp.mean(read.segments_BL == 0, dtype=jnp.float32),
       'skipped': following.skipped,
       'skipped_in_a_row': following.skipped_in_a_row,
+      'skip_cause': jnp.where(bad, 1 + jnp.argmax(causes), 0),
       **balance.metrics(config.model, state.model, grads_and_loads, jnp.sum(read.segments_BL > 0), active),
   }
 
@@ -171,7 +174,8 @@ compiled_init = jax.jit(init, static_argnames='config')
 _compiled_step = jax.jit(step, static_argnames=('config', 'active', 'loss'), donate_argnames='state')
 
 
-def compiled_step(config: Config, state: State, batch, byte_length_V, fraction: float) -> tuple[State, dict]:
+def compiled_step(config: Config, state: State, batch, byte_length_V, fraction: float,
+                  limits: Limits = NO_LIMITS) -> tuple[State, dict]:
   """`step`, with the weights of the futures when this fraction of training is done.
 
   Compiled once for each set of futures whose weight is not 0; the state is donated.
@@ -179,7 +183,8 @@ def compiled_step(config: Config, state: State, batch, byte_length_V, fraction: 
   M, o = config.model.futures, config.objective
   weight_M = np.float32(o.weights_M(M, fraction))
   rate = np.float32(o.balance_rate_at(fraction))
-  return _compiled_step(config, state, batch, byte_length_V, weight_M, active=o.active(M, fraction), balance_rate=rate)
+  return _compiled_step(config, state, batch, byte_length_V, weight_M, active=o.active(M, fraction), balance_rate=rate,
+                        limits=Limits(*map(np.float32, limits)))
 
 
 def restore(config: Config, workdir, step: int, mesh) -> State:
