@@ -6,11 +6,13 @@
     tokenizer     digest of the tokenizer
     identity      of the data; see `Corpus.identity`
     data          position in the data; see `Batches.get_state`
+    guard         the steps that spikes are measured by, and counts of skipped steps
+    skipped_rows  [step of the checkpoint, rows left out after it] of each roll-back
     run           name of the run, drawn when it began
     fingerprint   {'parameters': of these arrays, 'training': of those}; see fingerprint.py
     digest        of the record without this line
 
-Earlier versions wrote no run, fingerprint and digest. Nothing here imports JAX or Orbax.
+Earlier versions wrote no guard, skipped_rows, run, fingerprint and digest. Nothing here imports JAX or Orbax.
 """
 import hashlib
 import json

@@ -34,8 +34,7 @@ class ModelConfig:
   """
   vocab: int = _field(264, 'V: rows of the embedding; at least as many as the tokenizer has ids')
   width: int = _field(128, 'D: width of the residual stream')
-  layers: int = _field(
-      8, 'transformer blocks between the embedding and one prediction; see placement')
+  layers: int = _field(8, 'transformer blocks between the embedding and one prediction; see placement')
   heads: int = _field(4, 'H: query heads')
   kv_heads: int = _field(2, 'G: key and value heads; H/G query heads share each')
   head_width: int = _field(32, 'K: width of one attention head; even')
@@ -64,8 +63,7 @@ class ModelConfig:
   placement: str = _field(
       'matched', 'matched: extra futures take their blocks from the trunk, for equal parameters; '
                  'appended: the trunk keeps its blocks')
-  share_modules: bool = _field(
-      False, 'sequential: one module, applied M-1 times, instead of M-1 modules')
+  share_modules: bool = _field(False, 'sequential: one module, applied M-1 times, instead of M-1 modules')
   hidden_input: str = _field(
       'post_norm', 'sequential: a module reads the previous state after its norm (post_norm) or '
                    'before it (pre_norm)')
@@ -77,14 +75,12 @@ class ModelConfig:
          'that one head leaves idle, and keep more in memory: 564, 806 and 1,244 MiB of temporary memory '
          'with 1, 2 and 4 heads of configs/small.py; on two CPU cores a step of tiny.py takes 1.12 and 1.31 x the '
          'time with 2 and 4')
-  qk_norm: bool = _field(
-      False, 'apply RMSNorm to every query and key head before the rotary embedding')
+  qk_norm: bool = _field(False, 'apply RMSNorm to every query and key head before the rotary embedding')
   rope_base: float = _field(10_000.0, 'base of the wavelengths of the rotary embedding')
   norm_epsilon: float = _field(1e-6, 'added to the mean square in RMSNorm')
   tie_embeddings: bool = _field(False, 'use the embedding as the unembedding')
   logit_cap: float = _field(0.0, 'logits are cap * tanh(logits / cap); 0: no cap')
-  dtype: str = _field(
-      'float32', 'type to compute in: float32 or bfloat16; parameters are always float32')
+  dtype: str = _field('float32', 'type to compute in: float32 or bfloat16; parameters are always float32')
   remat: str = _field(
       'full', 'what the backward pass of a block recomputes: none, full, dots (all but matmuls), '
               'or all but the parts named, with commas: attention, qkv, mlp')
@@ -171,8 +167,7 @@ class ObjectiveConfig:
              "'0.001 step 0.966 0'")
   balance_loss: float = _field(
       0.0001, 'weight of the loss that balances the experts within each row; it is in no metric')
-  z_loss: float = _field(
-      0.0, 'weight of the squared log-partition function in the loss (PaLM: 1e-4)')
+  z_loss: float = _field(0.0, 'weight of the squared log-partition function in the loss (PaLM: 1e-4)')
 
   def positions(self, vocab: int) -> int:
     """Positions per device whose float32 logits exist at once: `chunk` or, if that is 0, a power of two."""
@@ -197,8 +192,7 @@ class ObjectiveConfig:
 class DataConfig:
   """The documents, the tokenizer, and how rows are cut from them."""
   sources: tuple[str, ...] = _field((), 'folders that `prepare` wrote')
-  weights: tuple[float, ...] = _field(
-      (), 'rows from each source, as ratios; (): in proportion to their tokens')
+  weights: tuple[float, ...] = _field((), 'rows from each source, as ratios; (): in proportion to their tokens')
   paths: tuple[str, ...] = _field(
       (), "without sources: text files, one document each, JSON lines, Parquet, or directories of "
           "them, read as prepare reads them; (): the Python standard library's source")
@@ -209,12 +203,10 @@ class DataConfig:
       (), 'what to hold out instead of a share: beside sources or a dataset folders that `prepare` wrote, else '
           'files or directories')
   tokenizer: str = _field('bytes', 'bytes, or the path of a SentencePiece model file')
-  length: int = _field(
-      256, 'L: input tokens of a row; M more follow, so that every future has a target')
+  length: int = _field(256, 'L: input tokens of a row; M more follow, so that every future has a target')
   packing: str = _field('stream', 'stream: rows follow one another, without padding; '
                                   'best_fit: no document of up to L tokens is cut')
-  boundary: str = _field(
-      'within', 'within: attention and futures end with the document; across: they do not')
+  boundary: str = _field('within', 'within: attention and futures end with the document; across: they do not')
   validation_share: float = _field(
       0.05, 'of paths and dataset: fraction held out: of the documents, chosen by a hash of their content; of '
             'few long ones the end of each')
@@ -222,10 +214,8 @@ class DataConfig:
   on_damage: str = _field(
       'stop', 'damaged data: stop the run, or quarantine: their rows become padding and are '
               'counted')
-  accept_changed: bool = _field(
-      False, 'resume even though the data differ from those of the checkpoint')
-  cache: str = _field(
-      '~/.cache/mtp_jax', 'folder for prepared paths, packings and copies of remote shards')
+  accept_changed: bool = _field(False, 'resume even though the data differ from those of the checkpoint')
+  cache: str = _field('~/.cache/mtp_jax', 'folder for prepared paths, packings and copies of remote shards')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,8 +233,7 @@ class OptimizerConfig:
   epsilon: float = _field(1e-8, "Adam's epsilon")
   weight_decay: float = _field(0.1, 'decoupled weight decay, of matrices only')
   clip: float = _field(1.0, 'largest global norm of the gradient')
-  moments: str = _field(
-      'device', "memory of the moments between steps: device, or host (the machine's)")
+  moments: str = _field('device', "memory of the moments between steps: device, or host (the machine's)")
 
 
 @dataclasses.dataclass(frozen=True)

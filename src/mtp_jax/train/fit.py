@@ -242,8 +242,8 @@ class _Run:
       stack.callback(self.batches.close)
       self.events = stack.enter_context(contextlib.closing(Events(folder)))
       self.recorder = stack.enter_context(contextlib.closing(
-          Recorder(config, folder, self.step, chips.peak_flops() * mesh.size, self.events, display, trackers, self.guard,
-                   sum(rows for _, rows in skipped))))
+          Recorder(config, folder, self.step, chips.peak_flops() * mesh.size, self.events, display, trackers,
+                   self.guard, sum(rows for _, rows in skipped))))
       self.events.write('start', started, 0.0, self.step)
       self.events.write('setup', started, time.time() - started, self.step)
       self.state = self._first_state(workdir, opened)
