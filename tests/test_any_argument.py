@@ -72,6 +72,15 @@ def test_any_argument_of_generate_is_taken_or_refused(lm, name, value):
   allowed(lambda: lm.generate(**{'prompts': ['a', 'b'], name: value}))
 
 
+@pytest.mark.parametrize('text', ['a\0', '\0', 'a\ud800', '\udcff', b'\xff' * 2**20, 'a' * 2**20, '\n' * 9, '🙂' * 3],
+                         ids=lambda text: repr(text[:2]))
+def test_any_text_is_a_prompt_a_stop_string_and_a_text_to_score_or_refused(lm, text):
+  """Longer than a row it is refused as a prompt, and scored in windows."""
+  allowed(lambda: lm.generate(text))
+  allowed(lambda: lm.generate('a', stop=text))
+  allowed(lambda: lm.score(text[:100]))
+
+
 FUNCTIONS = {
     'row': lambda lm, x: lm.row(x),
     'drafter': lambda lm, x: lm.drafter(x, 1),

@@ -175,6 +175,36 @@ def test_half_a_model_is_refused(models, tmp_path):
     tokenizer.load(str(tmp_path / 'model'))
 
 
+def test_a_damaged_model_is_refused_in_one_line_or_still_gives_every_byte_back(models):
+  """Some bytes of a model are others, or its end is missing. A piece that changed is another piece, as long as no
+  byte of a text is lost.
+  """
+  whole, random, refused = models['fitting'].read_bytes(), np.random.default_rng(0), 0
+  for number in range(600):
+    damaged = bytearray(whole)
+    for place in random.integers(len(whole), size=1 + number % 6):
+      damaged[place] = random.integers(256)
+    if number % 5 == 0:
+      del damaged[random.integers(len(whole)):]
+    try:
+      t = tokenizer.SentencePiece(bytes(damaged))
+    except BadInput as error:
+      assert len(str(error).splitlines()) == 1
+      refused += 1
+      continue
+    for text in (NASTY['code'], NASTY['not UTF-8'], NASTY['lone surrogates'], NASTY['emoji']):
+      ids = t.encode(text)
+      assert t.decode(ids) == text and t.byte_lengths[ids].sum() == len(text)
+  assert 100 < refused < 600
+
+
+@pytest.mark.parametrize('name', ['', '.', 'a\0b', '\udcff', '\ud800', 'x' * 300, '~nobody-here/x', 'a\nb'])
+def test_a_name_of_no_model_is_refused_in_one_line(name):
+  with pytest.raises(BadInput, match='^config.data.tokenizer=') as raised:
+    tokenizer.load(name)
+  assert len(str(raised.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize('kind', ['bpe', 'unigram'])
 def test_a_model_of_ours_is_made_for_code(models, kind):
   t = tokenizer.load(str(models[f'{kind} of ours']))

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import io
-import os
 import re
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import sentencepiece
 
-from mtp_jax.config import BadInput, Config
+from mtp_jax.config import BadInput, Config, expanded
 
 
 class Tokenizer(typing.Protocol):
@@ -61,8 +60,9 @@ def load(name: str, where: str = 'config.data.tokenizer') -> Tokenizer:
   """
   if name == 'bytes':
     return Bytes()
+  path = expanded(name, where)
   try:
-    with open(os.path.expanduser(name), 'rb') as file:
+    with open(path, 'rb') as file:
       return SentencePiece(file.read())
   except OSError as error:
     raise BadInput(f"{where}={name!r}: {error.strerror}; "
@@ -167,10 +167,10 @@ class SentencePiece:
     self.model = model
     try:
       self._model = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_NORMALISER)
-    except RuntimeError as error:
+      pieces = [self._model.id_to_piece(i) for i in range(self._model.get_piece_size())]
+    except (RuntimeError, UnicodeDecodeError) as error:
       raise BadInput("not a SentencePiece model; "
                      "give 'bytes' or the file that SentencePieceTrainer wrote") from error
-    pieces = [self._model.id_to_piece(i) for i in range(self._model.get_piece_size())]
     byte_ids = {int(piece[1:-1], 16): i for i, piece in enumerate(pieces) if self._model.is_byte(i)}
     if len(byte_ids) < 256:
       raise BadInput("has no byte pieces, so it loses characters it does not know; "

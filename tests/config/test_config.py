@@ -41,7 +41,7 @@ WRONG = {
                                   'config.optimizer.learning_rte', "did you mean 'learning_rate'?"),
     'field of another section': ({'train': {'qk_norm': True}},
                                  'config.train.qk_norm: no such field',
-                                 'valid names: steps, batch, batch_share, accumulate'),
+                                 "did you mean 'model.qk_norm'?"),
     'float where int': ({'train': {'steps': 1.5}}, 'config.train.steps=1.5',
                         'must be of type int, not float'),
     'text where int': ({'model': {'layers': '8'}}, "config.model.layers='8'",

@@ -152,7 +152,7 @@ def read_record(workdir: pathlib.Path, step: int | None = None, note: Callable[[
   try:
     record = json.loads(path.read_text())['custom_metadata']
     expected = record.get('digest')
-    record |= {key: kind(record[key]) for key, kind in TYPES.items()}
+    _check_types(record)
   except OSError as error:
     raise DamagedCheckpoint(step, f'{path}: cannot be read ({in_words(error)})') from None
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -251,6 +251,28 @@ def _other_steps(workdir, step: int) -> str:
   if not others:
     return f'there is no other one: restore the folder {step} from a copy, or train in another --workdir'
   return f'other checkpoints are of the steps {", ".join(map(str, others))}'
+
+
+def _check_types(record: dict) -> None:
+  """Raises KeyError or TypeError unless the record has all entries, each as it is saved."""
+  for key, kind in TYPES.items():
+    if type(record[key]) is not kind:
+      raise TypeError(f'{key}: must be of type {kind.__name__}')
+  for section, fields in record['config'].items():
+    if type(fields) is not dict:
+      raise TypeError(f'config.{section}: must be a section')
+  _check_position(record['data'])
+
+
+def _check_position(data: dict) -> None:
+  """Raises KeyError or TypeError unless `Batches.set_state` can read it."""
+  of_one_number = 'global_next_index' in data  # of a version that kept one number for all sources
+  sources = [] if of_one_number else data['sources']
+  rows = [data['global_next_index' if of_one_number else 'mixed'], *(source['rows'] for source in sources)]
+  names = [source['name'] for source in sources if 'share' in source]
+  if not (all(type(number) is int and 0 <= number < 2**63 for number in rows)
+          and len(names) == len(sources) and all(type(name) is str for name in names)):
+    raise TypeError('data: must be a position')
 
 
 def check_resumes(config: Config, record: dict, workdir) -> list[str]:

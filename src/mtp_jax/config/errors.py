@@ -2,7 +2,8 @@
 import contextlib
 import difflib
 import os
-from collections.abc import Iterable, Iterator
+import types
+from collections.abc import Iterable, Iterator, Mapping
 
 
 class BadInput(ValueError):
@@ -69,8 +70,15 @@ def one_line(text) -> str:
   return line if len(line) <= 1000 else f'{line[:600]} ... {line[-390:]}'
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-  """"did you mean 'layers'?", or all names when none is similar."""
+def nearest(name: str, names: Iterable[str], elsewhere: Mapping[str, str] = types.MappingProxyType({})) -> str:
+  """"did you mean 'layers'?", or all names when none is similar.
+
+  Args:
+    elsewhere: 'train.steps' by 'steps', of names that other places have: meant where none of `names`
+      is similar, or none is very similar and this is the very name.
+  """
   names = list(names)
-  close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+  close = difflib.get_close_matches(name, names, n=1, cutoff=0.9 if name in elsewhere else 0.6)
+  if not close:
+    close = [elsewhere[other] for other in difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.75)] or close
   return f"did you mean '{close[0]}'?" if close else f'valid names: {", ".join(names)}'

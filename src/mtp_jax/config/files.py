@@ -86,13 +86,18 @@ def load(arguments: Sequence[str], flag: str = 'config') -> Config:
   config = _run_file(flag, path(arguments))
   overrides = [argument for argument in arguments if _name(argument) != 'config']
   values = flags.FlagValues()
-  config_flags.DEFINE_config_dict('config', config, flag_values=values, lock_config=True,
-                                  sys_argv=['', *overrides])
+  try:
+    config_flags.DEFINE_config_dict('config', config, flag_values=values, lock_config=True,
+                                    sys_argv=['', *overrides])
+  except Exception as error:
+    raise BadInput(f'--{flag}={path(arguments)}: lacks a field that is set ({one_line(error)}); get_config() must '
+                   'return Config(...).to_config_dict()') from None
   try:
     values(['', *overrides])
+    chosen = values.config.to_dict()
   except Exception as error:  # names the flag itself
     raise BadInput(one_line(error)) from None
-  return Config.from_dict(values.config.to_dict())
+  return Config.from_dict(chosen)
 
 
 def _run_file(flag: str, value: str) -> ml_collections.ConfigDict:

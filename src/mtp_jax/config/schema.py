@@ -331,9 +331,7 @@ class Config:
 
   @classmethod
   def from_dict(cls, values: Mapping) -> 'Config':
-    """From a dict, a `ConfigDict`, or JSON, whose lists become tuples. Fields that are missing
-    keep their defaults.
-    """
+    """From a dict, a `ConfigDict`, or JSON, whose lists become tuples; a missing field keeps its default."""
     if not isinstance(values, (Mapping, ml_collections.ConfigDict)):
       raise BadInput(f'config={values!r}: must hold the sections {", ".join(SECTIONS)}')
     for name in values:
@@ -355,15 +353,18 @@ def check_name(path: str) -> None:
     raise BadInput(f'config.{path}: no such field any more; {FIX[path]}')
   if name not in names:
     what = 'no such field' if name else 'a section, set its fields'
-    raise BadInput(f'config.{path}: {what}; {nearest(name, names)}')
+    raise BadInput(f'config.{path}: {what}; {nearest(name, names, _elsewhere(section))}')
 
 
 def _no_such_section(path: str) -> BadInput:
   section, _, name = path.partition('.')
-  sections = [s for s, kind in SECTIONS.items() if section in {field.name for field in dataclasses.fields(kind)}]
-  if sections and not name:
-    return BadInput(f"config.{path}: no such section; did you mean '{sections[0]}.{section}'?")
-  return BadInput(f'config.{path}: no such section; {nearest(section, SECTIONS)}')
+  return BadInput(f'config.{path}: no such section; {nearest(section, SECTIONS, {} if name else _elsewhere(""))}')
+
+
+def _elsewhere(section: str) -> dict[str, str]:
+  """'train.steps' by 'steps', of the fields of all other sections."""
+  return {field.name: f'{other}.{field.name}' for other, kind in reversed(SECTIONS.items()) if other != section
+          for field in dataclasses.fields(kind)}
 
 
 def _section(section: str, values: Mapping):

@@ -228,6 +228,8 @@ def difference(new: dict, old: dict) -> list[str]:
   old = {'order': 1, 'validation': []} | old
   changes = [f'{key} {old.get(key)} -> {value}' for key, value in new.items()
              if key != 'sources' and value != old.get(key)]
+  if not _is_known(old.get('sources')):
+    return ['the sources are not known', *changes]
   if len(new['sources']) != len(old['sources']):
     return [f'{len(old["sources"])} -> {len(new["sources"])} sources', *changes]
   for i, (ours, theirs) in enumerate(zip(new['sources'], old['sources'])):
@@ -238,3 +240,10 @@ def difference(new: dict, old: dict) -> list[str]:
       same_counts = 'the same numbers of documents and tokens, but different ones, or different options'
       changes.append(f'source {i}: ' + (', '.join(counts) or same_counts))
   return changes
+
+
+def _is_known(sources) -> bool:
+  """Whether these are the sources of an identity, as `difference` compares them."""
+  return isinstance(sources, list) and all(
+      isinstance(source, dict) and {'fingerprint', 'tokenizer'} <= source.keys()
+      and all(isinstance(source.get(key), int) for key in COUNTS) for source in sources)
