@@ -152,7 +152,7 @@ BAD = {
         'lacks the record of config and conventions'),
     'resume damaged checkpoint': (
         'train --config=tiny.py --workdir=broken',
-        'lacks the record of config and conventions'),
+        'is damaged, _CHECKPOINT_METADATA has 11 bytes, not '),
     'evaluate nothing': (
         'evaluate --workdir=empty',
         '--workdir=empty: holds no checkpoint; train one with: python -m mtp_jax train'),
