@@ -1,25 +1,30 @@
 """A workdir belongs to one run at a time; one that cannot be written ends the run in one line, and never hangs."""
 import os
+import resource
 import subprocess
 import sys
 
 import pytest
 from experiments import experiment, log_of, random_state, write, write_config_file
 
-from mtp_jax.checkpoint.record import FOLDER
+from mtp_jax.checkpoint.record import FOLDER, steps
 from mtp_jax.config import BadInput
 from mtp_jax.data.progress import quiet
+from mtp_jax.report.events import FILE as EVENTS
+from mtp_jax.report.log import FILE
 from mtp_jax.train.fit import fit
-from mtp_jax.train.opening import only_run, open_run
+from mtp_jax.train.opening import OWNER, only_run, open_run
+from mtp_jax.train.run import Run
 
 
 def test_a_second_run_in_a_workdir_is_refused_while_the_first_one_is_there(tmp_path):
   config, workdir = experiment(tmp_path), tmp_path / 'run'
   workdir.mkdir()
   with only_run(workdir, open_run(config, workdir, quiet)):
-    with pytest.raises(BadInput, match=f'^--workdir={workdir}: another process trains there; wait'):
+    message = f'^--workdir={workdir}: process {os.getpid()} on .*, since .*, trains there; wait'
+    with pytest.raises(BadInput, match=message):
       fit(config, workdir, note=quiet)
-    assert not list(workdir.iterdir())
+    assert [path.name for path in workdir.iterdir()] == [OWNER]
   assert fit(config, workdir, note=quiet).step == 6
   assert len(log_of(workdir)) == 9
 
@@ -59,6 +64,47 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_logs_what_it
   assert fit(config, workdir, note=lines.append).step == 6 and len(log_of(workdir)) == len(whole)
 
 
+def with_a_full_disk(monkeypatch, full_steps, run, limit: int = 200):
+  """run() where no file can grow beyond `limit` bytes while these steps begin; that holds for root as well."""
+  advance, free = Run.advance, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def advance_with_limit(self):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, free[1]) if self.step in full_steps else free)
+    advance(self)
+
+  monkeypatch.setattr(Run, 'advance', advance_with_limit)
+  try:
+    return run()
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, free)
+    monkeypatch.undo()
+
+
+def test_a_disk_that_is_full_for_a_while_ends_nothing_and_loses_no_record(tmp_path, monkeypatch):
+  fields = {'steps': 12, 'checkpoint_every': 2, 'evaluate_every': 0, 'log_every': 1, 'trackers': ('tensorboard',)}
+  config, lines = experiment(tmp_path, train=fields), []
+  fit(config, tmp_path / 'whole', note=quiet)
+  outcome = with_a_full_disk(monkeypatch, range(4, 8), lambda: fit(config, tmp_path / 'run', note=lines.append))
+  assert outcome.step == 12 and log_of(tmp_path / 'run') == log_of(tmp_path / 'whole')
+  failed = [line for line in lines if 'a checkpoint could not be written to' in line]
+  assert 2 <= len(failed) <= 3 and all('the run goes on, and saves the next one' in line for line in failed)
+  for name in (FILE, EVENTS):
+    assert any(f'{name}: cannot be written (File too large); the run goes on' in line for line in lines), lines
+    assert any(f'{name}: can be written again; no line is lost' in line for line in lines), lines
+  assert any('TensorBoard: gets no more records (File too large)' in line for line in lines), lines
+  names = {path.name for path in (tmp_path / 'run' / FOLDER).iterdir()}
+  assert {'10', '12'} <= names and all(name.isdecimal() for name in names), names
+
+
+def test_a_run_that_can_save_nothing_for_long_ends(tmp_path, monkeypatch):
+  fields = {'steps': 12, 'checkpoint_every': 2, 'evaluate_every': 0, 'unsaved_seconds': 0.0}
+  config = experiment(tmp_path, train=fields)
+  with pytest.raises(OSError, match='a checkpoint could not be written to .*, and run the same command to resume'):
+    with_a_full_disk(monkeypatch, range(4, 12), lambda: fit(config, tmp_path / 'run', note=quiet))
+  assert steps(tmp_path / 'run')[-1] in (4, 2)
+  assert fit(config, tmp_path / 'run', note=quiet).step == 12
+
+
 @pytest.mark.parametrize('name', ['metrics.jsonl', 'events.jsonl', 'config.json'])
 def test_a_folder_in_place_of_a_file_of_the_workdir_is_bad_input(tmp_path, name):
   (tmp_path / 'run' / name).mkdir(parents=True)
@@ -67,7 +113,7 @@ def test_a_folder_in_place_of_a_file_of_the_workdir_is_bad_input(tmp_path, name)
 
 
 @pytest.mark.parametrize('limit, message', [
-    (3000, 'cannot write there (File too large)'), (12_000, 'a checkpoint could not be written to ')])
+    (3000, 'events.jsonl: cannot be written (File too large); the run goes on'), (12_000, '')])
 def test_a_disk_that_is_full_ends_the_run_in_one_line(tmp_path, limit, message):
   """A limit of the size of a file stands for the disk: it holds for root as well."""
   config = experiment(tmp_path, train={'steps': 30, 'trackers': ('tensorboard',)})
@@ -81,6 +127,7 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line(tmp_path, limit, message):
       capture_output=True, text=True, timeout=300, env={**os.environ, 'JAX_ENABLE_COMPILATION_CACHE': 'false'})
   lines = done.stderr.splitlines()
   assert done.returncode == 1, done.stderr
-  assert message in lines[-1] and lines[-1].startswith('mtp_jax: ') and lines[-1].endswith(
-      'run the same command to resume')
+  assert message in done.stderr
+  assert 'a checkpoint could not be written to ' in lines[-1] and lines[-1].startswith('mtp_jax: ') and lines[
+      -1].endswith('run the same command to resume')
   assert 'Traceback' not in done.stderr and '[Errno' not in done.stderr and not done.stdout

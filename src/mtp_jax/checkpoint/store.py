@@ -15,6 +15,7 @@ import gc
 import itertools
 import logging
 import pathlib
+import shutil
 import sys
 import tempfile
 import threading
@@ -49,11 +50,11 @@ def _in_main_thread() -> bool:
 
 
 def _is_orbax(error) -> bool:
-  """Whether what Python could not raise is a coroutine of Orbax, or a call through it or the event loop it runs."""
+  """Whether what Python could not raise is a coroutine of Orbax, or a call through it or the event loop it ran."""
   coroutine = getattr(error.object, 'cr_code', None)
   files = [frame.filename for frame in traceback.extract_tb(error.exc_traceback)]
   files.append(coroutine.co_filename if coroutine else '')
-  return any('orbax' in file or 'uvloop' in file for file in files)
+  return any(name in file for file in files for name in ('orbax', 'uvloop', 'asyncio/base_events.py'))
 
 
 @contextlib.contextmanager
@@ -111,16 +112,20 @@ def _shortened(error: BaseException) -> str:
   return line if len(line) <= 200 else f'{line[:100]} ... {line[-90:]}'
 
 
+class NotSaved(OSError):
+  """A checkpoint could not be written; the next one may be."""
+
+
 @contextlib.contextmanager
 def _writing(folder: pathlib.Path) -> Iterator[None]:
-  """Whatever fails in the block is an OSError that names the folder."""
+  """Whatever fails in the block is NotSaved, which names the folder."""
   try:
     yield
   except MemoryError:
     raise
   except Exception as error:
-    raise OSError(f'a checkpoint could not be written to {folder} ({_shortened(error)}); make room or give '
-                  'permission, and run the same command to resume') from error
+    raise NotSaved(f'a checkpoint could not be written to {folder} ({_shortened(error)}); make room or give '
+                   'permission') from error
 
 
 def _folder(workdir) -> pathlib.Path:
@@ -172,15 +177,22 @@ class Writer:
         _make_folder(self.folder)
         _set_aside(self.folder, set(folders(workdir)) - set(steps(workdir)), 'incomplete')
         _set_aside(self.folder, damaged, 'damaged')
+    self._remove_unfinished()
     self.checkpointer = self._open()
     self.pending = None  # the save in progress
 
   def _open(self):
     training = _orbax().training
     return training.Checkpointer(
-        self.folder, cleanup_tmp_directories=True,
+        self.folder, cleanup_tmp_directories=False,
         preservation_policy=training.preservation_policies.LatestN(self.kept),
         save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1))
+
+  def _remove_unfinished(self) -> None:
+    """What saves that failed have left. Their threads may be writing it still: what is not gone then goes next time."""
+    if jax.process_index() == 0:
+      for path in self.folder.glob('*.orbax-checkpoint-tmp'):
+        shutil.rmtree(path, ignore_errors=True)
 
   def save(self, step: int, parameters, training, record: dict) -> None:
     """Starts to write; the arrays may be donated or overwritten at once.
@@ -191,13 +203,14 @@ class Writer:
       record: JSON, see record.py.
 
     Raises:
-      OSError: the save before this one failed, or this one cannot begin.
+      NotSaved: the save before this one failed, or this one cannot begin.
     """
     self.wait()
     with _writing(self.folder):
       checkpointer, self.checkpointer = self.checkpointer, None  # one that failed would raise the same again
       if jax.process_index() == 0:
         _make_folder(self.folder)
+      self._remove_unfinished()
       checkpointer = checkpointer or self._open()
       arrays = {'parameters': as_dict(parameters), 'training': as_dict(training)}
       record = record | {'fingerprint': {name: fingerprint(_by_path(tree)) for name, tree in arrays.items()}}
@@ -206,8 +219,12 @@ class Writer:
       self.pending = _Save(saving, self.folder / str(step))
       self.checkpointer = checkpointer
 
+  def failed(self) -> bool:
+    """Whether the save in progress has failed; `wait` tells why."""
+    return bool(self.pending and self.pending.error)
+
   def wait(self) -> None:
-    """Waits for the save in progress. Raises OSError when it failed; another save may follow."""
+    """Waits for the save in progress. Raises NotSaved when it failed; another save may follow."""
     pending, self.pending = self.pending, None
     if pending is None:
       return
@@ -217,11 +234,12 @@ class Writer:
       self.checkpointer = checkpointer
 
   def close(self) -> None:
-    """Waits for the save in progress. Raises OSError when it failed."""
+    """Waits for the save in progress. Raises NotSaved when it failed."""
     self.wait()
     if self.checkpointer:
       with _writing(self.folder):
         self.checkpointer.close()
+    self._remove_unfinished()
 
 
 class _Save(threading.Thread):

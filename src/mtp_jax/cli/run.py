@@ -177,10 +177,10 @@ def verify(flags) -> int:
   if step not in (None, *found):
     raise BadInput(f'step {step}: {workdir} holds the steps {", ".join(map(str, found))}')
   checkpoints = []
-  for step in found if step is None else [step]:
+  for number in found if step is None else [step]:
     with cannot('read', f'--workdir={workdir}', 'make it readable, or give another folder'):
-      size = manifest.size_bytes(workdir / FOLDER / str(step))
-    checkpoints.append({'step': step, 'bytes': size, 'state': state(workdir, step)})
+      size = manifest.size_bytes(workdir / FOLDER / str(number))
+    checkpoints.append({'step': number, 'bytes': size, 'state': state(workdir, number)})
   whole = [row['state'].startswith('whole') for row in checkpoints]
   rows = [(row['step'], f'{row["bytes"]:,}', row['state']) for row in checkpoints]
   print_result(flags, {'checkpoints': checkpoints, 'whole': sum(whole)}, table(('step', 'bytes', ''), rows))

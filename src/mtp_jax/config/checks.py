@@ -13,7 +13,7 @@ AT_LEAST_1 = (
     'model.head_width', 'model.kv_rank', 'model.rope_width', 'model.feed_forward', 'model.experts_per_token',
     'model.expert_width', 'model.expert_groups', 'model.groups_per_token', 'model.futures', 'model.head_batch',
     'data.length', 'train.steps', 'train.batch', 'train.accumulate',
-    'train.log_every', 'train.evaluate_rows', 'train.checkpoint_every', 'train.checkpoints_kept',
+    'train.log_every', 'train.evaluate_rows', 'train.checkpoint_every',
     'train.skipped_allowed', 'train.spike_window', 'train.heartbeat_seconds',
     'mesh.data', 'mesh.fsdp', 'mesh.context', 'mesh.tensor', 'mesh.expert')
 CHOICES = {
@@ -173,6 +173,9 @@ def _check_data(c) -> None:
 def _check_train(c) -> None:
   t = c.train
   _require(c, 'train.seed', t.seed >= 0, 'must not be negative')
+  _require(c, 'train.checkpoints_kept', t.checkpoints_kept >= 2,
+           'must be at least 2, so that there is another where the newest is damaged')
+  _require(c, 'train.unsaved_seconds', t.unsaved_seconds >= 0, 'must not be negative; 0 ends at the first that fails')
   _require(c, 'train.hang_seconds', t.hang_seconds >= 0, 'must not be negative; 0 waits forever')
   _require(c, 'train.rollbacks_allowed', t.rollbacks_allowed >= 0, 'must not be negative; 0 ends the run at once')
   _require(c, 'train.spike_factor', t.spike_factor >= 0, 'must be positive, such as 20, or 0 for no spikes')

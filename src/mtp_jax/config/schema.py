@@ -250,7 +250,9 @@ class TrainConfig:
   evaluate_every: int = _field(200, 'steps between validations; 0: only at the end')
   evaluate_rows: int = _field(64, 'held-out rows in a validation')
   checkpoint_every: int = _field(200, 'steps between checkpoints; one is also saved at the end')
-  checkpoints_kept: int = _field(3, 'newest checkpoints to keep')
+  checkpoints_kept: int = _field(3, 'newest checkpoints to keep, at least 2')
+  unsaved_seconds: float = _field(7200.0, 'a run that could save nothing for so long ends; one of several processes '
+                                  'ends at the first save that fails')
   skipped_allowed: int = _field(
       10, 'bad steps in a row (not finite, or spikes), after which the run goes back to its newest checkpoint and '
           'leaves out the rows it has read since')

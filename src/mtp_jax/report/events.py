@@ -9,9 +9,11 @@ import contextlib
 import json
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from mtp_jax.config import BadInput
+from mtp_jax.report.display import print_stderr
+from mtp_jax.report.lines import Lines
 
 FILE = 'events.jsonl'
 KINDS = ('step', 'data_wait', 'evaluation', 'save', 'compile', 'restore', 'setup')
@@ -20,13 +22,13 @@ KINDS = ('step', 'data_wait', 'evaluation', 'save', 'compile', 'restore', 'setup
 class Events:
   """Appends to the event log of a workdir; a crash can cut off only the last line."""
 
-  def __init__(self, workdir: pathlib.Path):
-    self._file = (workdir / FILE).open('a', buffering=1)
+  def __init__(self, workdir: pathlib.Path, note: Callable[[str], None] = print_stderr):
+    self._lines = Lines(workdir / FILE, note)
 
   def write(self, kind: str, began: float, seconds: float, step: int) -> None:
     """Appends an event that began at time `began`, in seconds since 1970."""
     event = {'time': round(began, 3), 'kind': kind, 'seconds': round(seconds, 6), 'step': step}
-    self._file.write(json.dumps(event) + '\n')
+    self._lines.write(json.dumps(event))
 
   @contextlib.contextmanager
   def span(self, kind: str, step: int) -> Iterator[None]:
@@ -38,7 +40,7 @@ class Events:
       self.write(kind, began, time.perf_counter() - start, step)
 
   def close(self) -> None:
-    self._file.close()
+    self._lines.close()
 
 
 def read_events(workdir) -> list[dict]:

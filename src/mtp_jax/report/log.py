@@ -3,8 +3,11 @@ import contextlib
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from mtp_jax.config.errors import in_words
+from mtp_jax.report.display import print_stderr
+from mtp_jax.report.lines import Lines
 from mtp_jax.report.trackers import Tracker, flat
 
 FILE = 'metrics.jsonl'
@@ -13,33 +16,48 @@ FILE = 'metrics.jsonl'
 class Log:
   """Writes one JSON line per record to workdir/metrics.jsonl, and its numbers to the trackers.
 
+  A tracker that fails is left out from then on, with a line; it never ends the run.
+
   On resume, records after the checkpoint are dropped, and so is the validation at its step, which
   the run repeats: the file then holds what a run without interruption would have written.
 
   Args:
     step: of the checkpoint; 0 for a new run.
+    note: gets a line when something cannot be written.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int, trackers: Sequence[Tracker] = ()):
-    self.path, self.trackers = workdir / FILE, trackers
+  def __init__(self, workdir: pathlib.Path, step: int, trackers: Sequence[Tracker] = (),
+               note: Callable[[str], None] = print_stderr):
+    self.path, self.trackers, self.note = workdir / FILE, list(trackers), note
+    self.failed = []
     if self.path.exists():
       lines = self.path.read_text(errors='replace').splitlines()
       kept = [line for line in lines if _position(line) <= (step, False)]
       temporary = self.path.with_suffix('.tmp')
       temporary.write_text(''.join(line + '\n' for line in kept))
       temporary.replace(self.path)
-    self.file = self.path.open('a', buffering=1)
+    self.lines = Lines(self.path, note)
 
   def write(self, step: int, kind: str, values: dict) -> None:
     """Writes numbers, or lists of one number per future; null where one is not finite."""
-    self.file.write(json.dumps(finite({'step': step, 'kind': kind, **values})) + '\n')
-    for tracker in self.trackers:
-      tracker.write(step, flat(kind, values))
+    self.lines.write(json.dumps(finite({'step': step, 'kind': kind, **values})))
+    self._tell(lambda tracker: tracker.write(step, flat(kind, values)))
 
   def close(self) -> None:
-    self.file.close()
-    for tracker in self.trackers:
-      tracker.close()
+    self.lines.close()
+    self._tell(lambda tracker: tracker.close())
+    for tracker in self.failed:
+      with contextlib.suppress(Exception):
+        tracker.close()
+
+  def _tell(self, tell: Callable[[Tracker], None]) -> None:
+    for tracker in tuple(self.trackers):
+      try:
+        tell(tracker)
+      except Exception as error:  # whatever a program of others may raise
+        self.note(f'{type(tracker).__name__}: gets no more records ({in_words(error)}); the run goes on')
+        self.trackers.remove(tracker)
+        self.failed.append(tracker)
 
 
 def read_log(workdir: pathlib.Path) -> list[dict]:

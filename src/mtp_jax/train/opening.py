@@ -7,25 +7,27 @@ import fcntl
 import json
 import os
 import pathlib
+import socket
+import time
 from collections.abc import Callable, Collection, Iterator
 
 from mtp_jax.checkpoint.record import (
-    FOLDER,
-    TOKENIZER,
-    DamagedCheckpoint,
-    check_conventions,
-    check_resumes,
-    check_run,
-    check_tokenizer,
-    check_whole,
-    choose,
-    folders,
-    locate,
-    read_record,
-    steps,
+  FOLDER,
+  TOKENIZER,
+  DamagedCheckpoint,
+  check_conventions,
+  check_resumes,
+  check_run,
+  check_tokenizer,
+  check_whole,
+  choose,
+  folders,
+  locate,
+  read_record,
+  steps,
 )
 from mtp_jax.config import BadInput, Config
-from mtp_jax.config.errors import cannot
+from mtp_jax.config.errors import cannot, one_line
 from mtp_jax.data.corpus import Corpus, difference, load_tokenizer, open_corpus
 from mtp_jax.data.prepared_set import INDEX
 from mtp_jax.model.model import conventions
@@ -33,6 +35,8 @@ from mtp_jax.report.display import Meter, print_stderr
 from mtp_jax.tokenizer import Tokenizer, check_vocabulary
 from mtp_jax.train import processes
 from mtp_jax.train.optimizer import schedule
+
+OWNER = 'owner.txt'  # who trains in a workdir, or did last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,24 +125,42 @@ def _check_workdir(workdir: pathlib.Path) -> None:
 def only_run(workdir: pathlib.Path, opened: Opened) -> Iterator[None]:
   """Lets one run at a time write in a workdir, by a lock that ends with the process, even if that is killed.
 
-  For the first process of a job only.
+  The first process of a job takes it. Every process must call this, and goes on when that one has it; so a run that is
+  refused has written nothing. Where the file system has no locks nothing is refused.
 
   Raises:
     BadInput: another run writes there, or has since this one was opened.
   """
-  descriptor = os.open(workdir, os.O_RDONLY)
+  is_first = processes.place()[0] == 0
+  descriptor, refusal = os.open(workdir, os.O_RDONLY), ''
   try:
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise BadInput(f'--workdir={workdir}: another process trains there; wait for it, or choose another') from None
-    except OSError:  # a file system without locks
-      pass
-    if max(set(steps(workdir)) - set(opened.damaged), default=0) != opened.step:
-      raise BadInput(f'--workdir={workdir}: another process has saved a checkpoint there; run the same command again')
+    if is_first:
+      refusal = _locked(workdir, descriptor)
+      if not refusal and max(set(steps(workdir)) - set(opened.damaged), default=0) != opened.step:
+        refusal = 'another process has saved a checkpoint there; run the same command again'
+    if processes.total(bool(refusal)):
+      raise BadInput(f'--workdir={workdir}: {refusal or "another run is there, as process 0 of this job tells"}')
     yield
   finally:
     os.close(descriptor)
+
+
+def _locked(workdir: pathlib.Path, descriptor: int) -> str:
+  """Locks a workdir by a descriptor of its folder, and notes who has it; why it is refused, '' if it is not."""
+  owner = workdir / OWNER
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    try:
+      who = one_line(owner.read_text(errors='replace'))
+    except OSError:
+      who = 'another process'
+    return f'{who} trains there; wait for it, or choose another'
+  except OSError:  # a file system without locks
+    pass
+  with contextlib.suppress(OSError):
+    owner.write_text(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")},\n')
+  return ''
 
 
 def _tokenizer(name: str, workdir: pathlib.Path, note: Callable[[str], None]) -> Tokenizer:

@@ -49,7 +49,7 @@ class Recorder:
     self.config, self.folder, self.display, self.guard = config, folder, display, guard
     self.skipped_rows = skipped_rows
     self.speed = Speed(step, peak_flops, events)
-    self.log = Log(folder, step, trackers)
+    self.log = Log(folder, step, trackers, display.line)
     self.waiting: Step | None = None
     self.bad_in_a_row = 0
 
