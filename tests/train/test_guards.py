@@ -147,7 +147,7 @@ def test_a_run_with_spikes_that_is_resumed_is_bitwise_the_uninterrupted_one(fold
   """With a limit so low that good steps are skipped too; no checkpoint is saved within a row of bad steps."""
   config = experiment(folder, train=TROUBLE | {'spike_factor': 0.1, 'spike_window': 3, 'skipped_allowed': 9})
   compiled_step, _ = poisoned(config, batches_of(config, 12)[5:7])
-  monkeypatch.setattr('mtp_jax.train.fit.compiled_step', compiled_step)
+  monkeypatch.setattr('mtp_jax.train.run.compiled_step', compiled_step)
   whole = tmp_path / 'whole'
   fit(config, whole, note=quiet)
   causes = [record['skip_cause'] for record in log_of(whole) if record['kind'] == 'train']
@@ -176,7 +176,7 @@ def test_a_roll_back_leaves_out_just_the_rows_since_the_checkpoint(folder, tmp_p
   config = experiment(folder, train=TROUBLE)
   batches = batches_of(config, 20)
   compiled_step, seen = poisoned(config, [batches[i] for i in bad])
-  monkeypatch.setattr('mtp_jax.train.fit.compiled_step', compiled_step)
+  monkeypatch.setattr('mtp_jax.train.run.compiled_step', compiled_step)
   lines = []
   fit(config, tmp_path / 'run', note=lines.append)
   told = [line for line in lines if 'roll-back' in line]
@@ -199,7 +199,7 @@ def test_a_roll_back_leaves_out_just_the_rows_since_the_checkpoint(folder, tmp_p
     if len(calls) == len(numbers) - (12 - start) + 2:
       raise KeyboardInterrupt
     return compiled_step(*arguments)
-  monkeypatch.setattr('mtp_jax.train.fit.compiled_step', killed)
+  monkeypatch.setattr('mtp_jax.train.run.compiled_step', killed)
   with pytest.raises(KeyboardInterrupt):
     fit(config, tmp_path / 'cut', note=quiet)
   fit(config, tmp_path / 'cut', note=lambda line: line.startswith('step 10  ') and signal.raise_signal(signal.SIGTERM))
@@ -226,7 +226,7 @@ def test_a_step_run_again_tells_a_machine_that_errs_from_bad_data(folder, tmp_pa
       state = dataclasses.replace(state, model=jax.tree.map(lambda x: x * (1 + 2**-20), state.model))
     return compiled_step(config, state, *others)
 
-  monkeypatch.setattr('mtp_jax.train.fit.compiled_step', flipping if trouble == 'in the run' else compiled_step)
+  monkeypatch.setattr('mtp_jax.train.run.compiled_step', flipping if trouble == 'in the run' else compiled_step)
   monkeypatch.setattr('mtp_jax.train.replay.compiled_step', flipping if trouble == 'in a replay' else compiled_step)
   fit(config, tmp_path / 'run', note=quiet)
   write_config_file(tmp_path / 'config.py', config)

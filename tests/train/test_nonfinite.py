@@ -70,7 +70,7 @@ def test_a_non_finite_step_leaves_parameters_moments_and_counters_alone(folder):
 
 
 def test_a_few_non_finite_steps_are_counted_and_survived(folder, tmp_path, monkeypatch):
-  monkeypatch.setattr('mtp_jax.train.fit.compiled_step', poisoned({3, 4}))
+  monkeypatch.setattr('mtp_jax.train.run.compiled_step', poisoned({3, 4}))
   config = experiment(folder, train={'skipped_allowed': 3})
   fit(config, tmp_path, note=lambda line: None)
   records = [record for record in log_of(tmp_path) if record['kind'] == 'train']
@@ -85,7 +85,7 @@ def test_a_few_non_finite_steps_are_counted_and_survived(folder, tmp_path, monke
 def test_too_many_non_finite_steps_end_the_run_with_evidence_and_a_good_checkpoint(
     folder, uninterrupted, tmp_path, monkeypatch, capsys):
   _, workdir = uninterrupted('parallel')
-  monkeypatch.setattr('mtp_jax.train.fit.compiled_step', poisoned({4, 5}))
+  monkeypatch.setattr('mtp_jax.train.run.compiled_step', poisoned({4, 5}))
   config = experiment(folder, train={'skipped_allowed': 2})
   lines, arrays = [], []
 

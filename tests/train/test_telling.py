@@ -9,7 +9,7 @@ from experiments import experiment, log_of, write_config_file
 
 from mtp_jax import chips
 from mtp_jax.checkpoint.record import steps
-from mtp_jax.train import fit as fitting
+from mtp_jax.train import run as running
 from mtp_jax.train import processes
 from mtp_jax.train.fit import fit
 from mtp_jax.train.watch import Interrupts
@@ -45,7 +45,7 @@ def test_a_signal_saves_after_the_step(tmp_path, number):
 def test_a_signal_is_heard_during_a_validation_which_the_next_run_repeats(tmp_path, monkeypatch, number):
   """The validation after step 2, of four batches, ends after the first one."""
   config, seen = experiment(tmp_path), []
-  original = fitting.validation_batches
+  original = running.validation_batches
 
   def batches(*arguments):
     for batch in original(*arguments):
@@ -53,7 +53,7 @@ def test_a_signal_is_heard_during_a_validation_which_the_next_run_repeats(tmp_pa
       if len(seen) == 1:
         signal.raise_signal(number)
       yield batch
-  monkeypatch.setattr(fitting, 'validation_batches', batches)
+  monkeypatch.setattr(running, 'validation_batches', batches)
   outcome = fit(config, tmp_path / 'run', note=lambda line: None)
   assert (outcome.step, outcome.signal, len(seen)) == (2, number, 1) and steps(tmp_path / 'run') == [2]
   fit(config, tmp_path / 'run', note=lambda line: None)

@@ -5,8 +5,8 @@
     array      sum of h, and sum of h (w | 1), modulo 2^32
     tree       SHA-256 of the names of its arrays and of their sums
 
-A sum of integers is exact in any order, so each device adds up its own elements and nothing is gathered. One changed
-element always changes a sum; any other change goes unseen with a probability of about 2^-64.
+A sum of integers is exact in any order, so each device adds up its own elements and nothing is
+gathered. One changed element always changes a sum; any other change goes unseen with a probability of about 2^-64.
 """
 import functools
 import hashlib

@@ -2,8 +2,9 @@
 
     STEP/manifest-INDEX-of-COUNT.json   {'name of a file, relative to STEP': [bytes, 'hex digest'], ...}
 
-Orbax and TensorStore keep no checksum of arrays: of a flipped bit they tell nothing. Each process reads a share of the
-files back and lists it; a checkpoint has a manifest when all COUNT lists are there. Nothing here imports JAX or Orbax.
+Orbax and TensorStore keep no checksum of arrays: of a flipped bit they tell nothing. Each process
+reads a share of the files back and lists it; a checkpoint has a manifest when all COUNT lists are
+there. Nothing here imports JAX or Orbax.
 """
 import concurrent.futures
 import hashlib
@@ -31,8 +32,8 @@ def write(folder: pathlib.Path, index: int = 0, count: int = 1) -> None:
 
 
 def problem(folder: pathlib.Path, index: int = 0, count: int = 1, without: str = '') -> str:
-  """What differs from the manifest in share number `index` of `count` of the listed files, in words; '' if nothing
-  does, or if there is no manifest.
+  """What differs from the manifest in share number `index` of `count` of the listed files, in
+  words; '' if nothing does, or if there is no manifest.
 
   Args:
     without: a folder whose files are not looked at.

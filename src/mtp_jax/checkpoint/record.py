@@ -212,8 +212,8 @@ def check_whole(workdir, step: int, index: int = 0, count: int = 1, without: str
 
 
 def state(workdir, step: int) -> str:
-  """What is known of a checkpoint without loading it: 'whole', or without a manifest 'whole as far as its record
-  tells', or why it would not be used. Reads all its files.
+  """What is known of a checkpoint without loading it: 'whole', or without a manifest 'whole as far
+  as its record tells', or why it would not be used. Reads all its files.
   """
   if not is_complete(workdir, step):
     return 'incomplete, it was never committed'
@@ -278,9 +278,9 @@ def _check_position(data: dict) -> None:
 def check_resumes(config: Config, record: dict, workdir) -> list[str]:
   """Fields that differ from the checkpoint's and may, one line each.
 
-  Only fields of the model are fixed; whether the data are the same is decided by their identity, not
-  by the config. A field that the checkpoint lacks had its default: a new field's default is what
-  earlier versions did.
+  Only fields of the model are fixed; whether the data are the same is decided by their identity,
+  not by the config. A field that the checkpoint lacks had its default: a new field's default is
+  what earlier versions did.
 
   Raises:
     BadInput: for a field that a checkpoint fixes.

@@ -163,8 +163,8 @@ def _names(path) -> list[str]:
 class Writer:
   """Saves checkpoints in the background, one at a time, and keeps the newest `kept`.
 
-  Folders of steps that a crash left incomplete are renamed, and those of the steps `damaged`, so that these steps can
-  be saved again.
+  Folders of steps that a crash left incomplete are renamed, and those of the steps `damaged`, so
+  that these steps can be saved again.
 
   Raises:
     BadInput: the folder of checkpoints cannot be written.
@@ -266,8 +266,8 @@ class _Save(threading.Thread):
 
 
 def _make_folder(folder: pathlib.Path) -> None:
-  """Makes the folder if it is not there, and a folder in it for a moment: where Orbax cannot do that,
-  its threads wait for minutes.
+  """Makes the folder if it is not there, and a folder in it for a moment: where Orbax cannot do
+  that, its threads wait for minutes.
   """
   folder.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(prefix='.', dir=folder):

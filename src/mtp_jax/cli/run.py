@@ -27,8 +27,9 @@ from mtp_jax.config.errors import cannot
 def train(flags) -> int:
   """Starts a run, or resumes it from the newest checkpoint in --workdir.
 
-  With --replay_step=N it instead runs step N again, twice from the checkpoint before it, and writes nothing there.
-  Exit code 0 if both agree with each other, bit for bit, and with the log; 1 if not: then the machine is to blame.
+  With --replay_step=N it instead runs step N again, twice from the checkpoint before it, and writes
+  nothing there. Exit code 0 if both agree with each other, bit for bit, and with the log; 1 if not:
+  then the machine is to blame.
   """
   config = config_of(flags)
   need(flags, 'workdir')

@@ -176,8 +176,8 @@ class Meter:
 
 
 class Count:
-  """Progress through a number of equal steps: a bar on a terminal, elsewhere a line every ten seconds, so
-  that what takes less prints nothing.
+  """Progress through a number of equal steps: a bar on a terminal, elsewhere a line every ten
+  seconds, so that what takes less prints nothing.
 
   Args:
     what: is done; '' shows nothing.

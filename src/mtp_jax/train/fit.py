@@ -5,10 +5,11 @@ runs. Batches are a function of (seed, step), and a checkpoint holds all that a 
 run that was stopped, or killed and started again, ends with the same parameters and the same log,
 bit by bit, as one that was not.
 
-After too many bad steps in a row it rolls back: it goes on from the newest checkpoint, without the rows that
-were read since. (Without those of the bad steps alone it would come to the same parameters, and fail again, if these
-are to blame.) The record of every later checkpoint lists the roll-backs; one that was killed before rolls back again,
-in the same way. No checkpoint is saved within a row of bad steps.
+After too many bad steps in a row it rolls back: it goes on from the newest checkpoint, without the
+rows that were read since. (Without those of the bad steps alone it would come to the same
+parameters, and fail again, if these are to blame.) The record of every later checkpoint lists the
+roll-backs; one that was killed before rolls back again, in the same way. No checkpoint is saved
+within a row of bad steps.
 """
 import contextlib
 import dataclasses
@@ -43,8 +44,8 @@ class Outcome:
   """How a run ended.
 
   Fields:
-    step: the last one, or that of the newest checkpoint where a signal came within a row of bad steps.
-    validation: metrics of the newest validation.
+    step: the last one, or that of the newest checkpoint where a signal came within a row of bad
+    steps. validation: metrics of the newest validation.
     signal: the one that stopped the run on all its processes; 0 if none did.
   """
   step: int
@@ -101,13 +102,19 @@ def _fit(config: Config, workdir: pathlib.Path, profile_steps: range, note, open
     while True:
       try:
         with (only_run(workdir, opened), _writing(workdir),
-              contextlib.closing(Display(t.steps, opened.step, note, bar=index == 0)) as display,
-              contextlib.closing(Run(config, workdir, opened, skipped, mesh, display, started)) as run):
-          return _advance_to_end(run, interrupts, profile_steps, opened.record is not None)
+              contextlib.closing(Display(t.steps, opened.step, note, bar=index == 0)) as display):
+          return _train(Run(config, workdir, opened, skipped, mesh, display, started), interrupts,
+                        profile_steps, opened.record is not None)
       except NotFinite as error:
         opened, skipped, line = _rolled_back(config, workdir, opened, skipped, error)
       note(line)
       started = time.time()
+
+
+def _train(run: Run, interrupts, profile_steps: range, resumed: bool) -> Outcome:
+  """To the last step, or a signal; closes the run."""
+  with contextlib.closing(run):
+    return _advance_to_end(run, interrupts, profile_steps, resumed)
 
 
 def _advance_to_end(run: Run, interrupts, profile_steps: range, resumed: bool) -> Outcome:

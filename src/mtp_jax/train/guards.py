@@ -2,10 +2,10 @@
 
     limit = median + factor * max(1.4826 * median |x - median|, FLOOR * median)
 
-over the last `window` good steps. Of normal noise, 1.4826 times the median absolute deviation is the standard
-deviation; unlike that, outliers hardly move it. The metrics of a step are known when the next one has started, so
-the limits of a step depend on the steps up to the one before the last. That holds after a resume as well: the window
-stands in the record of a checkpoint. Nothing here imports JAX.
+over the last `window` good steps. Of normal noise, 1.4826 times the median absolute deviation is
+the standard deviation; unlike that, outliers hardly move it. The metrics of a step are known when
+the next one has started, so the limits of a step depend on the steps up to the one before the last.
+That holds after a resume as well: the window stands in the record of a checkpoint. Nothing here imports JAX.
 """
 import collections
 import math
@@ -82,8 +82,8 @@ class Guard:
 
 
 def changes_loss(config: Config, step: int) -> bool:
-  """Whether the futures' weights jump between the step before and this one, the first of which is step 0: by more than
-  a fiftieth of their sum.
+  """Whether the futures' weights jump between the step before and this one, the first of which is
+  step 0: by more than a fiftieth of their sum.
   """
   M, steps = config.model.futures, config.train.steps
   before, now = (np.array(config.objective.weights_M(M, max(0, n) / steps)) for n in (step - 1, step))

@@ -125,8 +125,8 @@ def _check_workdir(workdir: pathlib.Path) -> None:
 def only_run(workdir: pathlib.Path, opened: Opened) -> Iterator[None]:
   """Lets one run at a time write in a workdir, by a lock that ends with the process, even if that is killed.
 
-  The first process of a job takes it. Every process must call this, and goes on when that one has it; so a run that is
-  refused has written nothing. Where the file system has no locks nothing is refused.
+  The first process of a job takes it. Every process must call this, and goes on when that one has
+  it; so a run that is refused has written nothing. Where the file system has no locks nothing is refused.
 
   Raises:
     BadInput: another run writes there, or has since this one was opened.
@@ -186,8 +186,8 @@ def _check_data(config: Config, corpus: Corpus, record: dict, workdir: pathlib.P
 
 
 def rate_change(config: Config, record: dict) -> list[str]:
-  """The learning rate after the checkpoint, where the config gives another than the checkpoint's own
-  by more than 1 %; in one line.
+  """The learning rate after the checkpoint, where the config gives another than the checkpoint's
+  own by more than 1 %; in one line.
   """
   step, configs = record['step'], (Config.from_dict(record['config']), config)
   old, new = (float(schedule(c.optimizer, c.train.steps)(step)) for c in configs)

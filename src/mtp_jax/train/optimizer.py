@@ -41,8 +41,8 @@ def decayed(model):
 
 
 def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Learning rate at each step: linear warm-up from 0, then a cosine, a plateau and a linear decay, or a path in
-  words.
+  """Learning rate at each step: linear warm-up from 0, then a cosine, a plateau and a linear decay,
+  or a path in words.
 
   The last value is config.optimizer.final_ratio times the peak, or what the path ends with.
   """
@@ -92,8 +92,8 @@ def _move(state, space):
 
 
 def update_norm(c: OptimizerConfig, steps: int, grads, state, model) -> jax.Array:
-  """float32: the norm of the updates that `update` gives. It keeps none of them, so that nothing need be changed before
-  it is known; the moments are read twice.
+  """float32: the norm of the updates that `update` gives. It keeps none of them, so that nothing
+  need be changed before it is known; the moments are read twice.
   """
   if c.moments != 'host':
     return optax.tree.norm(make(c, steps).update(grads, state, model)[0])

@@ -195,8 +195,8 @@ def interrupts() -> Interrupts:
 
 
 def stop_signal(interrupts: Interrupts) -> int:
-  """The signal that stops the run now, 0 if none. All processes stop together, whichever got it; the
-  others return SIGTERM.
+  """The signal that stops the run now, 0 if none. All processes stop together, whichever got it;
+  the others return SIGTERM.
 
   Every process must call it equally often: after every step, and after every batch of a validation.
   """

@@ -1,9 +1,9 @@
 """A step of a run, once more and twice, bit by bit: does the machine compute what it should?
 
-From the newest checkpoint before the step all steps up to it are run, with the batches they had, and again from the
-same checkpoint. Where the two differ the machine is to blame. Where both agree and the loss is that of the log, a
-bad step comes from the data or the parameters. Where both agree and the log has another loss, the machine erred then,
-or was another one. Nothing is written to the workdir.
+From the newest checkpoint before the step all steps up to it are run, with the batches they had,
+and again from the same checkpoint. Where the two differ the machine is to blame. Where both agree
+and the loss is that of the log, a bad step comes from the data or the parameters. Where both agree
+and the log has another loss, the machine erred then, or was another one. Nothing is written to the workdir.
 """
 import dataclasses
 import hashlib

@@ -72,8 +72,8 @@ def abstract(config: Config, mesh) -> State:
 
 def gradients(config: Config, model: Model, read: Read, weight_M, active: tuple[bool, ...],
               loss=objective.loss):
-  """Those of the loss over the rows of a step, in microbatches of train.batch / train.accumulate: (float32 loss,
-  Sums, a Model of gradients).
+  """Those of the loss over the rows of a step, in microbatches of train.batch / train.accumulate:
+  (float32 loss, Sums, a Model of gradients).
 
   Args:
     read: all rows of the step, over (data, fsdp).
