@@ -9,8 +9,8 @@ from experiments import experiment, log_of, write_config_file
 
 from mtp_jax import chips
 from mtp_jax.checkpoint.record import steps
-from mtp_jax.train import run as running
 from mtp_jax.train import processes
+from mtp_jax.train import run as running
 from mtp_jax.train.fit import fit
 from mtp_jax.train.watch import Interrupts
 
