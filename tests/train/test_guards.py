@@ -47,7 +47,8 @@ def test_40_steps_of_which_15_are_bad_are_bitwise_the_other_25(tmp_path, packed,
   config = experiment(tmp_path, model=model, data={'length': 12}, optimizer={'moments': moments},
                       train={'steps': 40, 'batch': 4, 'accumulate': 1})
   rng = random.Random(0)
-  bad = dict(zip(sorted(rng.sample(range(10, 40), 15)), rng.sample(list(BAD) * 3, 15)))
+  kinds = [kind for kind in BAD if moments == 'device' or kind != 'update not finite']
+  bad = dict(zip(sorted(rng.sample(range(10, 40), 15)), rng.sample(kinds * 4, 15)))
   run = jax.jit(functools.partial(training.step, config, active=(True,) * 3), static_argnames=())
   ones, weight_M = jnp.ones(24, jnp.int32), jnp.array([1.0, 0.5, 0.25])
 
@@ -74,7 +75,11 @@ def test_40_steps_of_which_15_are_bad_are_bitwise_the_other_25(tmp_path, packed,
         state, (clean, _) = after, advance(clean, k)
   assert same_bits((state.model, state.optimizer), (clean.model, clean.optimizer))
   assert (int(state.step), int(state.skipped), int(clean.step)) == (40, 15, 25)
-  assert guard.skipped == {kind: list(bad.values()).count(kind) for kind in BAD}
+  assert guard.skipped == {kind: list(bad.values()).count(kind) for kind in kinds}
+  if moments == 'host':  # told, and part of a row of bad steps, within which nothing is saved
+    with jax.set_mesh(make_mesh(config.mesh)):
+      _, metrics = advance(with_infinite_update(state), 40)
+    assert (int(metrics['skip_cause']), int(metrics['skipped_in_a_row'])) == (3, 1)
 
 
 def with_infinite_update(state):

@@ -10,7 +10,6 @@ state['learning_rate'].count. Weight decay applies to parameters with at least t
 own (matrices, stacked or not), never to vectors.
 """
 import collections
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -91,33 +90,27 @@ def _move(state, space):
   return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, state)
 
 
-def update_norm(c: OptimizerConfig, steps: int, grads, state, model) -> jax.Array:
-  """float32: the norm of the updates that `update` gives. It keeps none of them, so that nothing
-  need be changed before it is known; the moments are read twice.
-  """
-  if c.moments != 'host':
-    return optax.tree.norm(make(c, steps).update(grads, state, model)[0])
-  parts, squares = _parts(c, steps), jnp.zeros(())
-  grads, _ = parts['clip'].update(grads, state['clip'])
-  for i in range(jax.tree.structure(model).num_leaves):
-    parameter = _one_parameter(parts, i, grads, state, model, squares)
-    squares = parameter.before + optax.tree.norm(parameter.update, squared=True)
-  return jnp.sqrt(squares)
-
-
 def update(c: OptimizerConfig, steps: int, grads, state, model, ok):
-  """(updates, next state) of the transform `make`.
+  """(updates, their norm, next state, ok) of the transform `make`.
+
+  With moments on the device the norm is known before anything changes, and ok becomes False where it is not finite.
+  Those in host memory would have to come to the device twice for that. XLA brings them once, all together, and keeps
+  them. But there the norm is at most rate * (clip / epsilon + decay * |p|), unless the moments are damaged: so such a
+  step is applied, told by its norm, and for a run to undo.
 
   Args:
     state: as `to_storage` leaves it.
     ok: bool[]; where it is False the next state is the old one.
   """
   if c.moments == 'host':
-    return _update_one_by_one(_parts(c, steps), grads, state, model, ok)
-  # the barrier makes XLA compute the updates again, rather than keep them until it is known whether the step is bad
-  grads, ok = jax.lax.optimization_barrier((grads, ok))
-  updates, following = make(c, steps).update(grads, state, model)
-  return updates, _choose(ok, following, state)
+    updates, following = _update_one_by_one(_parts(c, steps), grads, state, model, ok)
+    return updates, optax.tree.norm(updates), following, ok
+  advance = make(c, steps).update
+  norm = optax.tree.norm(advance(grads, state, model)[0])
+  # the barrier makes XLA compute the updates again, rather than keep them until the norm is known
+  grads, ok = jax.lax.optimization_barrier((grads, ok & jnp.isfinite(norm)))
+  updates, following = advance(grads, state, model)
+  return updates, norm, _choose(ok, following, state), ok
 
 
 def _choose(ok, new, old):
@@ -125,43 +118,36 @@ def _choose(ok, new, old):
 
 
 def _update_one_by_one(parts, grads, state, model, ok):
-  """The same update with moments in host memory, one parameter at a time."""
-  structure, following = jax.tree.structure(model), collections.OrderedDict(state)
-  grads, following['clip'] = parts['clip'].update(grads, state['clip'])
-  updates, mu, nu = [], [], []
-  for i in range(structure.num_leaves):
-    parameter = _one_parameter(parts, i, grads, state, model, (mu[-1:], nu[-1:], ok))
-    mu[-1:], nu[-1:], ok = parameter.before
-    following |= {name: _choose(ok, parameter.following[name], parameter.state[name]) for name in parameter.following}
-    updates += jax.tree.leaves(parameter.update)
-    mu += jax.tree.leaves(_move(following['adam'].mu, jax.memory.Space.Host))
-    nu += jax.tree.leaves(_move(following['adam'].nu, jax.memory.Space.Host))
-  following['adam'] = following['adam']._replace(mu=structure.unflatten(mu), nu=structure.unflatten(nu))
-  return structure.unflatten(updates), following
+  """The same update with moments in host memory, one parameter at a time.
 
-
-class _Parameter(typing.NamedTuple):
-  """One parameter's: trees with None for every other one. `before`: what had to be known before."""
-  update: typing.Any
-  state: dict
-  following: dict
-  before: typing.Any
-
-
-def _one_parameter(parts, i: int, grads, state, model, before) -> _Parameter:
-  """The update of parameter number i, of clipped gradients, with its moments on the device.
-
-  A barrier lets them onto the device only after `before`, such as the moments of the parameter before, have left it.
+  A barrier lets the moments of a parameter onto the device only after those of the parameter
+  before have left it.
   """
   structure = jax.tree.structure(model)
 
-  def only(tree):
+  def only(tree, i: int):
+    """The tree with None for every parameter but number i."""
     return structure.unflatten([x if j == i else None for j, x in enumerate(jax.tree.leaves(tree))])
 
   adam = state['adam']
-  arriving, before = jax.lax.optimization_barrier(((only(adam.mu), only(adam.nu)), before))
-  mu, nu = _move(arriving, jax.memory.Space.Device)
-  update, old, following = only(grads), state | {'adam': adam._replace(mu=mu, nu=nu)}, {}
-  for name in ('adam', 'weight_decay', 'learning_rate'):
-    update, following[name] = parts[name].update(update, old[name], only(model))
-  return _Parameter(update, old, following, before)
+  following = collections.OrderedDict(state)
+  grads, following['clip'] = parts['clip'].update(grads, state['clip'])
+  updates, mu, nu = [], [], []
+  for i in range(structure.num_leaves):
+    arriving, leaving = (only(adam.mu, i), only(adam.nu, i)), (mu[-1:], nu[-1:])
+    arriving, leaving = jax.lax.optimization_barrier((arriving, leaving))
+    mu[-1:], nu[-1:] = leaving
+    mu_i, nu_i = _move(arriving, jax.memory.Space.Device)
+
+    adam_i = adam._replace(mu=mu_i, nu=nu_i)
+    update_i, new_adam_i = parts['adam'].update(only(grads, i), adam_i, only(model, i))
+    for name in ('weight_decay', 'learning_rate'):
+      update_i, new = parts[name].update(update_i, state[name], only(model, i))
+      following[name] = _choose(ok, new, state[name])
+    new_adam_i = _choose(ok, new_adam_i, adam_i)
+
+    updates += jax.tree.leaves(update_i)
+    mu += jax.tree.leaves(_move(new_adam_i.mu, jax.memory.Space.Host))
+    nu += jax.tree.leaves(_move(new_adam_i.nu, jax.memory.Space.Host))
+  following['adam'] = new_adam_i._replace(mu=structure.unflatten(mu), nu=structure.unflatten(nu))
+  return structure.unflatten(updates), following

@@ -4,7 +4,8 @@
 
 The gradients of the microbatches of a step are added up. Each is weighted by counts over the
 whole batch, so accumulation changes only the memory that a step needs. A bad step (guards.py)
-leaves parameters, moments, their counters and the biases of experts as they were. A future whose
+leaves parameters, moments, their counters and the biases of experts as they were (but see
+`optimizer.update` of moments in host memory). A future whose
 weight is exactly 0 is not computed; each set of futures that are computed is a program of its
 own. The gradient of a future that is not computed is 0, as it would be otherwise; weight decay
 and momentum go on.
@@ -137,14 +138,15 @@ def step(config: Config, state: State, batch, byte_length_V, weight_M, active: t
   grads = balance.without_loads(grads_and_loads)
   with jax.named_scope('update'):
     norm = optax.tree.norm(grads)
-    update_norm = optimizer.update_norm(config.optimizer, config.train.steps, grads, state.optimizer, state.model)
-    finite = [jnp.isfinite(x) for x in (loss, norm, update_norm)]
-    causes = jnp.stack([*map(jnp.logical_not, finite), loss > limits.loss, norm > limits.gradient_norm])
-    bad = jnp.any(causes)
-    updates, moments = optimizer.update(config.optimizer, config.train.steps, grads, state.optimizer, state.model, ~bad)
+    causes = [~jnp.isfinite(loss), ~jnp.isfinite(norm), loss > limits.loss, norm > limits.gradient_norm]
+    ok = ~jnp.any(jnp.stack(causes))
+    updates, update_norm, moments, ok = optimizer.update(config.optimizer, config.train.steps, grads,
+                                                         state.optimizer, state.model, ok)
     updates = balance.with_biases(updates, grads_and_loads, balance_rate)
     updated = optax.apply_updates(state.model, updates)
-    model = jax.tree.map(lambda new, old: jnp.where(bad, old, new), updated, state.model)
+    model = jax.tree.map(lambda new, old: jnp.where(ok, new, old), updated, state.model)
+    causes = jnp.stack([*causes[:2], ~jnp.isfinite(update_norm), *causes[2:]])
+    bad = jnp.any(causes)
     following = State(state.step + 1, state.skipped + bad, (state.skipped_in_a_row + 1) * bad,
                       model, moments)
   bits_per_byte = sums.nats_M[0] / math.log(2) / read.target_bytes(byte_length_V)
@@ -158,7 +160,7 @@ def step(config: Config, state: State, batch, byte_length_V, weight_M, active: t
       'weight': weight_M,
       'bits_per_byte': jnp.where(active[0], bits_per_byte, jnp.nan),
       'gradient_norm': norm,
-      'update_norm': jnp.where(bad, 0.0, update_norm),
+      'update_norm': jnp.where(ok, update_norm, 0.0),
       'learning_rate': optimizer.learning_rate(config.optimizer, config.train.steps,
                                                state.optimizer),
       'padding': jnp.mean(read.segments_BL == 0, dtype=jnp.float32),
