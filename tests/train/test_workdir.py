@@ -1,4 +1,5 @@
 """A workdir belongs to one run at a time; one that cannot be written ends the run in one line, and never hangs."""
+import json
 import os
 import resource
 import subprocess
@@ -62,6 +63,10 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_logs_what_it
   names = sorted(path.name for path in (workdir / FOLDER).iterdir())
   assert names == ['2', '4', '6', f'{"incomplete" if damage == "incomplete" else "damaged"}-6']
   assert fit(config, workdir, note=lines.append).step == 6 and len(log_of(workdir)) == len(whole)
+  events = [json.loads(line) for line in (workdir / EVENTS).read_text().splitlines()]
+  saved = [event for event in events if event['kind'] == 'checkpoint']
+  assert [event['step'] for event in saved] == [2, 4, 6, 6]
+  assert all(saved[2][part] == saved[3][part] != saved[1][part] for part in ('parameters', 'training'))
 
 
 def with_a_full_disk(monkeypatch, full_steps, run, limit: int = 200):

@@ -194,8 +194,8 @@ class Writer:
       for path in self.folder.glob('*.orbax-checkpoint-tmp'):
         shutil.rmtree(path, ignore_errors=True)
 
-  def save(self, step: int, parameters, training, record: dict) -> None:
-    """Starts to write; the arrays may be donated or overwritten at once.
+  def save(self, step: int, parameters, training, record: dict) -> dict[str, str]:
+    """Starts to write; the arrays may be donated or overwritten at once. Returns the fingerprints of both.
 
     Args:
       parameters: what a reader loads.
@@ -213,11 +213,13 @@ class Writer:
       self._remove_unfinished()
       checkpointer = checkpointer or self._open()
       arrays = {'parameters': as_dict(parameters), 'training': as_dict(training)}
-      record = record | {'fingerprint': {name: fingerprint(_by_path(tree)) for name, tree in arrays.items()}}
+      fingerprints = {name: fingerprint(_by_path(tree)) for name, tree in arrays.items()}
+      record = record | {'fingerprint': fingerprints}
       record |= {'digest': digest(record)}
       saving = checkpointer.save_checkpointables_async(step, arrays, custom_metadata=record)
       self.pending = _Save(saving, self.folder / str(step))
       self.checkpointer = checkpointer
+      return fingerprints
 
   def failed(self) -> bool:
     """Whether the save in progress has failed; `wait` tells why."""

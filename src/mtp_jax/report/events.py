@@ -3,7 +3,8 @@
     one JSON object a line: time (seconds since 1970 when it began), kind, seconds (duration), step
 
 A run begins with the event `start`. One `step` and one `data_wait` event cover all steps since the
-last record.
+last record. The event `checkpoint` has the fingerprints of what was saved: two runs of the same steps,
+whatever interrupted them, have the same ones.
 """
 import contextlib
 import json
@@ -25,9 +26,10 @@ class Events:
   def __init__(self, workdir: pathlib.Path, note: Callable[[str], None] = print_stderr):
     self._lines = Lines(workdir / FILE, note)
 
-  def write(self, kind: str, began: float, seconds: float, step: int) -> None:
-    """Appends an event that began at time `began`, in seconds since 1970."""
+  def write(self, kind: str, began: float, seconds: float, step: int, more: dict | None = None) -> None:
+    """Appends an event that began at time `began`, in seconds since 1970, with the fields of `more`."""
     event = {'time': round(began, 3), 'kind': kind, 'seconds': round(seconds, 6), 'step': step}
+    event |= more or {}
     self._lines.write(json.dumps(event))
 
   @contextlib.contextmanager

@@ -197,7 +197,8 @@ class Run:
       return
     with self.recorder.speed.paused('save', self.step):
       record = {'step': self.step, 'data': self.batches.get_state(), 'guard': self.guard.state(), **self.record}
-      self.writer.save(self.step, self.state.model, self.state.without_model(), record)
+      fingerprints = self.writer.save(self.step, self.state.model, self.state.without_model(), record)
+      self.events.write('checkpoint', time.time(), 0.0, self.step, fingerprints)
     self.saved_step = self.step
 
   def wait(self) -> None:
