@@ -67,6 +67,8 @@ git archive --format=tar.gz --output="$files/mtp_jax.tar.gz" HEAD
 cat >"$files/run" <<END
 { # read as a whole, because the next connection writes this file again
   cd mtp_jax
+  # all-to-all, which experts need, runs beside products: README.md, "Options of the compiler"
+  export LIBTPU_INIT_ARGS="--xla_tpu_enable_async_all_to_all=true \${LIBTPU_INIT_ARGS:-}"
   ../venv/bin/python -m mtp_jax train$(printf ' %q' "$@") &
   echo \$! >../pid
   wait \$!
