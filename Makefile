@@ -5,11 +5,12 @@ WORKDIR ?= runs/tiny
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help train test test-all lint
+.PHONY: help train test test-all faults lint
 help:
 	@echo 'make train   install, pretrain the tiny multi-token model on the standard library, show what it writes and how fast'
 	@echo 'make test    install, run every test but the slow ones: Slurm, plans of large models, long kill loops'
 	@echo 'make test-all   install, run every test'
+	@echo 'make faults  install, inject every kind of fault into training, print what survived'
 	@echo 'make lint    install, check the style'
 	@echo 'variables: PYTHON=$(PYTHON) (3.11 or newer)  VENV=$(VENV)  WORKDIR=$(WORKDIR)'
 
@@ -24,6 +25,9 @@ test: $(VENV)/installed-dev
 
 test-all: $(VENV)/installed-dev
 	$(RUN) -m pytest
+
+faults: $(VENV)/installed-dev
+	$(RUN) tests/faults.py
 
 lint: $(VENV)/installed-dev
 	$(RUN) -m ruff check src tests configs docs
