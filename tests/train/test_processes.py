@@ -7,6 +7,7 @@ import pathlib
 import random
 import re
 import signal
+import socket
 import sys
 import time
 
@@ -232,6 +233,16 @@ def test_sigterm_to_one_stops_both_at_one_step_and_the_resumed_job_equals_an_uni
   with job(workdir) as two:
     assert ended(two, 200) == [0, 0], [process.output for process in two]
   assert wanted == losses(workdir) == losses(workdir / 'process-1')
+
+
+def test_a_port_that_another_program_has_is_told_before_jax_starts(monkeypatch):
+  with socket.create_server(('127.0.0.1', 0)) as taken:
+    port = taken.getsockname()[1]
+    variables = {'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '0'}
+    for name, value in variables.items():
+      monkeypatch.setenv(name, value)
+    with pytest.raises(OSError, match=f'process 0 cannot listen at port {port} .*; end what listens there'):
+      processes.run(lambda: 0, 10)
 
 
 def test_processes_with_different_commands_are_all_refused(folder, job, tmp_path):

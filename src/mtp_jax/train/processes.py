@@ -18,11 +18,13 @@ import hashlib
 import importlib.util
 import os
 import signal
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Mapping
 
 from mtp_jax.config import BadInput
+from mtp_jax.config.errors import in_words
 from mtp_jax.report.display import flush, print_stderr
 from mtp_jax.train.watch import Interrupts, heard
 
@@ -96,10 +98,15 @@ def run(work: Callable[[], int], heartbeat_seconds: int) -> int:
       `jax.distributed` has started.
     heartbeat_seconds: a process that shows no sign of life for so long counts as dead, and all
       others end.
+
+  Raises:
+    OSError: another program listens at the address of process 0, which is this one.
   """
   where = environment(os.environ, has_tpu())
   if not where:
     return work()
+  if where == 'variables' and int(os.environ['JAX_PROCESS_ID']) == 0:
+    _check_free(os.environ['JAX_COORDINATOR_ADDRESS'])
   flush()
   parent_is_alive, held_by_parent = os.pipe()
   child = os.fork()
@@ -110,6 +117,17 @@ def run(work: Callable[[], int], heartbeat_seconds: int) -> int:
   os.setpgid(0, 0)  # Ctrl-C then reaches the parent alone, which forwards it once
   threading.Thread(target=_exit_with_parent, args=(parent_is_alive,), daemon=True).start()
   os._exit(_work(work, where, heartbeat_seconds))
+
+
+def _check_free(address: str) -> None:
+  """Raises OSError where another program listens at host:port: JAX would end with a segmentation fault."""
+  port = int(address.rpartition(':')[2])
+  family = {'family': socket.AF_INET6, 'dualstack_ipv6': True} if socket.has_dualstack_ipv6() else {}
+  try:
+    socket.create_server(('', port), **family).close()
+  except (OSError, OverflowError) as error:
+    raise OSError(f'JAX_COORDINATOR_ADDRESS={address}: process 0 cannot listen at port {port} ({in_words(error)}); '
+                  'end what listens there, such as an earlier job, or set another port on all processes') from None
 
 
 def _supervise(child: int) -> int:
