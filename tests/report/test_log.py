@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from mtp_jax.report.log import Log, read_log
+from mtp_jax.report.log import FILE, Log, read_log
 
 
 def test_a_resumed_log_drops_what_lies_past_the_checkpoint(tmp_path):
@@ -38,6 +38,7 @@ def test_the_log_is_read_back_without_a_line_that_a_crash_cut_off(tmp_path):
   assert read_log(tmp_path) == []
   log = Log(tmp_path, 0)
   log.write(1, 'train', {'loss': float('nan'), 'nats': [0.5]})
-  log.file.write('{"step": 2, "kind": "tr')
   log.close()
+  with (tmp_path / FILE).open('a') as file:
+    file.write('{"step": 2, "kind": "tr')
   assert read_log(tmp_path) == [{'step': 1, 'kind': 'train', 'loss': None, 'nats': [0.5]}]

@@ -95,7 +95,7 @@ def test_a_disk_that_is_full_for_a_while_ends_nothing_and_loses_no_record(tmp_pa
   assert 2 <= len(failed) <= 3 and all('the run goes on, and saves the next one' in line for line in failed)
   for name in (FILE, EVENTS):
     assert any(f'{name}: cannot be written (File too large); the run goes on' in line for line in lines), lines
-    assert any(f'{name}: can be written again; no line is lost' in line for line in lines), lines
+    assert any(f'{name}: can be written again; no lines are lost' in line for line in lines), lines
   assert any('TensorBoard: gets no more records (File too large)' in line for line in lines), lines
   names = {path.name for path in (tmp_path / 'run' / FOLDER).iterdir()}
   assert {'10', '12'} <= names and all(name.isdecimal() for name in names), names

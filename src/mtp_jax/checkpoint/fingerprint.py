@@ -2,11 +2,11 @@
 
     mix        two rounds of a product with an odd number and a shift, one to one on 32 bits
     element    h = mix(bits ^ w), w = mix(place ^ SEED); place is its number in the array
-    array      sum of h, and sum of h (w | 1), modulo 2^32
+    array      sum of h, and sum of h w, modulo 2^32
     tree       SHA-256 of the names of its arrays and of their sums
 
 A sum of integers is exact in any order, so each device adds up its own elements and nothing is
-gathered. One changed element always changes a sum; any other change goes unseen with a probability of about 2^-64.
+gathered. One changed element always changes a sum; any other change goes unseen with a probability of about 2^-60.
 """
 import functools
 import hashlib
@@ -52,7 +52,7 @@ def _sums_of(x):
   bits = jax.lax.bitcast_convert_type(x, UNSIGNED[x.dtype.itemsize]).astype(jnp.uint32)
   weight = _mixed(_place(bits) ^ np.uint32(SEED))
   hashed = _mixed(bits ^ weight)
-  return jnp.sum(hashed, dtype=jnp.uint32), jnp.sum(hashed * (weight | np.uint32(1)), dtype=jnp.uint32)
+  return jnp.sum(hashed, dtype=jnp.uint32), jnp.sum(hashed * weight, dtype=jnp.uint32)
 
 
 def _place(bits):

@@ -74,7 +74,7 @@ def read(folder: pathlib.Path) -> dict[str, tuple[int, str]] | None:
     try:
       entries = json.loads((folder / match.string).read_text())
       listed |= {_inside(name): (int(size), str(hexadecimal)) for name, (size, hexadecimal) in entries.items()}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
       raise ValueError(f'{match.string} is no list of files') from None
   return listed
 

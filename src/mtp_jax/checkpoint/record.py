@@ -30,10 +30,12 @@ FOLDER = 'checkpoints'
 CONFIG = 'config.json'  # of the newest start, beside the checkpoints
 TOKENIZER = 'tokenizer.model'  # a copy in the workdir, so that the run can be moved
 RUN = 'run.txt'  # the name of the run, as in the records of its checkpoints
+GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # such an error shows that a file is not what it was
 # Files of Orbax in a complete checkpoint.
 METADATA, COMMITTED = '_CHECKPOINT_METADATA', 'commit_success.txt'
 TYPES = {'step': int, 'config': dict, 'conventions': dict, 'tokenizer': str, 'identity': dict,
          'data': dict}
+LATER_TYPES = {'run': str, 'fingerprint': dict, 'digest': str, 'guard': dict, 'skipped_rows': list}
 # The parameters mean the same with any value of these.
 MODEL_FIELDS_FREE_TO_CHANGE = {'remat', 'head_batch', 'dtype'}
 
@@ -146,15 +148,27 @@ def read_record(workdir: pathlib.Path, step: int | None = None, note: Callable[[
     BadInput: there is no such checkpoint; or DamagedCheckpoint, its record is not what was saved.
   """
   if step is None:
-    return choose(workdir, None, lambda step: read_record(workdir, step), note)
-  step = existing_step(workdir, step)
+    return choose(workdir, None, lambda step: record_of(workdir, step), note)
+  return record_of(workdir, existing_step(workdir, step))
+
+
+def record_of(workdir: pathlib.Path, step: int) -> dict:
+  """The record of a checkpoint that was there.
+
+  Raises:
+    DamagedCheckpoint: its record is not what was saved, or it is gone.
+    BadInput: it cannot be read.
+  """
   path = _folder(workdir, step) / METADATA
   try:
     record = json.loads(path.read_text())['custom_metadata']
     expected = record.get('digest')
     _check_types(record)
+  except GONE as error:
+    raise DamagedCheckpoint(step, f'{path}: is no file ({in_words(error)})') from None
   except OSError as error:
-    raise DamagedCheckpoint(step, f'{path}: cannot be read ({in_words(error)})') from None
+    raise BadInput(f'{path}: cannot be read ({in_words(error)}); it may be whole: make it readable, and run '
+                   'again') from None
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise DamagedCheckpoint(step, f'{path}: lacks the record of config and conventions ({error!r})') from None
   if expected not in (None, digest(record)):
@@ -202,7 +216,7 @@ def check_whole(workdir, step: int, index: int = 0, count: int = 1, without: str
   folder = _folder(workdir, step)
   try:
     problem = manifest.problem(folder, index, count, without)
-  except (FileNotFoundError, IsADirectoryError) as error:
+  except GONE as error:
     problem = in_words(error)
   except OSError as error:
     raise BadInput(f'{folder}: cannot be read ({in_words(error)}); it may be whole: make it readable, and run '
@@ -219,7 +233,7 @@ def state(workdir, step: int) -> str:
     return 'incomplete, it was never committed'
   try:
     check_whole(workdir, step)
-    check_run(workdir, read_record(workdir, step))
+    check_run(workdir, record_of(workdir, step))
     return 'whole' if manifest.read(_folder(workdir, step)) else 'whole as far as its record tells: it has no manifest'
   except BadInput as error:
     return str(error).removeprefix(f'{_folder(workdir, step)}: ')
@@ -258,10 +272,19 @@ def _check_types(record: dict) -> None:
   for key, kind in TYPES.items():
     if type(record[key]) is not kind:
       raise TypeError(f'{key}: must be of type {kind.__name__}')
+  for key, kind in LATER_TYPES.items():
+    if key in record and type(record[key]) is not kind:
+      raise TypeError(f'{key}: must be of type {kind.__name__}')
   for section, fields in record['config'].items():
     if type(fields) is not dict:
       raise TypeError(f'config.{section}: must be a section')
   _check_position(record['data'])
+  guard, numbers = record.get('guard', {'recent': [], 'skipped': {}}), (int, float)
+  if not (all(type(rows) is list and [type(x) for x in rows] == [int, int] for rows in record.get('skipped_rows', []))
+          and all(type(rows) is list and len(rows) == 3 and all(type(x) in numbers for x in rows)
+                  for rows in guard['recent'])
+          and all(type(count) is int for count in guard['skipped'].values())):
+    raise TypeError('guard, skipped_rows: must be what a run saves')
 
 
 def _check_position(data: dict) -> None:

@@ -14,11 +14,13 @@ import functools
 import gc
 import itertools
 import logging
+import math
 import pathlib
 import shutil
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Collection, Iterator
 
@@ -27,11 +29,9 @@ import numpy as np
 
 from mtp_jax.checkpoint import manifest
 from mtp_jax.checkpoint.fingerprint import fingerprint
-from mtp_jax.checkpoint.record import FOLDER, DamagedCheckpoint, digest, folders, read_record, steps
+from mtp_jax.checkpoint.record import FOLDER, GONE, DamagedCheckpoint, digest, folders, record_of, steps
 from mtp_jax.config import BadInput
 from mtp_jax.config.errors import cannot, in_words
-
-GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)  # such an error shows that a file is not what it was
 
 
 @functools.cache
@@ -225,15 +225,20 @@ class Writer:
     """Whether the save in progress has failed; `wait` tells why."""
     return bool(self.pending and self.pending.error)
 
-  def wait(self) -> None:
-    """Waits for the save in progress. Raises NotSaved when it failed; another save may follow."""
+  def wait(self) -> float:
+    """Waits for the save in progress, and tells when it was done, by `time.monotonic`; nan if there is none.
+
+    Raises:
+      NotSaved: it failed; another save may follow.
+    """
     pending, self.pending = self.pending, None
     if pending is None:
-      return
+      return math.nan
     with _writing(self.folder):
       checkpointer, self.checkpointer = self.checkpointer, None
-      pending.result()
+      done_at = pending.result()
       self.checkpointer = checkpointer
+      return done_at
 
   def close(self) -> None:
     """Waits for the save in progress. Raises NotSaved when it failed."""
@@ -257,14 +262,16 @@ class _Save(threading.Thread):
     try:
       self.saving.result()
       manifest.write(self.folder, self.index, self.count)
+      self.done_at = time.monotonic()
     except Exception as error:
       self.error = error
 
-  def result(self) -> None:
-    """Waits until it is done. Raises what made it fail."""
+  def result(self) -> float:
+    """Waits until it is done, and tells when that was. Raises what made it fail."""
     self.join()
     if self.error:
       raise self.error
+    return self.done_at
 
 
 def _make_folder(folder: pathlib.Path) -> None:
@@ -299,7 +306,7 @@ def restore(workdir: pathlib.Path, step: int, **abstract) -> dict:
   """
   path = _folder(workdir) / str(step)
   nested = {name: as_dict(tree) for name, tree in abstract.items()}
-  fingerprints = read_record(workdir, step).get('fingerprint', {})
+  fingerprints = record_of(workdir, step).get('fingerprint', {})
   for name in nested:
     if not (path / name).is_dir():
       raise DamagedCheckpoint(step, f'{path}: is incomplete, it has no folder {name}')

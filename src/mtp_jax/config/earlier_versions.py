@@ -8,4 +8,6 @@ def upgraded(values: dict) -> dict:
   train = dict(values.get('train', {}))
   if 'tensorboard' in train:
     train['trackers'] = ['tensorboard'] if train.pop('tensorboard') else []
+  if train.get('checkpoints_kept') == 1:  # the newest may be damaged
+    train['checkpoints_kept'] = 2
   return values | {'train': train} if train else values

@@ -15,7 +15,7 @@ from mtp_jax.checkpoint.record import (
     check_whole,
     choose,
     locate,
-    read_record,
+    record_of,
 )
 from mtp_jax.config import Config
 from mtp_jax.data.corpus import load_tokenizer, other_documents
@@ -51,7 +51,7 @@ def load(workdir, step: int | None = None, *, tokenizer: str | None = None,
 
   def load_step(step: int) -> LanguageModel:
     check_whole(workdir, step, without='training')
-    record = read_record(workdir, step)
+    record = record_of(workdir, step)
     check_run(workdir, record)
     return _loaded(workdir, record, tokenizer, data, mesh)
 

@@ -17,7 +17,7 @@ from mtp_jax.report.display import print_stderr
 from mtp_jax.report.lines import Lines
 
 FILE = 'events.jsonl'
-KINDS = ('step', 'data_wait', 'evaluation', 'save', 'compile', 'restore', 'setup')
+KINDS = ('step', 'data_wait', 'evaluation', 'save', 'wait_for_save', 'compile', 'restore', 'setup')
 
 
 class Events:

@@ -17,16 +17,20 @@ class Lines:
   def __init__(self, path: pathlib.Path, note: Callable[[str], None]):
     self.path, self.note = path, note
     self.file, self.waiting = path.open('ab', buffering=0), []
-    self.is_failing = self.is_torn = False  # torn: a write ended within a line, which readers skip
+    self.is_failing, self.lost = False, 0
+    self.is_torn = not _ends_with_a_line(path)  # a write ended within a line, which readers skip
 
   def write(self, line: str) -> None:
-    self.waiting = [*self.waiting, line][-MOST_WAITING:]
+    self.waiting.append(line)
+    if len(self.waiting) > MOST_WAITING:
+      self.waiting.pop(0)
+      self.lost += 1
     try:
       while self.waiting:
         self._write_all(('\n' if self.is_torn else '') + self.waiting[0] + '\n')
         self.waiting.pop(0)
       if self.is_failing:
-        self.note(f'{self.path}: can be written again; no line is lost')
+        self.note(f'{self.path}: can be written again; {self.lost or "no"} lines are lost')
       self.is_failing = False
     except OSError as error:
       if not self.is_failing:
@@ -43,3 +47,9 @@ class Lines:
     if self.waiting:
       self.note(f'{self.path}: {len(self.waiting)} lines could not be written')
     self.file.close()
+
+
+def _ends_with_a_line(path: pathlib.Path) -> bool:
+  with path.open('rb') as file:
+    file.seek(max(0, path.stat().st_size - 1))
+    return file.read() in (b'', b'\n')

@@ -113,8 +113,13 @@ def _fit(config: Config, workdir: pathlib.Path, profile_steps: range, note, open
 
 def _train(run: Run, interrupts, profile_steps: range, resumed: bool) -> Outcome:
   """To the last step, or a signal; closes the run."""
-  with contextlib.closing(run):
-    return _advance_to_end(run, interrupts, profile_steps, resumed)
+  try:
+    outcome = _advance_to_end(run, interrupts, profile_steps, resumed)
+  except BaseException:
+    run.close(after_error=True)
+    raise
+  run.close()
+  return outcome
 
 
 def _advance_to_end(run: Run, interrupts, profile_steps: range, resumed: bool) -> Outcome:

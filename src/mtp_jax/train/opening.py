@@ -23,7 +23,6 @@ from mtp_jax.checkpoint.record import (
   choose,
   folders,
   locate,
-  read_record,
   steps,
 )
 from mtp_jax.config import BadInput, Config
@@ -72,7 +71,7 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None],
   with cannot('read', f'--workdir={workdir}', 'make it readable, or choose another'):
     _check_workdir(workdir)
     processes.check_same(config=json.dumps(config.to_dict()), checkpoint=f'steps {folders(workdir)}')
-    record = _newest_record(workdir, note, damaged) if steps(workdir) else None
+    record = _newest_record(workdir, note, damaged) if folders(workdir) else None
   changes = []
   if record:
     changes += check_resumes(config, record, workdir)
@@ -99,7 +98,7 @@ def _newest_record(workdir: pathlib.Path, note: Callable[[str], None], damaged: 
     record, error = None, None
     try:
       check_whole(workdir, step, *processes.place())
-      record = read_record(workdir, step)
+      record = record_of(workdir, step)
       check_run(workdir, record)
     except BadInput as refused:
       error = refused
@@ -132,34 +131,37 @@ def only_run(workdir: pathlib.Path, opened: Opened) -> Iterator[None]:
     BadInput: another run writes there, or has since this one was opened.
   """
   is_first = processes.place()[0] == 0
-  descriptor, refusal = os.open(workdir, os.O_RDONLY), ''
+  owner, refusal = None, ''
   try:
     if is_first:
-      refusal = _locked(workdir, descriptor)
+      with cannot('write', f'--workdir={workdir}', 'give a folder that can be written'):
+        owner = (workdir / OWNER).open('a+')
+      refusal = _locked(owner)
       if not refusal and max(set(steps(workdir)) - set(opened.damaged), default=0) != opened.step:
         refusal = 'another process has saved a checkpoint there; run the same command again'
     if processes.total(bool(refusal)):
       raise BadInput(f'--workdir={workdir}: {refusal or "another run is there, as process 0 of this job tells"}')
     yield
   finally:
-    os.close(descriptor)
+    if owner:
+      owner.close()
 
 
-def _locked(workdir: pathlib.Path, descriptor: int) -> str:
-  """Locks a workdir by a descriptor of its folder, and notes who has it; why it is refused, '' if it is not."""
-  owner = workdir / OWNER
+def _locked(owner) -> str:
+  """Locks the file of a workdir's owner, open for writing as NFS asks, and notes who has it; why it is refused, '' if
+  it is not.
+  """
   try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
-    try:
-      who = one_line(owner.read_text(errors='replace'))
-    except OSError:
-      who = 'another process'
-    return f'{who} trains there; wait for it, or choose another'
+    owner.seek(0)
+    return f'{one_line(owner.read()) or "another process"} trains there; wait for it, or choose another'
   except OSError:  # a file system without locks
     pass
-  with contextlib.suppress(OSError):
-    owner.write_text(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")},\n')
+  with contextlib.suppress(OSError):  # a full disk
+    owner.truncate(0)
+    owner.write(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")},\n')
+    owner.flush()
   return ''
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 
 from mtp_jax.config import Config
+from mtp_jax.config.errors import in_words
 from mtp_jax.report.display import Display, format_numbers
 from mtp_jax.report.events import Events
 from mtp_jax.report.log import Log
@@ -82,9 +83,12 @@ class Recorder:
     if self.skipped_rows:
       metrics['skipped_rows'] = self.skipped_rows
     if cause:
-      evidence = write_evidence(self.folder, n, step.batch, metrics)
+      try:
+        evidence = f'evidence in {write_evidence(self.folder, n, step.batch, metrics)}'
+      except OSError as error:
+        evidence = f'no evidence is kept ({in_words(error)})'
       self.display.line(f'step {n} skipped, {CAUSES[cause - 1]}: loss {metrics["loss"]:.4g}, gradient norm '
-                        f'{metrics["gradient_norm"]:.4g}; evidence in {evidence}')
+                        f'{metrics["gradient_norm"]:.4g}; {evidence}')
     if cause or n % t.log_every == 0 or n == t.steps:
       metrics |= self.speed.since_last(n, t.steps)
       metrics |= {'quarantined_rows': processes.total(step.quarantined_rows)}

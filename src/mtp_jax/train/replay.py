@@ -11,7 +11,7 @@ import hashlib
 import jax
 import numpy as np
 
-from mtp_jax.checkpoint.record import read_record, steps
+from mtp_jax.checkpoint.record import check_run, check_whole, record_of, steps
 from mtp_jax.config import BadInput, Config, local_path
 from mtp_jax.data.progress import quiet
 from mtp_jax.mesh import make_mesh, process_share, put
@@ -65,10 +65,15 @@ def replay(config: Config, workdir, step: int, note=print_stderr) -> Replay:
     raise BadInput(f'--replay_step={step}: must be a step that the run in {workdir} has done, 1 to {last}')
   keep_programs(config)
   opened = open_run(config, workdir, quiet if jax.process_index() else note)
-  start = max((s for s in steps(workdir) if s < step), default=0)
-  opened = dataclasses.replace(opened, record=read_record(workdir, start) if start else None)
+  start = max((s for s in steps(workdir) if s < step and s not in opened.damaged), default=0)
+  newest, record = opened.record, None
+  if start:
+    check_whole(workdir, start)
+    record = record_of(workdir, start)
+    check_run(workdir, record)
+  opened = dataclasses.replace(opened, record=record)
   mesh = make_mesh(config.mesh)
-  left_out = _rows_left_out(opened, log, step)
+  left_out = _rows_left_out(opened, newest, log, step)
   with jax.set_mesh(mesh):
     runs = [_run_to(config, workdir, opened, mesh, step, left_out) for _ in range(2)]
   (digest, metrics), (other_digest, _) = runs
@@ -79,8 +84,12 @@ def replay(config: Config, workdir, step: int, note=print_stderr) -> Replay:
                 logged[0]['loss'] if logged else None)
 
 
-def _rows_left_out(opened: Opened, log: list[dict], step: int) -> int:
-  """Rows that roll-backs to the checkpoint left out before the step, as the log has it."""
+def _rows_left_out(opened: Opened, newest: dict | None, log: list[dict], step: int) -> int:
+  """Rows that roll-backs to the checkpoint left out before the step: as the record of the newest
+  checkpoint has it, or where that is the same one, the log.
+  """
+  if newest and newest['step'] > opened.step:
+    return sum(rows for at, rows in newest.get('skipped_rows', []) if at == opened.step)
   later = [record for record in log if record['step'] >= step]
   before = sum(rows for _, rows in (opened.record or {}).get('skipped_rows', []))
   return later[0].get('skipped_rows', 0) - before if later else 0

@@ -29,6 +29,7 @@ from mtp_jax.report.trackers import open_trackers
 from mtp_jax.tokenizer import byte_lengths, decodable
 from mtp_jax.train import processes
 from mtp_jax.train.guards import Guard, changes_loss
+from mtp_jax.train.nonfinite import NotFinite
 from mtp_jax.train.opening import Opened
 from mtp_jax.train.recording import Recorder, Step
 from mtp_jax.train.step import State, compiled_init, compiled_step, restore
@@ -43,7 +44,7 @@ class Run:
     index = jax.process_index()
     folder = make_folder(workdir, f'process-{index}' if index else '')
     self.config, self.folder, self.mesh, self.display = config, folder, mesh, display
-    self.step = self.saved_step = opened.step
+    self.step = self.saved_step = self.kept_step = opened.step  # saved: or about to be
     self.saved_at = time.monotonic()
     self.validation = {}
     self.active = ()  # futures that the step computes; known once the first one starts
@@ -85,7 +86,9 @@ class Run:
                    'tokenizer': opened.tokenizer.digest, 'identity': opened.corpus.identity,
                    'run': _name_of_run(workdir, opened), 'skipped_rows': skipped}
     self.writer = store.Writer(workdir, config.train.checkpoints_kept, opened.damaged)
-    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + '\n')
+    temporary = folder / f'.{CONFIG}'
+    temporary.write_text(json.dumps(config.to_dict(), indent=2) + '\n')
+    temporary.replace(folder / CONFIG)
     if is_first:
       (workdir / RUN).write_text(self.record['run'] + '\n')
     if is_first and opened.tokenizer.model:
@@ -195,6 +198,8 @@ class Run:
     self.wait()
     if self.step == self.saved_step or self.recorder.bad_in_a_row and self.step < self.config.train.steps:
       return
+    if self.recorder.bad_in_a_row and self.config.optimizer.moments == 'host':  # see optimizer.update
+      raise NotFinite(self.step, 'the last step was bad, and with moments in host memory it may have changed parameters')
     with self.recorder.speed.paused('save', self.step):
       record = {'step': self.step, 'data': self.batches.get_state(), 'guard': self.guard.state(), **self.record}
       fingerprints = self.writer.save(self.step, self.state.model, self.state.without_model(), record)
@@ -205,9 +210,8 @@ class Run:
     """Waits for the checkpoint that is being written. Where it failed the run goes on, see `_go_on_unsaved`."""
     if self.writer.pending:
       try:
-        with self.recorder.speed.paused('save', self.step):
-          self.writer.wait()
-        self.saved_at = time.monotonic()
+        with self.recorder.speed.paused('wait_for_save', self.step), watched(self.config.train.hang_seconds):
+          self.saved_at, self.kept_step = self.writer.wait(), self.saved_step
       except store.NotSaved as error:
         self._go_on_unsaved(error)
 
@@ -218,21 +222,31 @@ class Run:
       NotSaved: the run could save nothing for config.train.unsaved_seconds, or is one of several processes, which
         would wait for each other.
     """
-    self.saved_step = -1
+    self.saved_step = self.kept_step
     unsaved = time.monotonic() - self.saved_at
     if jax.process_count() > 1 or unsaved > self.config.train.unsaved_seconds:
       raise error
     self.display.line(f'step {self.step}: {error}; the run goes on, and saves the next one; nothing was saved for '
                       f'{unsaved:.0f} seconds')
 
-  def close(self) -> None:
-    """Waits for the checkpoint that is being written, then closes all files. Raises NotSaved when
-    it failed.
+  def close(self, after_error: bool = False) -> None:
+    """Waits for the checkpoint that is being written, then closes all files.
+
+    Args:
+      after_error: the run ends by another error, which a save that failed must not hide.
+
+    Raises:
+      NotSaved: the save failed, and there is no other error.
     """
-    self.profile(range(0))
     try:
-      with self.events.span('save', self.step) if self.writer.pending else contextlib.nullcontext():
+      self.profile(range(0))
+      with (self.events.span('wait_for_save', self.step) if self.writer.pending else contextlib.nullcontext(),
+            watched(self.config.train.hang_seconds)):
         self.writer.close()
+    except store.NotSaved as error:
+      if not after_error:
+        raise
+      self.display.line(f'step {self.step}: {error}')
     finally:
       self.files.close()
 
