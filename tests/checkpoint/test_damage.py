@@ -19,6 +19,7 @@ from mtp_jax.checkpoint.record import (
     choose,
     is_complete,
     read_record,
+    record_of,
     steps,
 )
 from mtp_jax.config import BadInput
@@ -139,15 +140,22 @@ def test_a_flipped_bit_in_memory_is_told_by_the_fingerprint(saved, tmp_path, mon
   assert '6/parameters: its arrays are not those that were saved' in line
 
 
-def test_a_checkpoint_that_the_run_removes_meanwhile_is_passed_over_in_silence(saved, tmp_path):
+@pytest.mark.parametrize('removed', ['before its files are read', 'before its record', 'before its arrays'])
+def test_a_checkpoint_that_the_run_removes_meanwhile_is_passed_over_in_silence(saved, tmp_path, removed):
   config, states, workdir = saved
   shutil.copytree(workdir, tmp_path / 'run')
   mesh, lines = make_mesh(config.mesh), []
 
+  def remove_if(moment):
+    if moment == removed:
+      shutil.rmtree(tmp_path / 'run' / FOLDER / '6', ignore_errors=True)
+
   def of_step(step):
-    if step == 6:
-      shutil.rmtree(tmp_path / 'run' / FOLDER / '6')
+    remove_if('before its files are read')
     check_whole(tmp_path / 'run', step)
+    remove_if('before its record')
+    record_of(tmp_path / 'run', step)
+    remove_if('before its arrays')
     with jax.set_mesh(mesh):
       return training.restore(config, tmp_path / 'run', step, mesh)
 

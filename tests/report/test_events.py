@@ -36,3 +36,11 @@ def test_no_log_and_no_run_are_one_line(tmp_path):
   (tmp_path / FILE).write_text('nothing\n')
   with pytest.raises(BadInput, match='holds no run'):
     read_events(tmp_path)
+
+
+def test_a_line_that_a_full_disk_cut_off_swallows_no_event_of_the_next_run(tmp_path):
+  (tmp_path / FILE).write_text('{"time": 1.0, "kind": "start", "seconds": 0.0, "step": 0}\n{"time": 2.0, "ki')
+  events = Events(tmp_path)
+  events.write('start', 100.0, 0.5, 3)
+  events.close()
+  assert [(event['kind'], event['step']) for event in read_events(tmp_path)] == [('start', 0), ('start', 3)]

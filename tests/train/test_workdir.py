@@ -9,7 +9,7 @@ import pytest
 from experiments import experiment, log_of, random_state, write, write_config_file
 
 from mtp_jax.checkpoint.record import FOLDER, steps
-from mtp_jax.config import BadInput
+from mtp_jax.config import BadInput, Config, upgraded
 from mtp_jax.data.progress import quiet
 from mtp_jax.report.events import FILE as EVENTS
 from mtp_jax.report.log import FILE
@@ -108,6 +108,25 @@ def test_a_run_that_can_save_nothing_for_long_ends(tmp_path, monkeypatch):
     with_a_full_disk(monkeypatch, range(4, 12), lambda: fit(config, tmp_path / 'run', note=quiet))
   assert steps(tmp_path / 'run')[-1] in (4, 2)
   assert fit(config, tmp_path / 'run', note=quiet).step == 12
+
+
+def test_a_run_whose_only_checkpoint_is_incomplete_is_refused_and_nothing_is_lost(tmp_path):
+  """A kill leaves no such folder: Orbax renames a checkpoint when it is whole. A copy that was cut off does."""
+  fields = {'steps': 4, 'checkpoint_every': 4, 'evaluate_every': 0}
+  config, workdir = experiment(tmp_path, train=fields), tmp_path / 'run'
+  fit(config, workdir, note=quiet)
+  log = log_of(workdir)
+  (workdir / FOLDER / '4' / 'commit_success.txt').unlink()
+  with pytest.raises(BadInput, match='4: is incomplete, it was never committed; there is no older one: restore'):
+    fit(config, workdir, note=quiet)
+  assert log_of(workdir) == log and (workdir / FOLDER / '4').exists()
+
+
+def test_a_run_that_kept_one_checkpoint_still_opens(tmp_path):
+  config = experiment(tmp_path)
+  record = config.to_dict()
+  record['train']['checkpoints_kept'] = 1
+  assert Config.from_dict(upgraded(record)).train.checkpoints_kept == 2
 
 
 @pytest.mark.parametrize('name', ['metrics.jsonl', 'events.jsonl', 'config.json'])

@@ -29,7 +29,7 @@ def train(flags) -> int:
 
   With --replay_step=N it instead runs step N again, twice from the checkpoint before it, and writes
   nothing there. Exit code 0 if both agree with each other, bit for bit, and with the log; 1 if not:
-  then the machine is to blame.
+  then the machine errs, or the program is another or, on a GPU, not deterministic.
   """
   config = config_of(flags)
   need(flags, 'workdir')
@@ -57,7 +57,8 @@ def _fit(flags, config: Config, profiled: range) -> int:
   except NotFinite as error:
     print(f'mtp_jax: {error}', file=sys.stderr)
     return 1
-  line = f'step {outcome.step} of {config.train.steps}, checkpoint in {flags.workdir}'
+  line = f'step {outcome.step} of {config.train.steps}, '
+  line += f'checkpoint in {flags.workdir}' if outcome.step else 'no checkpoint yet'
   if outcome.signal:
     line += f'; stopped by signal {outcome.signal}, run the same command to resume'
   values = {'step': outcome.step, 'validation': outcome.validation, 'signal': outcome.signal}
@@ -74,12 +75,14 @@ def _replay(flags, config: Config) -> int:
   start = f'the checkpoint of step {found.start}' if found.start else 'the beginning'
   lines = [f'step {found.step}, twice from {start}: '
            + (f'the same state and metrics, bit for bit; loss {found.loss}' if found.same else
-              f'NOT the same state and metrics ({" and ".join(d[:12] for d in found.digests)}): the machine errs')]
+              f'NOT the same state and metrics ({" and ".join(d[:12] for d in found.digests)}): the machine errs, or, '
+              'on a GPU, the program is not deterministic')]
   if found.logged and found.loss == found.logged_loss:
     lines.append(f'the log has that loss: {f"{found.cause}, from" if found.cause else "the step depends on"} data and '
                  'parameters, not on the machine')
   elif found.logged:
-    lines.append(f'the log has loss {found.logged_loss}: the machine erred then, or config or devices were others')
+    lines.append(f'the log has loss {found.logged_loss}: the machine erred then, or config, devices or the compiled '
+                 'program were others')
   else:
     lines.append(f'the log has no record of step {found.step}' + (f'; {found.cause}' if found.cause else ''))
   if jax.process_index() == 0:

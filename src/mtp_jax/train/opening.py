@@ -12,18 +12,19 @@ import time
 from collections.abc import Callable, Collection, Iterator
 
 from mtp_jax.checkpoint.record import (
-  FOLDER,
-  TOKENIZER,
-  DamagedCheckpoint,
-  check_conventions,
-  check_resumes,
-  check_run,
-  check_tokenizer,
-  check_whole,
-  choose,
-  folders,
-  locate,
-  steps,
+    FOLDER,
+    TOKENIZER,
+    DamagedCheckpoint,
+    check_conventions,
+    check_resumes,
+    check_run,
+    check_tokenizer,
+    check_whole,
+    choose,
+    folders,
+    locate,
+    record_of,
+    steps,
 )
 from mtp_jax.config import BadInput, Config
 from mtp_jax.config.errors import cannot, one_line
@@ -94,7 +95,7 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None],
 
 def _newest_record(workdir: pathlib.Path, note: Callable[[str], None], damaged: Collection[int]) -> dict:
   """That of the newest checkpoint that is whole; each process of a job reads a share of its files."""
-  def record_of(step: int) -> dict:
+  def checked(step: int) -> dict:
     record, error = None, None
     try:
       check_whole(workdir, step, *processes.place())
@@ -106,7 +107,7 @@ def _newest_record(workdir: pathlib.Path, note: Callable[[str], None], damaged: 
       raise error or DamagedCheckpoint(step, f'checkpoint {step}: is damaged, as another process of this job has found')
     return record
 
-  return choose(workdir, None, record_of, note, damaged)
+  return choose(workdir, None, checked, note, damaged)
 
 
 def _check_workdir(workdir: pathlib.Path) -> None:

@@ -199,7 +199,7 @@ class Run:
     if self.step == self.saved_step or self.recorder.bad_in_a_row and self.step < self.config.train.steps:
       return
     if self.recorder.bad_in_a_row and self.config.optimizer.moments == 'host':  # see optimizer.update
-      raise NotFinite(self.step, 'the last step was bad, and with moments in host memory it may have changed parameters')
+      raise NotFinite(self.step, 'the last step is bad, and with moments in host memory it may change parameters')
     with self.recorder.speed.paused('save', self.step):
       record = {'step': self.step, 'data': self.batches.get_state(), 'guard': self.guard.state(), **self.record}
       fingerprints = self.writer.save(self.step, self.state.model, self.state.without_model(), record)
