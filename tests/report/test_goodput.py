@@ -22,7 +22,7 @@ TWO_RUNS = log(
 def test_every_second_is_accounted_for_once():
   account = goodput.account(TWO_RUNS)
   assert account['seconds'] == {
-      'step': 19 + 20 * 0.4 + 12, 'data_wait': 1, 'evaluation': 3, 'save': 3, 'compile': 10,
+      'step': 19 + 20 * 0.4 + 12, 'data_wait': 1, 'evaluation': 3, 'save': 3, 'wait_for_save': 0, 'compile': 10,
       'restore': 6, 'setup': 9,
       'lost': 12, 'other': 0, 'down': 40}
   assert account['wall_seconds'] == 223 - 100 and account['goodput'] == 39 / 123
