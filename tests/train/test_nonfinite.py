@@ -113,3 +113,16 @@ def test_too_many_non_finite_steps_end_the_run_with_evidence_and_a_good_checkpoi
   assert capsys.readouterr().err.splitlines()[-1].startswith('mtp_jax: step 5: 2 bad steps in a row')
   assert main([*arguments, '--config.train.rollbacks_allowed=0']) == 1
   assert ' roll-back 1' not in capsys.readouterr().err
+
+
+def test_evidence_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch):
+  config, lines = experiment(tmp_path, train={'evaluate_every': 0}), []
+  monkeypatch.setattr('mtp_jax.train.run.compiled_step', poisoned({3}))
+
+  def full(*_, **__):
+    raise OSError(28, 'No space left on device', 'a/file')
+
+  monkeypatch.setattr(np, 'savez', full)
+  assert fit(config, tmp_path / 'run', note=lines.append).step == 6
+  assert any('step 3 skipped' in line and line.endswith('no evidence is kept (a/file: No space left on device)')
+             for line in lines), lines

@@ -1,4 +1,4 @@
-"""A fingerprint of arrays that tells any other value of them, whatever the mesh that holds them.
+"""A fingerprint of arrays: it changes when any of their values does, and is the same on any mesh.
 
     mix        two rounds of a product with an odd number and a shift, one to one on 32 bits
     element    h = mix(bits ^ w), w = mix(place ^ SEED); place is its number in the array

@@ -2,7 +2,7 @@
 
     STEP/manifest-INDEX-of-COUNT.json   {'name of a file, relative to STEP': [bytes, 'hex digest'], ...}
 
-Orbax and TensorStore keep no checksum of arrays: of a flipped bit they tell nothing. Each process
+Orbax and TensorStore keep no checksum of arrays: they load a flipped bit in silence. Each process
 reads a share of the files back and lists it; a checkpoint has a manifest when all COUNT lists are
 there. Nothing here imports JAX or Orbax.
 """
@@ -15,7 +15,6 @@ import re
 
 NAME = 'manifest-{index}-of-{count}.json'
 PATTERN = re.compile(r'manifest-(\d+)-of-(\d+)\.json')
-BLOCK_BYTES = 1 << 20
 
 
 def write(folder: pathlib.Path, index: int = 0, count: int = 1) -> None:
@@ -80,17 +79,17 @@ def read(folder: pathlib.Path) -> dict[str, tuple[int, str]] | None:
 
 
 def size_bytes(folder: pathlib.Path) -> int:
-  """Of all files of a checkpoint."""
-  return sum(path.stat().st_size for path in _files(folder).values())
+  """Of all files of a checkpoint; 0 where they cannot be read."""
+  try:
+    return sum(path.stat().st_size for path in _files(folder).values())
+  except OSError:
+    return 0
 
 
 def digest(path: pathlib.Path) -> str:
   """SHA-256 of a file, in hexadecimal."""
-  sha = hashlib.sha256()
   with path.open('rb') as file:
-    while block := file.read(BLOCK_BYTES):
-      sha.update(block)
-  return sha.hexdigest()
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _digests(paths) -> list[str]:
@@ -109,7 +108,7 @@ def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   """All files of a checkpoint but its manifest, by their names relative to the folder."""
   paths = (path for path in folder.rglob('*') if path.is_file())
   named = {path.relative_to(folder).as_posix(): path for path in paths}
-  return {name: path for name, path in sorted(named.items()) if not PATTERN.fullmatch(name.removeprefix('.'))}
+  return {name: path for name, path in named.items() if not PATTERN.fullmatch(name.removeprefix('.'))}
 
 
 def _share(files: dict, index: int, count: int) -> dict:

@@ -62,8 +62,13 @@ def folders(workdir: pathlib.Path) -> list[int]:
   return sorted(int(name) for name in names if name.isdecimal())
 
 
+def folder_of(workdir, step: int) -> pathlib.Path:
+  """That of a step's checkpoint."""
+  return pathlib.Path(workdir) / FOLDER / str(step)
+
+
 def is_complete(workdir: pathlib.Path, step: int) -> bool:
-  path = pathlib.Path(workdir) / FOLDER / str(step)
+  path = folder_of(workdir, step)
   return (path / COMMITTED).exists() and (path / METADATA).exists()
 
 
@@ -120,10 +125,10 @@ def choose(workdir, step: int | None, use: Callable[[int], object], note: Callab
     tried.add(left[-1])
     try:
       if not is_complete(workdir, left[-1]):
-        raise DamagedCheckpoint(left[-1], f'{_folder(workdir, left[-1])}: is incomplete, it was never committed')
+        raise DamagedCheckpoint(left[-1], f'{folder_of(workdir, left[-1])}: is incomplete, it was never committed')
       return use(left[-1])
     except DamagedCheckpoint as error:
-      if _folder(workdir, left[-1]).exists():  # else the run has removed it
+      if folder_of(workdir, left[-1]).exists():  # else the run has removed it
         failure = error
         if left[:-1]:
           note(f'{error}; an older checkpoint is used')
@@ -159,7 +164,7 @@ def record_of(workdir: pathlib.Path, step: int) -> dict:
     DamagedCheckpoint: its record is not what was saved, or it is gone.
     BadInput: it cannot be read.
   """
-  path = _folder(workdir, step) / METADATA
+  path = folder_of(workdir, step) / METADATA
   try:
     record = json.loads(path.read_text())['custom_metadata']
     expected = record.get('digest')
@@ -167,8 +172,7 @@ def record_of(workdir: pathlib.Path, step: int) -> dict:
   except GONE as error:
     raise DamagedCheckpoint(step, f'{path}: is no file ({in_words(error)})') from None
   except OSError as error:
-    raise BadInput(f'{path}: cannot be read ({in_words(error)}); it may be whole: make it readable, and run '
-                   'again') from None
+    raise BadInput(f'{path}: {unreadable(error)}') from None
   except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     raise DamagedCheckpoint(step, f'{path}: lacks the record of config and conventions ({error!r})') from None
   if expected not in (None, digest(record)):
@@ -180,6 +184,11 @@ def record_of(workdir: pathlib.Path, step: int) -> dict:
     return record | {'config': upgraded(record['config'])}
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise DamagedCheckpoint(step, f'{path}: lacks the record of config and conventions ({error!r})') from None
+
+
+def unreadable(error: OSError) -> str:
+  """What it tells of a checkpoint, which is nothing of its bytes; in words."""
+  return f'cannot be read ({in_words(error)}); it may be whole: make it readable, and run again'
 
 
 def digest(record: dict) -> str:
@@ -213,14 +222,13 @@ def check_whole(workdir, step: int, index: int = 0, count: int = 1, without: str
     DamagedCheckpoint: a file is not what was saved, or the checkpoint is of another run.
     BadInput: a file cannot be read.
   """
-  folder = _folder(workdir, step)
+  folder = folder_of(workdir, step)
   try:
     problem = manifest.problem(folder, index, count, without)
   except GONE as error:
     problem = in_words(error)
   except OSError as error:
-    raise BadInput(f'{folder}: cannot be read ({in_words(error)}); it may be whole: make it readable, and run '
-                   'again') from None
+    raise BadInput(f'{folder}: {unreadable(error)}') from None
   if problem:
     raise DamagedCheckpoint(step, f'{folder}: is damaged, {problem}')
 
@@ -234,16 +242,17 @@ def state(workdir, step: int) -> str:
   try:
     check_whole(workdir, step)
     check_run(workdir, record_of(workdir, step))
-    return 'whole' if manifest.read(_folder(workdir, step)) else 'whole as far as its record tells: it has no manifest'
+    has_manifest = manifest.read(folder_of(workdir, step)) is not None
+    return 'whole' if has_manifest else 'whole as far as its record tells: it has no manifest'
   except BadInput as error:
-    return str(error).removeprefix(f'{_folder(workdir, step)}: ')
+    return str(error).removeprefix(f'{folder_of(workdir, step)}: ')
 
 
 def check_run(workdir, record: dict) -> None:
   """Raises DamagedCheckpoint for a checkpoint of another run."""
   name = run_name(workdir)
   if name and record.get('run', name) != name:
-    raise DamagedCheckpoint(record['step'], f'{_folder(workdir, record["step"])}: is of another run, '
+    raise DamagedCheckpoint(record['step'], f'{folder_of(workdir, record["step"])}: is of another run, '
                             f'{record["run"]}; that of {workdir} is {name}')
 
 
@@ -253,10 +262,6 @@ def run_name(workdir) -> str:
     return (pathlib.Path(workdir) / RUN).read_text(errors='replace').strip()
   except OSError:
     return ''
-
-
-def _folder(workdir, step: int) -> pathlib.Path:
-  return pathlib.Path(workdir) / FOLDER / str(step)
 
 
 def _other_steps(workdir, step: int) -> str:

@@ -29,7 +29,7 @@ import numpy as np
 
 from mtp_jax.checkpoint import manifest
 from mtp_jax.checkpoint.fingerprint import fingerprint
-from mtp_jax.checkpoint.record import FOLDER, GONE, DamagedCheckpoint, digest, folders, record_of, steps
+from mtp_jax.checkpoint.record import FOLDER, GONE, DamagedCheckpoint, digest, folders, record_of, steps, unreadable
 from mtp_jax.config import BadInput
 from mtp_jax.config.errors import cannot, in_words
 
@@ -72,7 +72,7 @@ def _reading(workdir, step: int) -> Iterator[None]:
       causes = _causes(error)
       refused = next((cause for cause in causes if isinstance(cause, OSError) and not isinstance(cause, GONE)), None)
       if refused:  # tells nothing of the checkpoint
-        what = f'cannot be read ({in_words(refused)}); it may be whole: make it readable, and run again'
+        what = unreadable(refused)
       else:
         what, kind = f'is damaged ({_shortened(causes[-1])})', functools.partial(DamagedCheckpoint, step)
       del error, causes, refused
@@ -213,7 +213,7 @@ class Writer:
       self._remove_unfinished()
       checkpointer = checkpointer or self._open()
       arrays = {'parameters': as_dict(parameters), 'training': as_dict(training)}
-      fingerprints = {name: fingerprint(_by_path(tree)) for name, tree in arrays.items()}
+      fingerprints = {name: fingerprint(by_path(tree)) for name, tree in arrays.items()}
       record = record | {'fingerprint': fingerprints}
       record |= {'digest': digest(record)}
       saving = checkpointer.save_checkpointables_async(step, arrays, custom_metadata=record)
@@ -314,15 +314,15 @@ def restore(workdir: pathlib.Path, step: int, **abstract) -> dict:
   with _reading(workdir, step):
     for name, arrays in nested.items():
       saved = orbax.metadata(path, checkpointable_name=name).metadata
-      _check_arrays(step, path / name, _by_path(saved), _by_path(arrays))
+      _check_arrays(step, path / name, by_path(saved), by_path(arrays))
     loaded = orbax.load_checkpointables(path, nested)
     for name, arrays in loaded.items():
-      if fingerprints.get(name) not in (None, fingerprint(_by_path(arrays))):
+      if fingerprints.get(name) not in (None, fingerprint(by_path(arrays))):
         raise DamagedCheckpoint(step, f'{path / name}: its arrays are not those that were saved')
     return {name: from_dict(tree, loaded[name]) for name, tree in abstract.items()}
 
 
-def _by_path(nested: dict) -> dict:
+def by_path(nested) -> dict:
   """{'trunk.wq_DHK': array, ...}"""
   leaves = jax.tree_util.tree_flatten_with_path(nested, is_leaf=lambda x: hasattr(x, 'shape'))[0]
   return {'.'.join(_names(path)): leaf for path, leaf in leaves}

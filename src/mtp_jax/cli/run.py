@@ -172,7 +172,7 @@ def verify(flags) -> int:
   need(flags, 'workdir')
   need_at_least(flags, step=-1)
   from mtp_jax.checkpoint import manifest
-  from mtp_jax.checkpoint.record import FOLDER, folders, locate, read_record, state
+  from mtp_jax.checkpoint.record import folder_of, folders, locate, read_record, state
   workdir, step = locate(flags.workdir, None if flags.step < 0 else flags.step)
   with cannot('read', f'--workdir={workdir}', 'make it readable, or give another folder'):
     found = folders(workdir)
@@ -182,9 +182,9 @@ def verify(flags) -> int:
     raise BadInput(f'step {step}: {workdir} holds the steps {", ".join(map(str, found))}')
   checkpoints = []
   for number in found if step is None else [step]:
-    with cannot('read', f'--workdir={workdir}', 'make it readable, or give another folder'):
-      size = manifest.size_bytes(workdir / FOLDER / str(number))
-    checkpoints.append({'step': number, 'bytes': size, 'state': state(workdir, number)})
+    row = {'step': number, 'bytes': manifest.size_bytes(folder_of(workdir, number)), 'state': state(workdir, number)}
+    if folder_of(workdir, number).exists():  # else the run has removed it
+      checkpoints.append(row)
   whole = [row['state'].startswith('whole') for row in checkpoints]
   rows = [(row['step'], f'{row["bytes"]:,}', row['state']) for row in checkpoints]
   print_result(flags, {'checkpoints': checkpoints, 'whole': sum(whole)}, table(('step', 'bytes', ''), rows))

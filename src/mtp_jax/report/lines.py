@@ -1,4 +1,5 @@
 """A file of lines that a run appends to. Where it cannot be written, the run goes on, and the lines wait."""
+import collections
 import pathlib
 from collections.abc import Callable
 
@@ -16,19 +17,19 @@ class Lines:
 
   def __init__(self, path: pathlib.Path, note: Callable[[str], None]):
     self.path, self.note = path, note
-    self.file, self.waiting = path.open('ab', buffering=0), []
+    self.file, self.waiting = path.open('ab', buffering=0), collections.deque()
     self.is_failing, self.lost = False, 0
     self.is_torn = not _ends_with_a_line(path)  # a write ended within a line, which readers skip
 
   def write(self, line: str) -> None:
     self.waiting.append(line)
     if len(self.waiting) > MOST_WAITING:
-      self.waiting.pop(0)
+      self.waiting.popleft()
       self.lost += 1
     try:
       while self.waiting:
         self._write_all(('\n' if self.is_torn else '') + self.waiting[0] + '\n')
-        self.waiting.pop(0)
+        self.waiting.popleft()
       if self.is_failing:
         self.note(f'{self.path}: can be written again; {self.lost or "no"} lines are lost')
       self.is_failing = False

@@ -27,7 +27,7 @@ from mtp_jax.checkpoint.record import (
     steps,
 )
 from mtp_jax.config import BadInput, Config
-from mtp_jax.config.errors import cannot, one_line
+from mtp_jax.config.errors import cannot, in_words, one_line
 from mtp_jax.data.corpus import Corpus, difference, load_tokenizer, open_corpus
 from mtp_jax.data.prepared_set import INDEX
 from mtp_jax.model.model import conventions
@@ -135,13 +135,15 @@ def only_run(workdir: pathlib.Path, opened: Opened) -> Iterator[None]:
   owner, refusal = None, ''
   try:
     if is_first:
-      with cannot('write', f'--workdir={workdir}', 'give a folder that can be written'):
+      try:
         owner = (workdir / OWNER).open('a+')
-      refusal = _locked(owner)
+        refusal = _locked(owner)
+      except OSError as error:
+        refusal = f'cannot write ({in_words(error)}); give a folder that can be written'
       if not refusal and max(set(steps(workdir)) - set(opened.damaged), default=0) != opened.step:
         refusal = 'another process has saved a checkpoint there; run the same command again'
     if processes.total(bool(refusal)):
-      raise BadInput(f'--workdir={workdir}: {refusal or "another run is there, as process 0 of this job tells"}')
+      raise BadInput(f'--workdir={workdir}: {refusal or "process 0 of this job is refused"}')
     yield
   finally:
     if owner:

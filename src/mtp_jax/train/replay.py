@@ -1,17 +1,18 @@
 """A step of a run, once more and twice, bit by bit: does the machine compute what it should?
 
 From the newest checkpoint before the step all steps up to it are run, with the batches they had,
-and again from the same checkpoint. Where the two differ the machine is to blame. Where both agree
-and the loss is that of the log, a bad step comes from the data or the parameters. Where both agree
-and the log has another loss, the machine erred then, or was another one. Nothing is written to the workdir.
+and again from the same checkpoint. Where the two differ, the machine errs, or the program is not
+deterministic. Where both agree and the loss is that of the log, a bad step comes from the data or
+the parameters. Where both agree and the log has another loss, the machine erred then, or was
+another one. Nothing is written to the workdir.
 """
 import dataclasses
-import hashlib
 
 import jax
-import numpy as np
 
+from mtp_jax.checkpoint.fingerprint import fingerprint
 from mtp_jax.checkpoint.record import check_run, check_whole, record_of, steps
+from mtp_jax.checkpoint.store import as_dict, by_path
 from mtp_jax.config import BadInput, Config, local_path
 from mtp_jax.data.progress import quiet
 from mtp_jax.mesh import make_mesh, process_share, put
@@ -19,7 +20,6 @@ from mtp_jax.programs import keep_programs
 from mtp_jax.report.display import print_stderr
 from mtp_jax.report.log import finite, read_log
 from mtp_jax.tokenizer import byte_lengths
-from mtp_jax.train import processes
 from mtp_jax.train.guards import CAUSES, Guard, changes_loss
 from mtp_jax.train.opening import Opened, open_run
 from mtp_jax.train.step import compiled_init, compiled_step, restore
@@ -32,7 +32,7 @@ class Replay:
   Fields:
     step, start: the step, and that of the checkpoint; 0 for the beginning.
     same: whether both gave the same state and metrics, bit for bit.
-    digests: SHA-256 of both, of what this process holds.
+    digests: fingerprints of both.
     loss: of the first; None where it is not finite.
     cause: why the step is skipped, '' for a good one.
     logged: whether the log has the step. logged_loss: its loss.
@@ -79,7 +79,7 @@ def replay(config: Config, workdir, step: int, note=print_stderr) -> Replay:
   (digest, metrics), (other_digest, _) = runs
   logged = [record for record in log if record['step'] == step]
   cause = metrics['skip_cause']
-  return Replay(step, start, processes.total(digest != other_digest) == 0, (digest, other_digest),
+  return Replay(step, start, digest == other_digest, (digest, other_digest),
                 finite(metrics['loss']), CAUSES[cause - 1] if cause else '', bool(logged),
                 logged[0]['loss'] if logged else None)
 
@@ -115,17 +115,10 @@ def _run_to(config: Config, workdir, opened: Opened, mesh, last: int, left_out: 
       if changes_loss(config, n):
         guard.forget()
       state, metrics = compiled_step(config, state, next(batches), byte_length_V, n / t.steps, guard.limits(n + 1))
+      if n == last - 1:
+        digest = fingerprint(by_path(as_dict({'state': state, 'metrics': metrics})))
       metrics = jax.device_get(metrics)
       guard.add(n + 1, metrics['loss'].item(), metrics['gradient_norm'].item(), int(metrics['skip_cause']))
   finally:
     batches.close()
-  return _digest(state, metrics), jax.tree.map(lambda x: x.tolist(), metrics)
-
-
-def _digest(*trees) -> str:
-  """SHA-256 of the shards that this process holds."""
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(trees):
-    for data in [shard.data for shard in leaf.addressable_shards] if isinstance(leaf, jax.Array) else [leaf]:
-      digest.update(np.asarray(data).tobytes())
-  return digest.hexdigest()
+  return digest, jax.tree.map(lambda x: x.tolist(), metrics)

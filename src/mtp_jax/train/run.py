@@ -86,13 +86,12 @@ class Run:
                    'tokenizer': opened.tokenizer.digest, 'identity': opened.corpus.identity,
                    'run': _name_of_run(workdir, opened), 'skipped_rows': skipped}
     self.writer = store.Writer(workdir, config.train.checkpoints_kept, opened.damaged)
-    temporary = folder / f'.{CONFIG}'
-    temporary.write_text(json.dumps(config.to_dict(), indent=2) + '\n')
-    temporary.replace(folder / CONFIG)
+    files = Folder(folder, '--workdir')
+    files.write(CONFIG, f'{json.dumps(config.to_dict(), indent=2)}\n'.encode())
     if is_first:
-      (workdir / RUN).write_text(self.record['run'] + '\n')
+      files.write(RUN, f'{self.record["run"]}\n'.encode())
     if is_first and opened.tokenizer.model:
-      Folder(folder, '--workdir').write(TOKENIZER, opened.tokenizer.model)
+      files.write(TOKENIZER, opened.tokenizer.model)
 
   def _first_state(self, workdir: pathlib.Path, opened: Opened) -> State:
     """A new state, or the checkpoint's, with the batches at its position in the data."""
