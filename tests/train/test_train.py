@@ -15,7 +15,6 @@ from experiments import RUNS, experiment, log_of, random_state, same_bits, write
 
 import mtp_jax
 from mtp_jax import tokenizer
-from mtp_jax.checkpoint import store
 from mtp_jax.checkpoint.record import steps
 from mtp_jax.config import BadInput, Config, MeshConfig
 from mtp_jax.data.corpus import open_corpus
@@ -166,32 +165,6 @@ def test_a_process_stopped_by_sigterm_ctrl_c_and_sigkill_ends_as_if_uninterrupte
   digests = [costs.parameters_sha256(mtp_jax.load(path).model) for path in (cut, tmp_path / 'whole')]
   assert digests[0] == digests[1]
   assert log_of(cut) == log_of(tmp_path / 'whole')
-
-
-def test_a_failed_save_ends_the_run_with_an_error_and_older_checkpoints_stay(
-    folder, uninterrupted, tmp_path, monkeypatch):
-  config, workdir = uninterrupted('parallel')
-  fit_to(config, tmp_path, 2)
-
-  class Failed:
-    def result(self):
-      raise OSError('no space left on device')
-
-  writer = store.Writer.save
-
-  def save(self, step, *arguments):
-    writer(self, step, *arguments)
-    if step == 3:
-      self.pending.result()
-      self.pending = Failed()
-
-  monkeypatch.setattr(store.Writer, 'save', save)
-  with pytest.raises(OSError,
-                     match='a checkpoint could not be written to .* .no space left on device.; make room'):
-    fit(config, tmp_path, note=lambda line: None)
-  monkeypatch.undo()
-  assert steps(tmp_path)[0] == 2
-  mtp_jax.load(tmp_path, 2)
 
 
 @pytest.mark.parametrize('where, checkpoint_every',
