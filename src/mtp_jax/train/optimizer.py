@@ -93,10 +93,9 @@ def _move(state, space):
 def update(c: OptimizerConfig, steps: int, grads, state, model, ok):
   """(updates, their norm, next state, ok) of the transform `make`.
 
-  With moments on the device the norm is known before anything changes, and ok becomes False where it is not finite.
-  Those in host memory would have to come to the device twice for that. XLA brings them once, all together, and keeps
-  them. But there the norm is at most rate * (clip / epsilon + decay * |p|), unless the moments are damaged: so such a
-  step is applied, told by its norm, and for a run to undo.
+  ok becomes False where the norm is not finite: then nothing but moments in host memory may change. Those have left
+  the device by then, and would have to come back. They are damaged in any case: of good ones the norm is at most
+  rate * (clip / epsilon + decay * |p|).
 
   Args:
     state: as `to_storage` leaves it.
@@ -104,13 +103,20 @@ def update(c: OptimizerConfig, steps: int, grads, state, model, ok):
   """
   if c.moments == 'host':
     updates, following = _update_one_by_one(_parts(c, steps), grads, state, model, ok)
-    return updates, optax.tree.norm(updates), following, ok
+    norm = optax.tree.norm(updates)
+    ok &= jnp.isfinite(norm)
+    return updates, norm, _with_counters(following, state, ok), ok
   advance = make(c, steps).update
   norm = optax.tree.norm(advance(grads, state, model)[0])
   # the barrier makes XLA compute the updates again, rather than keep them until the norm is known
   grads, ok = jax.lax.optimization_barrier((grads, ok & jnp.isfinite(norm)))
   updates, following = advance(grads, state, model)
   return updates, norm, _choose(ok, following, state), ok
+
+
+def _with_counters(following, state, ok):
+  """The next state of moments in host memory, its counters those of `state` where ok is False."""
+  return jax.tree.map(lambda new, old: new if new.ndim else jnp.where(ok, new, old), following, state)
 
 
 def _choose(ok, new, old):

@@ -29,7 +29,6 @@ from mtp_jax.report.trackers import open_trackers
 from mtp_jax.tokenizer import byte_lengths, decodable
 from mtp_jax.train import processes
 from mtp_jax.train.guards import Guard, changes_loss
-from mtp_jax.train.nonfinite import NotFinite
 from mtp_jax.train.opening import Opened
 from mtp_jax.train.recording import Recorder, Step
 from mtp_jax.train.step import State, compiled_init, compiled_step, restore
@@ -197,8 +196,6 @@ class Run:
     self.wait()
     if self.step == self.saved_step or self.recorder.bad_in_a_row and self.step < self.config.train.steps:
       return
-    if self.recorder.bad_in_a_row and self.config.optimizer.moments == 'host':  # see optimizer.update
-      raise NotFinite(self.step, 'the last step is bad, and with moments in host memory it may change parameters')
     with self.recorder.speed.paused('save', self.step):
       record = {'step': self.step, 'data': self.batches.get_state(), 'guard': self.guard.state(), **self.record}
       fingerprints = self.writer.save(self.step, self.state.model, self.state.without_model(), record)

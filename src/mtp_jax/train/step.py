@@ -4,8 +4,8 @@
 
 The gradients of the microbatches of a step are added up. Each is weighted by counts over the
 whole batch, so accumulation changes only the memory that a step needs. A bad step (guards.py)
-leaves parameters, moments, their counters and the biases of experts as they were (but see
-`optimizer.update` of moments in host memory). A future whose
+leaves parameters, moments, their counters and the biases of experts as they were (but for moments in
+host memory, see `optimizer.update`). A future whose
 weight is exactly 0 is not computed; each set of futures that are computed is a program of its
 own. The gradient of a future that is not computed is 0, as it would be otherwise; weight decay
 and momentum go on.
