@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Trains on one slice of Cloud TPU VMs: asks for it, waits, installs this commit on all its hosts, trains, and begins again after a preemption.
 #
-#   NAME=small ZONE=us-east5-a TYPE=v5p-16 SHARE=10.0.0.2:/runs launch/tpu_vm.sh --config=configs/small.py --workdir=/mnt/share/small ...
+#   NAME=small ZONE=us-east5-a TYPE=v5p-16 launch/tpu_vm.sh --config=configs/small.py --workdir=gs://BUCKET/runs/small ...
 #
 #   NAME ZONE TYPE    of the queued resource, and its accelerator type
-#   SHARE             an NFS export, such as Filestore's, mounted on /mnt/share by every host: the workdir must be there
+#                     the service account of the hosts must be able to read and write the bucket
 #   RUNTIME           its software, v2-alpha-tpuv5 unless set         SPOT=1    preemptible, and cheaper
 #   POLL_SECONDS      between two looks at the queue, 30 unless set
 #
@@ -13,8 +13,8 @@
 set -euo pipefail
 
 say() { echo "tpu_vm.sh: $1" >&2; }
-usage='usage: NAME=... ZONE=... TYPE=... SHARE=... launch/tpu_vm.sh --config=FILE --workdir=/mnt/share/...'
-for variable in NAME ZONE TYPE SHARE; do
+usage='usage: NAME=... ZONE=... TYPE=... launch/tpu_vm.sh --config=FILE --workdir=gs://BUCKET/FOLDER'
+for variable in NAME ZONE TYPE; do
   if [[ -z ${!variable:-} ]]; then
     say "$variable is not set; $usage"
     exit 2
@@ -83,14 +83,10 @@ install() {
   gcloud compute tpus tpu-vm scp "$files/mtp_jax.tar.gz" "$files/run" "$NAME:." --zone="$ZONE" --quiet --worker=all &&
     on all "$running && exit
       set -e
-      mountpoint -q /mnt/share || {
-        sudo apt-get -qq update && sudo apt-get -qq install -y nfs-common
-        sudo mkdir -p /mnt/share && sudo mount -t nfs $(printf '%q' "$SHARE") /mnt/share
-      }
       mkdir -p mtp_jax && tar -xzf mtp_jax.tar.gz -C mtp_jax
       python3 -m pip install --quiet --user uv # brings a Python that is new enough
       test -x venv/bin/python || ~/.local/bin/uv venv --quiet --python=3.12 venv
-      ~/.local/bin/uv pip install --quiet --python=venv/bin/python './mtp_jax[tpu,data]'"
+      ~/.local/bin/uv pip install --quiet --python=venv/bin/python './mtp_jax[tpu,data,gcs]'"
 }
 
 # On every host: starts the training unless it runs already, and tells its log until it ends.

@@ -11,6 +11,7 @@ Progress goes to stderr. Exit code 1 if a fault was not survived, or an error wa
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -19,7 +20,6 @@ import pathlib
 import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,7 +33,7 @@ os.environ |= {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': os.environ.get('XLA_FLAGS', 
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.pytest_cache' / 'programs'))
 sys.path += [str(ROOT / 'tests' / room) for room in ('checkpoint', 'cli', 'train')]
 
-import jax
+import buckets
 import kills
 import pytest
 import test_damage
@@ -41,20 +41,20 @@ import test_record
 import test_tokenizer
 import test_typos
 import test_workdir
+from costs_of_safety import costs
 from experiments import experiment, log_of, random_state, same_bits, write, write_config_file
 
 from mtp_jax.checkpoint import store
-from mtp_jax.checkpoint.record import FOLDER, check_whole
+from mtp_jax.checkpoint.record import FOLDER
 from mtp_jax.cli.command import table
 from mtp_jax.cli.main import main as mtp_jax
+from mtp_jax.config import folder_path
 from mtp_jax.data.progress import quiet
 from mtp_jax.mesh import make_mesh
-from mtp_jax.train import step as training
 from mtp_jax.train.fit import fit
 
 PROGRAMS = os.environ['JAX_COMPILATION_CACHE_DIR']
 STOP_SECONDS = 10
-COSTS_MODEL = {'width': 512, 'layers': 6, 'heads': 8, 'kv_heads': 8, 'head_width': 64, 'feed_forward': 1536}
 
 
 @dataclasses.dataclass
@@ -205,8 +205,8 @@ def sigterm(place: Place) -> list[Row]:
       return [row]
 
 
-def killed(row: Row, place: Place, kill, full: int) -> list[Row]:
-  """Counts what a function of kills.py notes."""
+def killed(row: Row, place: Place, kill, full: int, home=None) -> list[Row]:
+  """Counts what a function of kills.py notes; home: where the workdirs are, if not in the folder of the place."""
   unclear = 0
 
   def note(line):
@@ -216,7 +216,7 @@ def killed(row: Row, place: Place, kill, full: int) -> list[Row]:
     unclear += 'NO CLEAR END' in line
     if ' times; ' in line:
       row.injected += 1
-      row.lost = max([row.lost, *map(steps_not_saved, place.folder.glob('killed-*'))])
+      row.lost = max([row.lost, *map(steps_not_saved, (home or place.folder).glob('killed-*'))])
 
   same = kill(place.folder, place.times(full), place.rng, note)
   row.survived = row.injected - max(unclear, not same and not row.silent)
@@ -225,6 +225,16 @@ def killed(row: Row, place: Place, kill, full: int) -> list[Row]:
 
 def kill(place: Place) -> list[Row]:
   return killed(Row('kill -9 of training'), place, kills.kill_train, 50)
+
+
+def kill_in_bucket(place: Place) -> list[Row]:
+  """A server on localhost stands for the bucket."""
+  with buckets.served() as environment, pytest.MonkeyPatch.context() as patch:
+    for name, value in environment.items():
+      patch.setenv(name, value)
+    home = folder_path(f'gs://{buckets.BUCKET}/runs')
+    kill = functools.partial(kills.kill_train, home=home)
+    return killed(Row('kill -9 of training in a bucket'), place, kill, 10, home)
 
 
 def kill_job(place: Place) -> list[Row]:
@@ -328,35 +338,9 @@ def hostile_files(place: Place) -> list[Row]:
   return [commands, records, models]
 
 
-def costs(folder: pathlib.Path) -> dict[str, float]:
-  """Medians of three: what hashing adds to a restore, and for how long a save blocks."""
-  config, workdir = experiment(folder, model=COSTS_MODEL), folder / 'large'
-  mesh, state = make_mesh(config.mesh), random_state(config)
-  times = {'blocking': [], 'whole save': [], 'hashing': [], 'restore': []}
-  with contextlib.closing(store.Writer(workdir, 1)) as writer:
-    for step in (3, 4, 5):
-      began = time.perf_counter()
-      write(workdir, config, state, step, writer=writer)
-      times['blocking'].append(time.perf_counter() - began)
-      writer.wait()
-      times['whole save'].append(time.perf_counter() - began)
-  for _ in range(3):
-    began = time.perf_counter()
-    check_whole(workdir, 5)
-    times['hashing'].append(time.perf_counter() - began)
-    with jax.set_mesh(mesh):
-      jax.block_until_ready(training.restore(config, workdir, 5, mesh))
-    times['restore'].append(time.perf_counter() - began - times['hashing'][-1])
-  size = sum(path.stat().st_size for path in (workdir / FOLDER / '5').rglob('*') if path.is_file())
-  median = {name: statistics.median(values) for name, values in times.items()}
-  return {'checkpoint MB': size / 1e6, 'hashing, seconds per GB': median['hashing'] / size * 1e9,
-          'restore without hashing, seconds per GB': median['restore'] / size * 1e9,
-          'a save blocks, seconds': median['blocking'], 'a whole save, seconds': median['whole save'],
-          'blocking share of a save': median['blocking'] / median['whole save']}
-
-
 FAULTS = {faults.__name__: faults for faults in (
-    bit_flips, damaged_files, sigterm, kill, kill_job, bad_steps, full_disk, two_starts, typos, hostile_files)}
+    bit_flips, damaged_files, sigterm, kill, kill_in_bucket, kill_job, bad_steps, full_disk, two_starts, typos,
+    hostile_files)}
 
 
 def rows_of(name: str, place: Place) -> list[Row]:

@@ -25,6 +25,8 @@ from collections.abc import Iterator, Sequence
 
 from xla_flags import FAST
 
+from mtp_jax.config.paths import remove
+
 ROOT = pathlib.Path(__file__).parents[1]
 FIELDS = {
     'model.width': 16, 'model.heads': 2, 'model.kv_heads': 1, 'model.head_width': 8,
@@ -195,19 +197,24 @@ def kill_prepare(folder: pathlib.Path, kills: int, rng: random.Random, note=prin
   return same
 
 
-def kill_train(folder: pathlib.Path, kills: int, rng: random.Random, note=print) -> bool:
-  """Whether the loss of every step is always the same, however often `train` was killed."""
-  train_in = lambda name: train(folder / name, folder / 'cache', FIELDS)
+def kill_train(folder: pathlib.Path, kills: int, rng: random.Random, note=print, home=None) -> bool:
+  """Whether the loss of every step is always the same, however often `train` was killed.
+
+  Args:
+    home: where the workdirs are, as `folder_path` gives it; by default in `folder`.
+  """
+  home = home or folder
+  train_in = lambda name: train(home / name, folder / 'cache', FIELDS)
   programs = folder / 'programs'
   run(train_in('first'), None, programs)
   start = time.perf_counter()
   whole = run(train_in('whole'), None, programs)
   seconds = time.perf_counter() - start
   assert whole.returncode == 0, whole.output
-  expected = losses(folder / 'whole')
-  same, done, n = losses(folder / 'first') == expected, 0, 0
+  expected = losses(home / 'whole')
+  same, done, n = losses(home / 'first') == expected, 0, 0
   while done < kills:
-    workdir, n = folder / f'killed-{n}', n + 1
+    workdir, n = home / f'killed-{n}', n + 1
     while done < kills:
       killed = run(train_in(workdir.name), rng.uniform(0.3, 1.1) * seconds, programs)
       if killed.returncode != -signal.SIGKILL:
@@ -219,7 +226,7 @@ def kill_train(folder: pathlib.Path, kills: int, rng: random.Random, note=print)
     same &= last.returncode == 0 and is_same
     note(f'finished: {"the same losses" if is_same else "OTHER LOSSES"} '
          + (last.output if last.returncode else ''))
-    shutil.rmtree(workdir)
+    remove(workdir)
   return same
 
 

@@ -9,6 +9,7 @@ import pytest
 
 TRAIN = 'train --config=tiny.py --workdir=new'
 RESUME = 'train --config=tiny.py --workdir=run'
+OR_BUCKET = ' or gs://BUCKET/FOLDER'
 GENERATE = 'generate --workdir=run --prompt=a'
 
 # name: (command line, what the message must hold)
@@ -102,15 +103,16 @@ BAD = {
         'prompt': ('generate --workdir=run --prompt=a --prompt=b --prompt=c', '--prompt: given 3 times; give it once'),
         'json': ('inspect --config=tiny.py --json --nojson', '--json: given 2 times; give it once'),
         'config': ('inspect --config=tiny.py --config=raises.py', '--config: given 2 times; give it once')}.items()},
-    **{f'an address: {command}': (command, f'{text}: must be a path on this machine, no address; {fix}')
-       for command, text, fix in (
-           ('train --config=tiny.py --workdir=gs://bucket/run', '--workdir=gs://bucket/run', 'mount it'),
-           ('evaluate --workdir=s3://bucket/run', '--workdir=s3://bucket/run', 'mount it'),
-           ('goodput --workdir=file:///a/run', '--workdir=file:///a/run', 'write /a/run'),
-           ('goodput --workdir=run --plot=gs://b/x.png', '--plot=gs://b/x.png', 'mount it'),
-           ('generate --workdir=run --prompt_file=gs://b/x', '--prompt_file=gs://b/x', 'mount it'),
-           (f'{GENERATE} --drafter=hdfs://b/x', '--drafter=hdfs://b/x', 'mount it'),
-           ('inspect --config=tiny.py --config.data.cache=gs://b/c', 'config.data.cache=gs://b/c', 'mount it'))},
+    **{f'an address: {command}': (command, f'{text}: must be a path on this machine{or_else}, no address; {fix}')
+       for command, text, or_else, fix in (
+           ('train --config=tiny.py --workdir=s3://bucket/run', '--workdir=s3://bucket/run', OR_BUCKET, 'mount it'),
+           ('evaluate --workdir=az://bucket/run', '--workdir=az://bucket/run', OR_BUCKET, 'mount it'),
+           ('goodput --workdir=file:///a/run', '--workdir=file:///a/run', OR_BUCKET, 'write /a/run'),
+           ('goodput --workdir=run --plot=gs://b/x.png', '--plot=gs://b/x.png', '', 'mount it'),
+           ('generate --workdir=run --prompt_file=gs://b/x', '--prompt_file=gs://b/x', '', 'mount it'),
+           (f'{GENERATE} --drafter=hdfs://b/x', '--drafter=hdfs://b/x', OR_BUCKET, 'mount it'),
+           ('inspect --config=tiny.py --config.data.cache=gs://b/c', 'config.data.cache=gs://b/c', '', 'mount it'))},
+    'a bucket alone': ('verify --workdir=gs://bucket', '--workdir=gs://bucket: a bucket without a folder; write gs://'),
     'config is a folder': ('inspect --config=.', '--config=.: is a folder; give a Python file, such as ./'),
     'config is a device': ('inspect --config=/dev/null', '--config=/dev/null: is no regular file; give a Python file'),
     'config is empty': ('inspect --config=', '--config: empty; give a Python file, such as configs/tiny.py'),

@@ -85,6 +85,13 @@ def test_the_arguments_of_the_jobset_are_a_config(jobset, monkeypatch, capsys):
   assert code == 0, capsys.readouterr().err
 
 
+def test_workdir_data_and_tokenizer_are_in_a_bucket_so_no_volume_is_needed(jobset):
+  args = pod(jobset)['containers'][0]['args']
+  places = [flag.partition('=')[2] for flag in args if re.match(r'--workdir|--config\.data\.(sources|tokenizer)', flag)]
+  assert len(places) == 3 and all(place.lstrip("('").startswith('gs://BUCKET/') for place in places)
+  assert 'volumes' not in pod(jobset) and 'volumeMounts' not in pod(jobset)['containers'][0]
+
+
 def test_no_two_jobs_share_a_slice_and_no_two_runs_a_workdir(jobset):
   assert jobset['metadata']['annotations'] == {
       'alpha.jobset.sigs.k8s.io/exclusive-topology': 'cloud.google.com/gke-nodepool'}

@@ -16,7 +16,7 @@ case "$*" in
   *'queued-resources create'*) printf 'PROVISIONING\nACTIVE\n' >"$FAKE/state" ;;
   *'queued-resources delete'*) rm "$FAKE/state" ;;
   *'tpu-vm scp'*) for file in "$@"; do case $file in /*) cp "$file" "$FAKE/host" ;; esac done ;;
-  *'tpu-vm ssh'*mountpoint*) ;;
+  *'tpu-vm ssh'*'uv pip install'*) ;;
   *'tpu-vm ssh'*) for last; do :; done; cd "$FAKE/host" && mkdir -p mtp_jax && bash -c "${last#--command=}" ;;
 esac"""
 
@@ -33,8 +33,7 @@ def tpu(tmp_path):
          **environment) -> subprocess.Popen:
     program(tmp_path / 'host' / 'venv' / 'bin' / 'python', train)
     (tmp_path / 'state').write_text(state)
-    given = {'NAME': 'small', 'ZONE': 'z', 'TYPE': 'v5p-16', 'SHARE': '10.0.0.2:/runs',
-             'POLL_SECONDS': '0.2'} | environment
+    given = {'NAME': 'small', 'ZONE': 'z', 'TYPE': 'v5p-16', 'POLL_SECONDS': '0.2'} | environment
     return subprocess.Popen([LAUNCH / 'tpu_vm.sh', *flags],
                             env={'PATH': f'{tmp_path / "bin"}:{os.environ["PATH"]}', 'FAKE': str(tmp_path)} | given,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -44,7 +43,7 @@ def tpu(tmp_path):
 
 
 def test_a_missing_variable_is_one_line_and_exit_code_2(tpu):
-  for name in ('NAME', 'ZONE', 'TYPE', 'SHARE'):
+  for name in ('NAME', 'ZONE', 'TYPE'):
     script = tpu('', **{name: ''})
     out, err = script.communicate(timeout=30)
     assert (script.returncode, out, len(err.splitlines())) == (2, '', 1) and f'{name} is not set; usage: ' in err

@@ -14,14 +14,15 @@ from mtp_jax.data.progress import quiet
 from mtp_jax.report.events import FILE as EVENTS
 from mtp_jax.report.log import FILE
 from mtp_jax.train.fit import fit
-from mtp_jax.train.opening import OWNER, only_run, open_run
+from mtp_jax.train.opening import only_run, open_run
+from mtp_jax.train.own_files import OWNER, OwnFiles
 from mtp_jax.train.run import Run
 
 
 def test_a_second_run_in_a_workdir_is_refused_while_the_first_one_is_there(tmp_path):
   config, workdir = experiment(tmp_path), tmp_path / 'run'
   workdir.mkdir()
-  with only_run(workdir, open_run(config, workdir, quiet)):
+  with only_run(OwnFiles(workdir, '', 0), open_run(config, workdir, quiet)):
     message = f'^--workdir={workdir}: process {os.getpid()} on .*, since .*, trains there; wait'
     with pytest.raises(BadInput, match=message):
       fit(config, workdir, note=quiet)
@@ -36,7 +37,7 @@ def test_a_run_that_was_opened_before_another_one_saved_is_refused(tmp_path):
   opened = open_run(config, workdir, quiet)
   write(workdir, config, random_state(config), step=3, identity=opened.corpus.identity)
   with pytest.raises(BadInput, match='another process has saved a checkpoint there; run the same command again'):
-    with only_run(workdir, opened):
+    with only_run(OwnFiles(workdir, '', 0), opened):
       pass
 
 

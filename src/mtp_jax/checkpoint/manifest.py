@@ -13,18 +13,24 @@ import os
 import pathlib
 import re
 
+from mtp_jax.config.paths import is_local, sizes
+
 NAME = 'manifest-{index}-of-{count}.json'
 PATTERN = re.compile(r'manifest-(\d+)-of-(\d+)\.json')
 
 
 def write(folder: pathlib.Path, index: int = 0, count: int = 1) -> None:
   """Lists share number `index` of `count` of the files in the folder of a checkpoint. Raises OSError."""
-  paths = _share(_files(folder), index, count)
-  listed = {name: [path.stat().st_size, found] for (name, path), found in zip(paths.items(), _digests(paths.values()))}
-  path = folder / NAME.format(index=index, count=count)
+  share = _share(_sizes(folder), index, count)
+  digests = _digests(folder / name for name in share)
+  listed = {name: [size, found] for (name, size), found in zip(share.items(), digests)}
+  path, text = folder / NAME.format(index=index, count=count), json.dumps(listed, indent=0) + '\n'
+  if not is_local(folder):  # an object appears whole or not at all
+    path.write_text(text)
+    return
   temporary = path.with_name(f'.{path.name}')
   with temporary.open('w') as file:
-    file.write(json.dumps(listed, indent=0) + '\n')
+    file.write(text)
     file.flush()
     os.fsync(file.fileno())
   temporary.replace(path)
@@ -46,12 +52,12 @@ def problem(folder: pathlib.Path, index: int = 0, count: int = 1, without: str =
     return str(error)
   chosen = {name: listed[name] for name in listed if not (without and name.startswith(without + '/'))}
   share = _share(chosen, index, count)
+  found = _sizes(folder) if share else {}
   for name, (size, _) in share.items():
-    path = folder / name
-    if not path.is_file():
+    if name not in found and not (folder / name).is_file():  # raises where the folder cannot be read
       return f'{name} is missing'
-    if path.stat().st_size != size:
-      return f'{name} has {path.stat().st_size:,} bytes, not {size:,}'
+    if name in found and found[name] != size:
+      return f'{name} has {found[name]:,} bytes, not {size:,}'
   for (name, (_, expected)), found in zip(share.items(), _digests(folder / name for name in share)):
     if found != expected:
       return f'{name} holds other bytes than were saved'
@@ -65,7 +71,7 @@ def read(folder: pathlib.Path) -> dict[str, tuple[int, str]] | None:
     ValueError: it cannot be understood.
     OSError: it cannot be read.
   """
-  found = [match for match in map(PATTERN.fullmatch, os.listdir(folder)) if match]
+  found = [match for match in (PATTERN.fullmatch(path.name) for path in folder.iterdir()) if match]
   if not found or len(found) < int(found[0].group(2)):
     return None
   listed = {}
@@ -81,7 +87,7 @@ def read(folder: pathlib.Path) -> dict[str, tuple[int, str]] | None:
 def size_bytes(folder: pathlib.Path) -> int:
   """Of all files of a checkpoint; 0 where they cannot be read."""
   try:
-    return sum(path.stat().st_size for path in _files(folder).values())
+    return sum(_sizes(folder).values())
   except OSError:
     return 0
 
@@ -104,11 +110,9 @@ def _inside(name: str) -> str:
   return name
 
 
-def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-  """All files of a checkpoint but its manifest, by their names relative to the folder."""
-  paths = (path for path in folder.rglob('*') if path.is_file())
-  named = {path.relative_to(folder).as_posix(): path for path in paths}
-  return {name: path for name, path in named.items() if not PATTERN.fullmatch(name.removeprefix('.'))}
+def _sizes(folder) -> dict[str, int]:
+  """Bytes of each file of a checkpoint but its manifest, by its name relative to the folder."""
+  return {name: size for name, size in sizes(folder).items() if not PATTERN.fullmatch(name.removeprefix('.'))}
 
 
 def _share(files: dict, index: int, count: int) -> dict:

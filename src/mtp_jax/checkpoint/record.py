@@ -17,13 +17,13 @@ Earlier versions wrote no guard, skipped_rows, run, fingerprint and digest. Noth
 import hashlib
 import json
 import operator
-import os
 import pathlib
 from collections.abc import Callable, Collection
 
 from mtp_jax.checkpoint import manifest
-from mtp_jax.config import BadInput, Config, local_path, upgraded
+from mtp_jax.config import BadInput, Config, folder_path, upgraded
 from mtp_jax.config.errors import cannot, in_words
+from mtp_jax.config.paths import absolute, folders_above, is_local
 from mtp_jax.report.display import print_stderr
 
 FOLDER = 'checkpoints'
@@ -50,13 +50,23 @@ class DamagedCheckpoint(BadInput):
 
 def steps(workdir: pathlib.Path) -> list[int]:
   """Steps with a complete checkpoint, oldest first. Raises OSError where the folder cannot be read."""
-  return [step for step in folders(workdir) if is_complete(workdir, step)]
+  return [step for step in all_folders(workdir) if is_complete(workdir, step)]
 
 
 def folders(workdir: pathlib.Path) -> list[int]:
-  """Steps with a folder, oldest first. Raises OSError where the folder of all cannot be read."""
+  """Steps with a folder, oldest first; in a bucket, where a save writes in place, those that were committed.
+
+  Raises:
+    OSError: the folder of all cannot be read.
+  """
+  found = all_folders(workdir)
+  return found if is_local(folder_path(workdir)) else [step for step in found if is_complete(workdir, step)]
+
+
+def all_folders(workdir: pathlib.Path) -> list[int]:
+  """Steps with a folder, whatever is in it, oldest first. Raises OSError as `folders`."""
   try:
-    names = os.listdir(pathlib.Path(workdir) / FOLDER)
+    names = [path.name for path in (folder_path(workdir) / FOLDER).iterdir()]
   except (FileNotFoundError, NotADirectoryError):
     return []
   return sorted(int(name) for name in names if name.isdecimal())
@@ -64,7 +74,7 @@ def folders(workdir: pathlib.Path) -> list[int]:
 
 def folder_of(workdir, step: int) -> pathlib.Path:
   """That of a step's checkpoint."""
-  return pathlib.Path(workdir) / FOLDER / str(step)
+  return folder_path(workdir) / FOLDER / str(step)
 
 
 def is_complete(workdir: pathlib.Path, step: int) -> bool:
@@ -79,15 +89,18 @@ def locate(path, step: int | None = None, where: str = '--workdir') -> tuple[pat
   Raises:
     BadInput: the path is none, or it names another step than the one given.
   """
-  path = local_path(path, where)
+  path = folder_path(path, where)
   with cannot('read', f'{where}={path}', 'make it readable, or give another folder'):
     return _located(path, step, where)
 
 
 def _located(path: pathlib.Path, step: int | None, where: str) -> tuple[pathlib.Path, int | None]:
-  for workdir in path.absolute().parents:
-    inside = path.absolute().relative_to(workdir).parts
-    if not steps(path) and (inside[0] == FOLDER or path.is_file()) and steps(workdir):
+  if steps(path):
+    return path, step
+  path, is_file = absolute(path), path.is_file()
+  for workdir in folders_above(path):
+    inside = path.relative_to(workdir).parts
+    if (inside[0] == FOLDER or is_file) and steps(workdir):
       if len(inside) < 2 or not inside[1].isdecimal():
         return workdir, step
       if step not in (None, int(inside[1])):
@@ -259,7 +272,7 @@ def check_run(workdir, record: dict) -> None:
 def run_name(workdir) -> str:
   """The name of the run of a workdir; '' if it has none."""
   try:
-    return (pathlib.Path(workdir) / RUN).read_text(errors='replace').strip()
+    return (folder_path(workdir) / RUN).read_bytes().decode(errors='replace').strip()
   except OSError:
     return ''
 

@@ -16,9 +16,8 @@ import itertools
 import logging
 import math
 import pathlib
-import shutil
+import secrets
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -29,9 +28,19 @@ import numpy as np
 
 from mtp_jax.checkpoint import manifest
 from mtp_jax.checkpoint.fingerprint import fingerprint
-from mtp_jax.checkpoint.record import FOLDER, GONE, DamagedCheckpoint, digest, folders, record_of, steps, unreadable
-from mtp_jax.config import BadInput
+from mtp_jax.checkpoint.record import (
+    FOLDER,
+    GONE,
+    DamagedCheckpoint,
+    all_folders,
+    digest,
+    record_of,
+    steps,
+    unreadable,
+)
+from mtp_jax.config import BadInput, folder_path
 from mtp_jax.config.errors import cannot, in_words
+from mtp_jax.config.paths import absolute, is_local, remove
 
 
 @functools.cache
@@ -129,7 +138,7 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _folder(workdir) -> pathlib.Path:
-  return (pathlib.Path(workdir) / FOLDER).absolute()
+  return absolute(folder_path(workdir)) / FOLDER
 
 
 def as_dict(tree) -> dict:
@@ -171,11 +180,12 @@ class Writer:
   """
 
   def __init__(self, workdir: pathlib.Path, kept: int, damaged: Collection[int] = ()):
-    self.folder, self.kept = _folder(workdir), kept
+    self.workdir, self.folder, self.kept = workdir, _folder(workdir), kept
     if jax.process_index() == 0:
       with cannot('write', f'--workdir={workdir}', 'give a folder that can be written'):
         _make_folder(self.folder)
-        _set_aside(self.folder, set(folders(workdir)) - set(steps(workdir)), 'incomplete')
+        if is_local(self.folder):
+          _set_aside(self.folder, set(all_folders(workdir)) - set(steps(workdir)), 'incomplete')
         _set_aside(self.folder, damaged, 'damaged')
     self._remove_unfinished()
     self.checkpointer = self._open()
@@ -190,9 +200,13 @@ class Writer:
 
   def _remove_unfinished(self) -> None:
     """What saves that failed have left. Their threads may be writing it still: what is not gone then goes next time."""
-    if jax.process_index() == 0:
-      for path in self.folder.glob('*.orbax-checkpoint-tmp'):
-        shutil.rmtree(path, ignore_errors=True)
+    if jax.process_index() != 0:
+      return
+    unfinished = list(self.folder.glob('*.orbax-checkpoint-tmp'))
+    if not is_local(self.folder):  # a bucket cannot rename: there Orbax writes in place, and commits by a last object
+      unfinished += [self.folder / str(step) for step in set(all_folders(self.workdir)) - set(steps(self.workdir))]
+    for path in unfinished:
+      remove(path)
 
   def save(self, step: int, parameters, training, record: dict) -> dict[str, str]:
     """Starts to write; the arrays may be donated or overwritten at once. Returns the fingerprints of both.
@@ -275,17 +289,21 @@ class _Save(threading.Thread):
 
 
 def _make_folder(folder: pathlib.Path) -> None:
-  """Makes the folder if it is not there, and a folder in it for a moment: where Orbax cannot do
+  """Makes the folder if it is not there, and a folder with a file in it for a moment: where Orbax cannot do
   that, its threads wait for minutes.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix='.', dir=folder):
-    pass
+  probe = folder / f'.{secrets.token_hex(8)}'
+  try:
+    probe.mkdir()
+    (probe / 'probe').write_text('.')
+  finally:
+    remove(probe)
 
 
 def _set_aside(folder: pathlib.Path, steps: Collection[int], what: str) -> None:
   """Renames the folders of these steps."""
-  for path in folder.glob('*'):
+  for path in list(folder.iterdir()) if steps else []:  # a bucket has no folder without files
     if path.name.isdecimal() and int(path.name) in steps:
       names = (f'{what}-{path.name}' + (f'-{n}' if n else '') for n in itertools.count())
       path.rename(next(free for free in map(path.with_name, names) if not free.exists()))

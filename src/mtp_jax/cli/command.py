@@ -17,12 +17,12 @@ from mtp_jax.config.errors import explain, in_words
 
 CONFIG = ('config', None,
           'the experiment, such as configs/tiny.py; --config.section.field=value changes a field')
-WORKDIR = ('workdir', None, 'folder of the run')
+WORKDIR = ('workdir', None, 'folder of the run; may be in a bucket, gs://BUCKET/FOLDER')
 TOKENIZER = ('tokenizer', '', "a SentencePiece model file; '': the one that --workdir keeps")
 DATA = ('data', '', "prepared sets, or text files and folders of them, separated by commas; '': those of the "
                     'training run')
 PATHS = {'workdir', 'tokenizer', 'data', 'output', 'plot', 'drafter', 'prompt_file', 'text_file'}  # where ~ is the home
-LOCAL = {'workdir', 'plot', 'drafter', 'prompt_file'}  # that may not be addresses
+LOCAL = {'plot', 'prompt_file'}  # that may not be addresses
 STEP = ('step', -1, 'step of the checkpoint; -1 is the newest')
 MESH = ('mesh', '', "devices along each axis, such as tensor=4,fsdp=2; '': the config's mesh if there are "
                     'enough devices, else one device')

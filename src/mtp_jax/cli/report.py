@@ -1,10 +1,10 @@
 """report: one page about one run or several, for a person to look at; goodput: where their time went."""
 import math
-import pathlib
 
 from mtp_jax.cli.command import JSON, WORKDIR, Command, need, need_at_least, print_result, table
 from mtp_jax.cli.failures import CHIPS_PER_HOST, MTBF, expected, refuse_alone
-from mtp_jax.config import BadInput, Config, expanded
+from mtp_jax.config import BadInput, Config, folder_path
+from mtp_jax.config.errors import in_words
 
 
 def report(flags) -> int:
@@ -18,16 +18,17 @@ def report(flags) -> int:
   if not all(names) or len(set(names)) < len(names):
     raise BadInput(f'--workdir={flags.workdir}: holds an empty name, or one twice; write A,B,...')
   from mtp_jax.checkpoint.record import locate
-  output = pathlib.Path(flags.output) if flags.output else locate(expanded(names[0], '--workdir'))[0] / 'report.html'
+  output = folder_path(flags.output, '--output') if flags.output else locate(names[0])[0] / 'report.html'
   from mtp_jax.decode.requests import sampling_parameters
   sampling_parameters(1, flags.temperature, flags.seed)
   from mtp_jax.measure.runs import gather
   from mtp_jax.report.page import page
   runs = [gather(name, flags.prompt, flags.max_tokens, flags.temperature, flags.seed) for name in names]
   try:
-    output.write_text(page(runs), encoding='utf-8')
+    output.write_bytes(page(runs).encode())
   except OSError as error:
-    raise BadInput(f'--output={output}: {error.strerror}; give a file in a folder that exists') from None
+    raise BadInput(f'--output={output}: {error.strerror or in_words(error)}; give a file in a folder '
+                   'that exists') from None
   values = {'output': str(output), 'runs': [{'name': run.name, 'records': len(run.records)} for run in runs]}
   print_result(flags, values, [f'report: {output}; open it in a browser'])
   return 0

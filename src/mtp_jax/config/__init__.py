@@ -9,7 +9,7 @@ Only this folder imports ml_collections.
 """
 from mtp_jax.config.earlier_versions import upgraded
 from mtp_jax.config.errors import BadInput, nearest
-from mtp_jax.config.paths import check_local, expanded, local_path
+from mtp_jax.config.paths import check_local, expanded, folder_path, local_path
 from mtp_jax.config.schema import (
     SECTIONS,
     Config,
@@ -25,5 +25,5 @@ from mtp_jax.config.weights import forward_curriculum, reverse_curriculum, weigh
 
 __all__ = [
     'SECTIONS', 'BadInput', 'Config', 'DataConfig', 'MeshConfig', 'ModelConfig', 'ObjectiveConfig',
-    'OptimizerConfig', 'TrainConfig', 'check_local', 'check_name', 'expanded', 'forward_curriculum', 'local_path',
-    'nearest', 'reverse_curriculum', 'upgraded', 'weight_at']
+    'OptimizerConfig', 'TrainConfig', 'check_local', 'check_name', 'expanded', 'folder_path',
+    'forward_curriculum', 'local_path', 'nearest', 'reverse_curriculum', 'upgraded', 'weight_at']

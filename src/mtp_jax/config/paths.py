@@ -1,8 +1,94 @@
 """Paths as people write them: in a flag, in a config, in a call."""
+import contextlib
+import functools
+import logging
 import os
 import pathlib
+import shutil
 
-from mtp_jax.config.errors import BadInput
+from mtp_jax.config.errors import BadInput, in_words
+
+BUCKET = 'gs://'
+
+
+def folder_path(path, where: str = '--workdir'):
+  """The path of a folder on this machine, or of one in a bucket of Google Cloud Storage.
+
+  Args:
+    path: a str or a path; ~ is the home directory.
+    where: the flag, field or argument that gave it, for messages.
+
+  Returns:
+    A `pathlib.Path`, or of gs://BUCKET/FOLDER an `etils.epath.Path`, which has the methods of one.
+
+  Raises:
+    BadInput: it is empty, no path, another address, in a bucket that cannot be reached, or begins with a ~ that
+      stands for nothing here.
+  """
+  text = str(path) if isinstance(path, os.PathLike) else path
+  if isinstance(path, os.PathLike) and not is_local(path) and text.startswith(BUCKET):
+    return path
+  if is_local(path) and text.startswith('gs:/'):  # pathlib merges slashes
+    text = BUCKET + text.removeprefix('gs:/')
+  if not isinstance(text, str) or not text.startswith(BUCKET):
+    if isinstance(text, str):
+      check_local(text, where, ' or gs://BUCKET/FOLDER')
+    return local_path(path, where)
+  if len(text.removeprefix(BUCKET).strip('/').split('/')) < 2:
+    raise BadInput(f'{where}={text}: a bucket without a folder; write gs://BUCKET/FOLDER')
+  return _bucket_path(text.rstrip('/'), where)
+
+
+def is_local(path) -> bool:
+  """Whether it is a path on this machine."""
+  return isinstance(path, pathlib.Path)
+
+
+def absolute(path):
+  """A path of `folder_path`, whatever the current folder becomes."""
+  return path.absolute() if is_local(path) else path
+
+
+def sizes(folder) -> dict[str, int]:
+  """Bytes of each file in a folder of `folder_path` and in all folders in it, by its name relative to the folder."""
+  if is_local(folder):
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob('*') if path.is_file()}
+  import fsspec
+  above = str(folder).removeprefix(BUCKET) + '/'
+  found = fsspec.filesystem('gcs').find(str(folder), detail=True)
+  return {name.removeprefix(above): info['size'] for name, info in found.items()}
+
+
+def remove(folder) -> None:
+  """Deletes a folder of `folder_path` and everything in it, as far as that can be done."""
+  if is_local(folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    return
+  with contextlib.suppress(OSError):
+    folder.rmtree()
+
+
+def folders_above(path) -> list:
+  """Those that hold an absolute path of `folder_path`, the nearest first; of a bucket's, up to the bucket."""
+  return [folder for folder in path.parents if is_local(path) or len(folder.parts) > 2]  # '/', 'gs', 'bucket'
+
+
+@functools.cache
+def _bucket_path(text: str, where: str):
+  import fsspec
+  # else a folder looks to one process as it did before another one, or TensorStore, wrote there
+  fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
+  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # what it raises is told
+  from etils import epath
+  path = epath.Path(text)
+  try:
+    path.exists()
+  except ImportError:
+    raise BadInput(f"{where}={text}: gcsfs is missing; pip install -e '.[gcs]'") from None
+  except Exception as error:  # of gcsfs, of Google's packages, of the network
+    raise BadInput(f'{where}={text}: the bucket cannot be reached ({in_words(error)}); see to the network and to '
+                   'the credentials: gcloud auth application-default login') from None
+  return path
 
 
 def local_path(path, where: str) -> pathlib.Path:
@@ -24,12 +110,12 @@ def local_path(path, where: str) -> pathlib.Path:
   return pathlib.Path(text)
 
 
-def check_local(text: str, where: str) -> None:
+def check_local(text: str, where: str, or_else: str = '') -> None:
   """Raises BadInput for an address, such as gs://bucket/run, where only a path on this machine will do."""
   scheme, is_address, rest = text.partition('://')
   if is_address and scheme.isidentifier():
     fix = f'write {rest}' if scheme == 'file' else 'mount it, such as with gcsfuse, and give that folder'
-    raise BadInput(f'{where}={text}: must be a path on this machine, no address; {fix}')
+    raise BadInput(f'{where}={text}: must be a path on this machine{or_else}, no address; {fix}')
 
 
 def expanded(text: str, where: str) -> str:

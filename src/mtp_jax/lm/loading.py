@@ -18,6 +18,7 @@ from mtp_jax.checkpoint.record import (
     record_of,
 )
 from mtp_jax.config import Config
+from mtp_jax.config.paths import absolute
 from mtp_jax.data.corpus import load_tokenizer, other_documents
 from mtp_jax.decode.requests import check_is, one_or_several
 from mtp_jax.lm.language_model import LanguageModel
@@ -47,7 +48,7 @@ def load(workdir, step: int | None = None, *, tokenizer: str | None = None,
       fit the model or the devices.
   """
   workdir, step = locate(workdir, step, 'workdir')
-  workdir = workdir.absolute()
+  workdir = absolute(workdir)
 
   def load_step(step: int) -> LanguageModel:
     check_whole(workdir, step, without='training')

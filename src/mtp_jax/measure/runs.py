@@ -4,6 +4,7 @@ import pathlib
 
 from mtp_jax.checkpoint.record import CONFIG, locate, steps
 from mtp_jax.config import BadInput, Config, upgraded
+from mtp_jax.config.errors import in_words
 from mtp_jax.lm import LanguageModel, load
 from mtp_jax.measure.counts import counts
 from mtp_jax.report import goodput
@@ -36,7 +37,7 @@ def _config(workdir: pathlib.Path) -> Config:
   try:
     values = json.loads((workdir / CONFIG).read_text())
   except OSError as error:
-    raise BadInput(f'--workdir={workdir}: no {CONFIG} there ({error.strerror}); give the workdir of a run') from None
+    raise BadInput(f'--workdir={workdir}: no {CONFIG} there ({in_words(error)}); give the workdir of a run') from None
   except ValueError as error:
     raise BadInput(f'{workdir / CONFIG}: not a config ({error}); start the run again, which writes it') from None
   return Config.from_dict(upgraded(values))

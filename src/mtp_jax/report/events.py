@@ -12,7 +12,8 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator
 
-from mtp_jax.config import BadInput
+from mtp_jax.config import BadInput, folder_path
+from mtp_jax.config.errors import in_words
 from mtp_jax.report.display import print_stderr
 from mtp_jax.report.lines import Lines
 
@@ -51,11 +52,11 @@ def read_events(workdir) -> list[dict]:
   Raises:
     BadInput: there are none.
   """
-  path = pathlib.Path(workdir).expanduser() / FILE
+  path = folder_path(workdir) / FILE
   try:
-    lines = path.read_text(errors='replace').splitlines()
+    lines = path.read_bytes().decode(errors='replace').splitlines()
   except OSError as error:
-    raise BadInput(f'--workdir={workdir}: no {FILE} there ({error.strerror}); give the workdir of '
+    raise BadInput(f'--workdir={workdir}: no {FILE} there ({in_words(error)}); give the workdir of '
                    'a run') from None
   events = []
   for line in lines:

@@ -64,7 +64,7 @@ def read_log(workdir: pathlib.Path) -> list[dict]:
   """The records of a workdir, in order; none if it has no log. Lines that a crash cut off are skipped."""
   records = []
   with contextlib.suppress(FileNotFoundError):
-    for line in (workdir / FILE).read_text(errors='replace').splitlines():
+    for line in (workdir / FILE).read_bytes().decode(errors='replace').splitlines():
       if _position(line)[0] < math.inf:
         records.append(json.loads(line))
   return records

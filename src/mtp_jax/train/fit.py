@@ -22,8 +22,9 @@ import jax
 
 from mtp_jax.checkpoint import store
 from mtp_jax.checkpoint.record import FOLDER, DamagedCheckpoint, read_record, steps
-from mtp_jax.config import BadInput, Config, local_path
+from mtp_jax.config import BadInput, Config, folder_path
 from mtp_jax.config.errors import in_words
+from mtp_jax.config.paths import absolute
 from mtp_jax.data.folder import Damaged, Unreadable
 from mtp_jax.data.progress import quiet
 from mtp_jax.mesh import make_mesh
@@ -33,7 +34,8 @@ from mtp_jax.report.trackers import check_installed
 from mtp_jax.train import processes
 from mtp_jax.train.nonfinite import NotFinite
 from mtp_jax.train.opening import Opened, only_run, open_run
-from mtp_jax.train.run import Run, make_folder
+from mtp_jax.train.own_files import OwnFiles
+from mtp_jax.train.run import Run
 from mtp_jax.train.watch import watched
 
 __all__ = ['NotFinite', 'Outcome', 'fit']
@@ -75,7 +77,7 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=print_std
     raise BadInput(f'config={config!r}: must be a Config')
   if not isinstance(profile_steps, range) or not callable(note):
     raise BadInput(f'profile_steps={profile_steps!r}, note={note!r}: must be a range and a function of a line')
-  workdir = local_path(workdir, '--workdir').absolute()
+  workdir = absolute(folder_path(workdir))
   note = quiet if jax.process_index() else note
   check_installed(config.train.trackers)
   keep_programs(config)
@@ -94,16 +96,16 @@ def _fit(config: Config, workdir: pathlib.Path, profile_steps: range, note, open
   started, t, index = time.time(), config.train, jax.process_index()
   mesh = make_mesh(config.mesh)
   processes.check_same(data=json.dumps(opened.corpus.identity))
-  make_folder(workdir)
+  own = OwnFiles(workdir, config.data.cache, index)
   note(opened.corpus.sides())
 
   skipped = _skipped_rows(opened)
   with processes.interrupts() as interrupts, jax.set_mesh(mesh):
     while True:
       try:
-        with (only_run(workdir, opened), _writing(workdir),
+        with (only_run(own, opened), _writing(workdir),
               contextlib.closing(Display(t.steps, opened.step, note, bar=index == 0)) as display):
-          return _train(Run(config, workdir, opened, skipped, mesh, display, started), interrupts,
+          return _train(Run(config, own, opened, skipped, mesh, display, started), interrupts,
                         profile_steps, opened.record is not None)
       except NotFinite as error:
         opened, skipped, line = _rolled_back(config, workdir, opened, skipped, error)

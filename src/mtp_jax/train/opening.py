@@ -3,12 +3,8 @@ it resumes.
 """
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import pathlib
-import socket
-import time
 from collections.abc import Callable, Collection, Iterator
 
 from mtp_jax.checkpoint.record import (
@@ -27,7 +23,7 @@ from mtp_jax.checkpoint.record import (
     steps,
 )
 from mtp_jax.config import BadInput, Config
-from mtp_jax.config.errors import cannot, in_words, one_line
+from mtp_jax.config.errors import cannot, in_words
 from mtp_jax.data.corpus import Corpus, difference, load_tokenizer, open_corpus
 from mtp_jax.data.prepared_set import INDEX
 from mtp_jax.model.model import conventions
@@ -35,8 +31,7 @@ from mtp_jax.report.display import Meter, print_stderr
 from mtp_jax.tokenizer import Tokenizer, check_vocabulary
 from mtp_jax.train import processes
 from mtp_jax.train.optimizer import schedule
-
-OWNER = 'owner.txt'  # who trains in a workdir, or did last
+from mtp_jax.train.own_files import OwnFiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,50 +117,30 @@ def _check_workdir(workdir: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def only_run(workdir: pathlib.Path, opened: Opened) -> Iterator[None]:
-  """Lets one run at a time write in a workdir, by a lock that ends with the process, even if that is killed.
+def only_run(files: OwnFiles, opened: Opened) -> Iterator[None]:
+  """Lets one run at a time write in a workdir; see own_files.py.
 
-  The first process of a job takes it. Every process must call this, and goes on when that one has
+  The first process of a job takes the lock. Every process must call this, and goes on when that one has
   it; so a run that is refused has written nothing. Where the file system has no locks nothing is refused.
 
   Raises:
     BadInput: another run writes there, or has since this one was opened.
   """
-  is_first = processes.place()[0] == 0
   owner, refusal = None, ''
   try:
-    if is_first:
+    if files.is_first:
       try:
-        owner = (workdir / OWNER).open('a+')
-        refusal = _locked(owner)
+        owner, refusal = files.lock()
       except OSError as error:
         refusal = f'cannot write ({in_words(error)}); give a folder that can be written'
-      if not refusal and max(set(steps(workdir)) - set(opened.damaged), default=0) != opened.step:
+      if not refusal and max(set(steps(files.workdir)) - set(opened.damaged), default=0) != opened.step:
         refusal = 'another process has saved a checkpoint there; run the same command again'
     if processes.total(bool(refusal)):
-      raise BadInput(f'--workdir={workdir}: {refusal or "process 0 of this job is refused"}')
+      raise BadInput(f'--workdir={files.workdir}: {refusal or "process 0 of this job is refused"}')
     yield
   finally:
     if owner:
       owner.close()
-
-
-def _locked(owner) -> str:
-  """Locks the file of a workdir's owner, open for writing as NFS asks, and notes who has it; why it is refused, '' if
-  it is not.
-  """
-  try:
-    fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    owner.seek(0)
-    return f'{one_line(owner.read()) or "another process"} trains there; wait for it, or choose another'
-  except OSError:  # a file system without locks
-    pass
-  with contextlib.suppress(OSError):  # a full disk
-    owner.truncate(0)
-    owner.write(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")},\n')
-    owner.flush()
-  return ''
 
 
 def _tokenizer(name: str, workdir: pathlib.Path, note: Callable[[str], None]) -> Tokenizer:

@@ -13,7 +13,8 @@ import jax
 from mtp_jax.checkpoint.fingerprint import fingerprint
 from mtp_jax.checkpoint.record import check_run, check_whole, record_of, steps
 from mtp_jax.checkpoint.store import as_dict, by_path
-from mtp_jax.config import BadInput, Config, local_path
+from mtp_jax.config import BadInput, Config, folder_path
+from mtp_jax.config.paths import absolute
 from mtp_jax.data.progress import quiet
 from mtp_jax.mesh import make_mesh, process_share, put
 from mtp_jax.programs import keep_programs
@@ -58,7 +59,7 @@ def replay(config: Config, workdir, step: int, note=print_stderr) -> Replay:
   Raises:
     BadInput: there is no such run or step, or config, data and checkpoint do not fit together.
   """
-  workdir = local_path(workdir, '--workdir').absolute()
+  workdir = absolute(folder_path(workdir))
   log = [record for record in read_log(workdir) if record['kind'] == 'train']
   last = max([*steps(workdir), *(record['step'] for record in log)], default=0)
   if not 1 <= step <= min(last, config.train.steps):

@@ -15,6 +15,7 @@ from mtp_jax.checkpoint import store
 from mtp_jax.checkpoint.record import CONFIG, RUN, TOKENIZER, run_name
 from mtp_jax.config import Config
 from mtp_jax.config.errors import cannot
+from mtp_jax.config.paths import is_local
 from mtp_jax.data.folder import Folder
 from mtp_jax.data.rows import validation_batches
 from mtp_jax.evaluation.held_out import evaluate
@@ -30,6 +31,7 @@ from mtp_jax.tokenizer import byte_lengths, decodable
 from mtp_jax.train import processes
 from mtp_jax.train.guards import Guard, changes_loss
 from mtp_jax.train.opening import Opened
+from mtp_jax.train.own_files import OwnFiles
 from mtp_jax.train.recording import Recorder, Step
 from mtp_jax.train.step import State, compiled_init, compiled_step, restore
 from mtp_jax.train.watch import watched
@@ -38,18 +40,17 @@ from mtp_jax.train.watch import watched
 class Run:
   """A run in progress: its state, its position in the data, its records and checkpoints."""
 
-  def __init__(self, config: Config, workdir: pathlib.Path, opened: Opened, skipped: list[tuple[int, int]],
+  def __init__(self, config: Config, own: OwnFiles, opened: Opened, skipped: list[tuple[int, int]],
                mesh, display: Display, started: float):
-    index = jax.process_index()
-    folder = make_folder(workdir, f'process-{index}' if index else '')
-    self.config, self.folder, self.mesh, self.display = config, folder, mesh, display
+    workdir, folder, is_first = own.workdir, own.folder, own.is_first
+    self.config, self.own, self.folder, self.mesh, self.display = config, own, folder, mesh, display
     self.step = self.saved_step = self.kept_step = opened.step  # saved: or about to be
     self.saved_at = time.monotonic()
     self.validation = {}
     self.active = ()  # futures that the step computes; known once the first one starts
     self.rows = 0  # of the step
     self.profiling = False
-    is_first = folder == workdir
+    own.fetch()
     with cannot('write', f'--workdir={workdir}', 'give a folder that can be written'):
       for name in (EVENTS, METRICS, CONFIG):
         (folder / name).open('a').close()
@@ -91,6 +92,7 @@ class Run:
       files.write(RUN, f'{self.record["run"]}\n'.encode())
     if is_first and opened.tokenizer.model:
       files.write(TOKENIZER, opened.tokenizer.model)
+    own.publish(display.line)
 
   def _first_state(self, workdir: pathlib.Path, opened: Opened) -> State:
     """A new state, or the checkpoint's, with the batches at its position in the data."""
@@ -197,10 +199,21 @@ class Run:
     if self.step == self.saved_step or self.recorder.bad_in_a_row and self.step < self.config.train.steps:
       return
     with self.recorder.speed.paused('save', self.step):
+      self._publish()
       record = {'step': self.step, 'data': self.batches.get_state(), 'guard': self.guard.state(), **self.record}
       fingerprints = self.writer.save(self.step, self.state.model, self.state.without_model(), record)
       self.events.write('checkpoint', time.time(), 0.0, self.step, fingerprints)
     self.saved_step = self.step
+
+  def _publish(self) -> None:
+    """Copies the logs to a bucket, unless another run has started there, which ends this one by an OSError."""
+    if is_local(self.own.workdir):
+      return
+    owner = self.own.taken()
+    if processes.total(bool(owner)):
+      self.own.leave()
+      raise OSError(f'--workdir={self.own.workdir}: {owner or "another run"} trains there now, so this run ends')
+    self.own.publish(self.display.line)
 
   def wait(self) -> None:
     """Waits for the checkpoint that is being written. Where it failed the run goes on, see `_go_on_unsaved`."""
@@ -245,12 +258,7 @@ class Run:
       self.display.line(f'step {self.step}: {error}')
     finally:
       self.files.close()
-
-
-def make_folder(workdir: pathlib.Path, name: str = '') -> pathlib.Path:
-  with cannot('be a folder', f'--workdir={workdir}', 'choose another'):
-    (workdir / name).mkdir(parents=True, exist_ok=True)
-  return workdir / name
+      self.own.publish(self.display.line, seconds=None)
 
 
 def _name_of_run(workdir: pathlib.Path, opened: Opened) -> str:
