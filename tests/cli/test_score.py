@@ -53,7 +53,7 @@ def test_evaluate_takes_ones_own_files_and_groups(run, run_json, place):
     ('score --workdir=nowhere --text=a', '--workdir=nowhere: holds no checkpoint'),
     ('evaluate --workdir=run --by=kin', "by='kin': no such grouping; did you mean 'kind'?"),
     ('evaluate --workdir=run --input=nowhere', "--input: 'nowhere' "),
-    ('evaluate --workdir=run --input=gs://b/x', "--input: 'gs://b/x': "),
+    ('evaluate --workdir=run --input=nowhere://b/x', "--input: 'nowhere://b/x': "),
     ('evaluate --workdir=run --input=tiny.py --data=documents', '--data: not together with --input'),
     ('generate --workdir=run --prompt=a --n=0', '--n=0: must be at least 1'),
     ('generate --workdir=run --prompt=a --n=2 --stream', '--stream: shows one sample, but --n=2'),

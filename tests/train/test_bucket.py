@@ -101,6 +101,7 @@ def test_a_run_that_was_cut_in_its_first_save_begins_anew(bucket, on_disk):
   assert log_of(workdir) == log_of(whole) and {state(workdir, step) for step in steps(workdir)} == {'whole'}
 
 
+@pytest.mark.slow
 def test_a_damaged_object_is_found_and_the_checkpoint_before_it_used(bucket, on_disk):
   config, whole = on_disk
   workdir, lines = folder_path(f'{bucket}/damaged'), []
@@ -155,6 +156,7 @@ def test_logs_that_cannot_be_copied_end_no_run_and_are_copied_later(bucket, on_d
   assert log_of(workdir) == log_of(whole)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_a_run_in_a_bucket_loses_and_repeats_nothing(bucket, on_disk, tmp_path):
   config, whole = on_disk
   write_config_file(tmp_path / 'tiny.py', config)
