@@ -28,7 +28,7 @@ FLOORS = ['__init__ __main__', 'cli', 'measure', 'formats harness', 'lm', 'train
           'model', 'data', 'checkpoint', 'report', 'mesh', 'sharding', 'tokenizer', 'chips', 'programs', 'config']
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 DOORS = {'orbax': 'checkpoint', 'grain': 'data', 'fsspec': 'data', 'array_record': 'data', 'ml_collections': 'config',
-         'tensorboardX': 'report', 'wandb': 'report', 'rich': 'report', 'matplotlib': 'report',
+         'etils': 'config', 'tensorboardX': 'report', 'wandb': 'report', 'rich': 'report', 'matplotlib': 'report',
          'transformers': 'formats', 'lm_eval': 'harness'}
 
 

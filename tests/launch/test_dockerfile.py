@@ -31,7 +31,7 @@ def test_the_image_holds_all_that_the_package_is_built_from_and_the_configs(dock
            *project['tool']['setuptools']['packages']['find']['where']}
   assert before == named and after == {'configs'}
   offered = re.search(r'tpu \| cuda\)', next(rest for what, rest in dockerfile if what == 'RUN'))
-  assert offered and {'tpu', 'cuda', 'data'} <= set(project['project']['optional-dependencies'])
+  assert offered and {'tpu', 'cuda', 'data', 'gcs'} <= set(project['project']['optional-dependencies'])
 
 
 def test_the_image_is_small_runs_the_command_line_and_not_as_root(dockerfile):
@@ -44,8 +44,8 @@ def test_the_image_is_small_runs_the_command_line_and_not_as_root(dockerfile):
   assert kinds.index('USER') > max(place for place, what in enumerate(kinds) if what in ('RUN', 'COPY'))
 
 
-@pytest.mark.parametrize('accelerator, wanted',
-                         [('tpu', '.[data,tpu]'), ('cuda', '.[data,cuda]'), ('none', '.[data]'), ('gpu', None)])
+@pytest.mark.parametrize('accelerator, wanted', [
+    ('tpu', '.[data,gcs,tpu]'), ('cuda', '.[data,gcs,cuda]'), ('none', '.[data,gcs]'), ('gpu', None)])
 def test_the_accelerator_chooses_what_is_installed(dockerfile, tmp_path, accelerator, wanted):
   program(tmp_path / 'pip', 'echo "${@: -1}"')
   script = next(rest for what, rest in dockerfile if what == 'RUN')

@@ -97,9 +97,9 @@ def locate(path, step: int | None = None, where: str = '--workdir') -> tuple[pat
 def _located(path: pathlib.Path, step: int | None, where: str) -> tuple[pathlib.Path, int | None]:
   if steps(path):
     return path, step
-  path, is_file = absolute(path), path.is_file()
-  for workdir in folders_above(path):
-    inside = path.relative_to(workdir).parts
+  whole, is_file = absolute(path), path.is_file()
+  for workdir in folders_above(whole):
+    inside = whole.relative_to(workdir).parts
     if (inside[0] == FOLDER or is_file) and steps(workdir):
       if len(inside) < 2 or not inside[1].isdecimal():
         return workdir, step

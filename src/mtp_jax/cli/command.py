@@ -22,6 +22,7 @@ TOKENIZER = ('tokenizer', '', "a SentencePiece model file; '': the one that --wo
 DATA = ('data', '', "prepared sets, or text files and folders of them, separated by commas; '': those of the "
                     'training run')
 PATHS = {'workdir', 'tokenizer', 'data', 'output', 'plot', 'drafter', 'prompt_file', 'text_file'}  # where ~ is the home
+FOLDERS = {'workdir', 'drafter'}  # that may be in a bucket
 LOCAL = {'plot', 'prompt_file'}  # that may not be addresses
 STEP = ('step', -1, 'step of the checkpoint; -1 is the newest')
 MESH = ('mesh', '', "devices along each axis, such as tensor=4,fsdp=2; '': the config's mesh if there are "

@@ -11,8 +11,9 @@ import typing
 from absl import flags as absl_flags
 
 from mtp_jax.cli import data, evaluate, measure, plan, report, run
-from mtp_jax.cli.command import LOCAL, PATHS, Command, exit_code_of, open_standard_streams, say, table
+from mtp_jax.cli.command import FOLDERS, LOCAL, PATHS, Command, exit_code_of, open_standard_streams, say, table
 from mtp_jax.config import BadInput, Config, check_local, expanded, files, nearest
+from mtp_jax.config.paths import check_folder
 
 COMMANDS = {'train': run.COMMANDS['train'], **evaluate.COMMANDS, **run.COMMANDS, **report.COMMANDS, **data.COMMANDS,
             **measure.COMMANDS, **plan.COMMANDS}
@@ -78,6 +79,8 @@ def _parse(name: str, command: Command, arguments: list[str]) -> absl_flags.Flag
       values[flag].value = expanded(values[flag].value, f'--{flag}')
       if flag in LOCAL:
         check_local(values[flag].value, f'--{flag}')
+      if flag in FOLDERS:
+        check_folder(values[flag].value, f'--{flag}')
   return values
 
 

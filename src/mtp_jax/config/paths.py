@@ -30,13 +30,18 @@ def folder_path(path, where: str = '--workdir'):
     return path
   if is_local(path) and text.startswith('gs:/'):  # pathlib merges slashes
     text = BUCKET + text.removeprefix('gs:/')
-  if not isinstance(text, str) or not text.startswith(BUCKET):
-    if isinstance(text, str):
-      check_local(text, where, ' or gs://BUCKET/FOLDER')
-    return local_path(path, where)
-  if len(text.removeprefix(BUCKET).strip('/').split('/')) < 2:
+  if isinstance(text, str):
+    check_folder(text, where)
+  is_address = isinstance(text, str) and text.startswith(BUCKET)
+  return _bucket_path(text.rstrip('/'), where) if is_address else local_path(path, where)
+
+
+def check_folder(text: str, where: str) -> None:
+  """Raises BadInput for an address that `folder_path` does not take; asks no bucket."""
+  if not text.startswith(BUCKET):
+    check_local(text, where, ' or gs://BUCKET/FOLDER')
+  elif len(text.removeprefix(BUCKET).strip('/').split('/')) < 2:
     raise BadInput(f'{where}={text}: a bucket without a folder; write gs://BUCKET/FOLDER')
-  return _bucket_path(text.rstrip('/'), where)
 
 
 def is_local(path) -> bool:
@@ -53,10 +58,15 @@ def sizes(folder) -> dict[str, int]:
   """Bytes of each file in a folder of `folder_path` and in all folders in it, by its name relative to the folder."""
   if is_local(folder):
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob('*') if path.is_file()}
-  import fsspec
   above = str(folder).removeprefix(BUCKET) + '/'
-  found = fsspec.filesystem('gcs').find(str(folder), detail=True)
+  found = _file_system(str(folder)).find(str(folder), detail=True)
   return {name.removeprefix(above): info['size'] for name, info in found.items()}
+
+
+def _file_system(address: str):
+  """That of gcsfs, as etils has it. Raises ImportError without gcsfs."""
+  from etils.epath import backend
+  return backend.fsspec_backend.fs(address)
 
 
 def remove(folder) -> None:
@@ -75,13 +85,12 @@ def folders_above(path) -> list:
 
 @functools.cache
 def _bucket_path(text: str, where: str):
-  import fsspec
-  # else a folder looks to one process as it did before another one, or TensorStore, wrote there
-  fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
   logging.getLogger('gcsfs').setLevel(logging.CRITICAL)  # what it raises is told
   from etils import epath
   path = epath.Path(text)
   try:
+    # else a folder looks as it did before another process, or TensorStore, wrote there
+    _file_system(text).dircache.use_listings_cache = False
     path.exists()
   except ImportError:
     raise BadInput(f"{where}={text}: gcsfs is missing; pip install -e '.[gcs]'") from None
