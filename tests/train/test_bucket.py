@@ -7,6 +7,7 @@ import sys
 import time
 
 import buckets
+import kills
 import pytest
 from etils import epath
 from experiments import experiment, log_of, same_bits, write_config_file
@@ -16,6 +17,7 @@ import mtp_jax
 from mtp_jax.checkpoint.record import FOLDER, state, steps
 from mtp_jax.cli.main import main
 from mtp_jax.config import BadInput, folder_path
+from mtp_jax.config.paths import remove
 from mtp_jax.data.progress import quiet
 from mtp_jax.report.events import read_events, split_runs
 from mtp_jax.report.log import FILE
@@ -174,6 +176,21 @@ def test_killed_at_random_moments_a_run_in_a_bucket_loses_and_repeats_nothing(bu
   assert fit(config, workdir, note=quiet).step == 6
   assert same_bits(state_of(config, workdir), state_of(config, whole))
   assert log_of(workdir) == log_of(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_train_in_a_bucket_as_on_disk(bucket, tmp_path):
+  expected, workdir = kills.undisturbed_job(tmp_path), folder_path(f'{bucket}/job')
+  for _ in range(2):  # the second time to resume
+    with kills.job(tmp_path / 'programs', *[kills.train(workdir, tmp_path / 'cache', kills.JOB)] * 2) as processes:
+      codes = kills.ended(processes, kills.PATIENCE_SECONDS)
+    assert codes == [0, 0], [process.output for process in processes]
+    assert kills.losses(workdir) == kills.losses(workdir / 'process-1') == expected
+    kept = steps(workdir)
+    assert {state(workdir, step) for step in kept} == {'whole'} and kept[-1] == kills.JOB['train.steps']
+    assert sum(path.name.startswith('manifest') for path in (workdir / FOLDER / str(kept[-1])).iterdir()) == 2
+    remove(workdir / FOLDER / str(kept[-1]))
+    shutil.rmtree(tmp_path / 'cache' / 'workdirs')
 
 
 def test_other_addresses_are_refused_in_one_line(monkeypatch):

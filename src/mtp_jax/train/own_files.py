@@ -73,8 +73,8 @@ class OwnFiles:
     return file, ''
 
   def fetch(self) -> None:
-    """Copies the logs from the bucket. Raises OSError."""
-    if self.bucket is None:
+    """Copies the logs from the bucket, unless this process has written there already. Raises OSError."""
+    if self.bucket is None or self._copied:
       return
     try:
       for name in FETCHED:
