@@ -12,7 +12,9 @@ import dataclasses
 import functools
 import hashlib
 import io
+import os
 import re
+import stat
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -62,6 +64,8 @@ def load(name: str, where: str = 'config.data.tokenizer') -> Tokenizer:
     return Bytes()
   path = expanded(name, where)
   try:
+    if stat.S_IFMT(os.stat(path).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):  # whose end may never come
+      raise BadInput("is no regular file; give 'bytes' or the path of a SentencePiece model")
     with open(path, 'rb') as file:
       return SentencePiece(file.read())
   except OSError as error:

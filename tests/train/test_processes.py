@@ -19,7 +19,7 @@ from kills import ANOTHER_ENDED, JOB, ended, losses
 import mtp_jax
 from mtp_jax import chips
 from mtp_jax.checkpoint import store
-from mtp_jax.checkpoint.record import steps
+from mtp_jax.checkpoint.record import COMMITTED, FOLDER, METADATA, steps
 from mtp_jax.cli.main import main
 from mtp_jax.config import BadInput, MeshConfig
 from mtp_jax.mesh import make_mesh
@@ -169,15 +169,15 @@ def work():
   lm = mtp_jax.load(sys.argv[1])
   whole = multihost_utils.process_allgather(lm.model, tiled=True)
   found = {'sha256': costs.parameters_sha256(whole), 'devices': lm.mesh.size, 'here': len(jax.local_devices()),
-           'total': processes.total(jax.process_index() + 5)}
-  processes.check_same(a='x', b='y')
+           'total': processes.total(jax.process_index() + 5, 60)}
+  processes.check_same(60, a='x', b='y')
   try:
-    processes.check_same(same='', mine=f'I am {jax.process_index()}')
+    processes.check_same(60, same='', mine=f'I am {jax.process_index()}')
   except Exception as error:
     found['refused'] = f'{type(error).__name__}: {error}'
   print(json.dumps(found))
   return 0
-sys.exit(processes.run(work, 10))
+sys.exit(processes.run(work, 10, 300))
 '''
 
 
@@ -200,6 +200,48 @@ def test_what_two_processes_saved_and_load_is_bit_for_bit_what_one_loads_on_any_
     refused = (f'BadInput: mine: process {index} and process {1 - index} of this job differ in it '
                f'(here I am {index}); start all with the same command, on the same files')
     assert found == {'sha256': wanted, 'devices': 8, 'here': 4, 'total': 11, 'refused': refused}
+
+
+VERIFY = '''
+import json, os, pathlib, sys
+from mtp_jax.checkpoint.record import DamagedCheckpoint
+from mtp_jax.config import BadInput
+from mtp_jax.train import opening, processes
+# by step: what process 0 and process 1 find
+FOUND = {9: ('damaged', 'whole'), 8: ('whole', 'damaged'), 7: ('damaged', 'damaged'), 6: ('whole', 'whole')}
+FOUND |= {5: ('damaged', 'unreadable'), 4: ('unreadable', 'whole'), 3: ('unreadable', 'damaged')}
+def work():
+  import jax
+  def check_whole(workdir, step, index, count):
+    kind = FOUND[step][index]
+    if kind != 'whole':
+      raise {'damaged': lambda text: DamagedCheckpoint(step, text), 'unreadable': BadInput}[kind](f'{step} {kind}')
+  opening.check_whole, opening.record_of, opening.check_run = check_whole, lambda workdir, step: step, lambda *_: None
+  decided = {}
+  for newest in sorted(FOUND):
+    passed_over = {step for step in FOUND if step > newest}
+    try:
+      decided[newest] = opening._newest_record(pathlib.Path(sys.argv[1]), lambda line: None, passed_over, 60)
+    except BadInput as error:
+      decided[newest] = f'{type(error).__name__} {newest}'
+      assert str(newest) in str(error)
+  print(json.dumps(decided))
+  return 0
+sys.exit(processes.run(work, 10, 300))
+'''
+
+
+def test_all_processes_decide_alike_on_a_checkpoint_that_each_finds_in_another_state(tmp_path):
+  for step in range(3, 10):
+    (tmp_path / FOLDER / str(step)).mkdir(parents=True)
+    for name in (METADATA, COMMITTED):
+      (tmp_path / FOLDER / str(step) / name).write_text('')
+  with kills.job(tmp_path / 'programs', *[[sys.executable, '-c', VERIFY, str(tmp_path)]] * 2) as two:
+    assert ended(two, 200) == [0, 0], [process.output for process in two]
+  wanted = dict.fromkeys((6, 7, 8, 9), 6) | {step: f'BadInput {step}' for step in (3, 4, 5)}
+  for process in two:
+    found = json.loads(next(line for line in process.output.splitlines() if line.startswith('{')))
+    assert found == {str(step): decided for step, decided in wanted.items()}
 
 
 def test_a_sequence_over_two_processes_is_that_of_one_and_ctrl_c_to_one_stops_both_at_one_step(
@@ -242,7 +284,7 @@ def test_a_port_that_another_program_has_is_told_before_jax_starts(monkeypatch):
     for name, value in variables.items():
       monkeypatch.setenv(name, value)
     with pytest.raises(OSError, match=f'process 0 cannot listen at port {port} .*; end what listens there'):
-      processes.run(lambda: 0, 10)
+      processes.run(lambda: 0, 10, 300)
 
 
 def test_processes_with_different_commands_are_all_refused(folder, job, tmp_path):

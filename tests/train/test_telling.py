@@ -81,9 +81,8 @@ def test_the_shell_that_salloc_opens_is_one_process(variables, where):
 
 
 @pytest.mark.parametrize('where, variables, said', [
-    ('variables', dict(zip(processes.VARIABLES, ('h:1', '3', '1'))), 'process 1 of 3 waits for process 0 at h:1'),
-    ('variables', dict(zip(processes.VARIABLES, ('h:1', '3', '0'))),
-     'process 0 of 3 waits for 2 others to come to h:1'),
+    ('variables', dict(zip(processes.VARIABLES, ('h:1', '3', '1'))),
+     'process 1 of 3 waits for JAX to start on all of them, at h:1'),
     ('slurm', SHELL | {'SLURM_PROCID': '2'}, 'task 2 of 4 waits for the others, on n1'),
     ('tpu', {}, 'waits for the other hosts of this TPU slice')])
 def test_a_process_can_say_for_whom_it_waits(where, variables, said):
@@ -93,8 +92,8 @@ def test_a_process_can_say_for_whom_it_waits(where, variables, said):
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_process_that_waits_says_for_whom_and_ends_without_a_traceback(tmp_path, number, code):
   """The other process of the job never comes; the one that waits gets the signal."""
-  program = ('import sys\nfrom mtp_jax.train import processes\nprocesses.SAY_AFTER_SECONDS = 0.5\n'
-             'sys.exit(processes.run(lambda: 0, 10))')
+  program = ('import sys\nfrom mtp_jax.train import processes\nprocesses.meeting.SAY_SECONDS = 0.5\n'
+             'sys.exit(processes.run(lambda: 0, 10, 300))')
   environment = os.environ | {'JAX_COORDINATOR_ADDRESS': '127.0.0.1:1', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '1'}
   process = subprocess.Popen([sys.executable, '-c', program], env=environment, stderr=subprocess.PIPE, text=True)
   line = process.stderr.readline()

@@ -167,38 +167,6 @@ def test_a_process_stopped_by_sigterm_ctrl_c_and_sigkill_ends_as_if_uninterrupte
   assert log_of(cut) == log_of(tmp_path / 'whole')
 
 
-@pytest.mark.parametrize('where, checkpoint_every',
-                         [('the data', 100), ('the device', 100), ('the device', 1)])
-def test_a_step_that_hangs_ends_the_process_with_every_stack(tmp_path, where, checkpoint_every):
-  """The third batch, or the third step's figures, never come, whatever waits for them."""
-  config = experiment(tmp_path,
-                      train={'hang_seconds': 5.0, 'steps': 9, 'evaluate_every': 0,
-                             'checkpoint_every': checkpoint_every})
-  code = f'''
-import time
-import jax
-from mtp_jax.config import *
-from mtp_jax.data import rows
-from mtp_jax.train.fit import fit
-calls = []
-def hanging(function):
-  def hang(*arguments):
-    calls.append(1)
-    time.sleep(600 * (len(calls) > 3))
-    return function(*arguments)
-  return hang
-if {where == 'the data'}:
-  rows.Batches.__next__ = hanging(rows.Batches.__next__)
-else:
-  jax.device_get = hanging(jax.device_get)
-fit({config!r}, {str(tmp_path / 'run')!r})
-'''
-  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
-  assert done.returncode == 1 and 'Timeout (0:00:05)!' in done.stderr, done.stderr
-  assert 'most recent call first' in done.stderr, done.stderr
-  assert 'in hang' in done.stderr and 'step 2' in done.stderr and 'step 4' not in done.stderr
-
-
 def test_a_run_and_its_resumption_tell_where_their_time_went(uninterrupted, tmp_path):
   config, _ = uninterrupted('parallel')
   fit(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=4)), tmp_path,

@@ -22,7 +22,7 @@ from mtp_jax.train.run import Run
 def test_a_second_run_in_a_workdir_is_refused_while_the_first_one_is_there(tmp_path):
   config, workdir = experiment(tmp_path), tmp_path / 'run'
   workdir.mkdir()
-  with only_run(OwnFiles(workdir, '', 0), open_run(config, workdir, quiet)):
+  with only_run(OwnFiles(workdir, '', 0), open_run(config, workdir, quiet), 60):
     message = f'^--workdir={workdir}: process {os.getpid()} on .*, since .*, trains there; wait'
     with pytest.raises(BadInput, match=message):
       fit(config, workdir, note=quiet)
@@ -37,7 +37,7 @@ def test_a_run_that_was_opened_before_another_one_saved_is_refused(tmp_path):
   opened = open_run(config, workdir, quiet)
   write(workdir, config, random_state(config), step=3, identity=opened.corpus.identity)
   with pytest.raises(BadInput, match='another process has saved a checkpoint there; run the same command again'):
-    with only_run(OwnFiles(workdir, '', 0), opened):
+    with only_run(OwnFiles(workdir, '', 0), opened, 60):
       pass
 
 

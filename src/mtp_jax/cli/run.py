@@ -37,7 +37,7 @@ def train(flags) -> int:
   need_at_least(flags, replay_step=0)
   from mtp_jax.train import processes
   work = (lambda: _replay(flags, config)) if flags.replay_step else (lambda: _fit(flags, config, profiled))
-  return processes.run(lambda: exit_code_of(work), config.train.heartbeat_seconds)
+  return processes.run(lambda: exit_code_of(work), config.train.heartbeat_seconds, config.train.start_seconds)
 
 
 def _profiled(steps: str) -> range:

@@ -14,7 +14,7 @@ AT_LEAST_1 = (
     'model.expert_width', 'model.expert_groups', 'model.groups_per_token', 'model.futures', 'model.head_batch',
     'data.length', 'train.steps', 'train.batch', 'train.accumulate',
     'train.log_every', 'train.evaluate_rows', 'train.checkpoint_every',
-    'train.skipped_allowed', 'train.spike_window', 'train.heartbeat_seconds',
+    'train.skipped_allowed', 'train.spike_window', 'train.heartbeat_seconds', 'train.start_seconds',
     'mesh.data', 'mesh.fsdp', 'mesh.context', 'mesh.tensor', 'mesh.expert')
 CHOICES = {
     'model.kind': ('parallel', 'linear', 'causal', 'anticausal', 'sequential'),

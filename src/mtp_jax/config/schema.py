@@ -263,12 +263,11 @@ class TrainConfig:
            '6 skips 29, 10 skips 13 and 20 none')
   spike_window: int = _field(128, 'good steps before which no step counts as a spike')
   hang_seconds: float = _field(
-      1800.0, 'a step that takes longer ends the process with exit code 1 and the stacks of all '
-              'threads; 0: never')
-  heartbeat_seconds: int = _field(
-      10, 'a process of the job without a sign of life for so long counts as dead, and all end')
-  programs_kept: bool = _field(
-      True, 'keep compiled programs in config.data.cache, where the next start finds them')
+      1800.0, 'a wait for devices, data, a checkpoint or another process that takes longer ends the process with exit '
+              'code 1, the stacks of all threads and a line; 0: never')
+  start_seconds: int = _field(300, 'processes of a job wait so long for each other at the start')
+  heartbeat_seconds: int = _field(10, 'a process of the job without a sign of life for so long is dead, and all end')
+  programs_kept: bool = _field(True, 'keep compiled programs in config.data.cache, where the next start finds them')
   trackers: tuple[str, ...] = _field(
       ('tensorboard',), 'where the records go besides metrics.jsonl: tensorboard, wandb (an extra), both or none: ()')
 

@@ -4,6 +4,7 @@ them.
 `Corpus.identity` holds all that the batches of a run depend on, so that a resumed run can report
 what has changed.
 """
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from mtp_jax import tokenizer as tokenizers
 from mtp_jax.config import BadInput, DataConfig
 from mtp_jax.config.errors import in_words
 from mtp_jax.data.dataset import dataset_once
+from mtp_jax.data.files import without_file_scheme
 from mtp_jax.data.folder import Damaged, Folder
 from mtp_jax.data.packing import Consecutive, pack
 from mtp_jax.data.prepare import prepare_once
@@ -143,12 +145,13 @@ def _source_identity(source: Prepared) -> dict:
           'held_out_documents': validation.documents}
 
 
-def open_corpus(config: DataConfig, tokenizer: Tokenizer, note=quiet, progress=NoMeter) -> Corpus:
+def open_corpus(config: DataConfig, tokenizer: Tokenizer, note=quiet, progress=NoMeter,
+                waiting=contextlib.nullcontext) -> Corpus:
   """Opens config.sources and config.dataset; or config.paths. Paths and dataset are prepared in
   config.cache unless that was done before.
 
   Args:
-    note, progress: see data/progress.py; for the preparation and quarantined shards.
+    note, progress, waiting: see data/progress.py; for the preparation and quarantined shards.
 
   Raises:
     BadInput: a source is not a prepared set, is damaged, or was prepared with another tokenizer.
@@ -158,7 +161,7 @@ def open_corpus(config: DataConfig, tokenizer: Tokenizer, note=quiet, progress=N
                           note, progress, config.validation)
     return Corpus(config, tokenizer, (source,))
   damaged = note if config.on_damage == 'quarantine' else None
-  datasets = (dataset_once(config, tokenizer, note, damaged),) if config.dataset else ()
+  datasets = (dataset_once(config, tokenizer, note, damaged, waiting),) if config.dataset else ()
   return Corpus(config, tokenizer, _open_sets(config, tokenizer, 'sources', note) + datasets,
                 _open_sets(config, tokenizer, 'validation', note))
 
@@ -198,6 +201,7 @@ def load_tokenizer(name: str, where: str = 'config.data.tokenizer') -> Tokenizer
   Raises:
     BadInput: as `tokenizer.load`.
   """
+  name = without_file_scheme(name)
   if '://' not in name:
     return tokenizers.load(name, where)
   folder, _, file = name.rpartition('/')

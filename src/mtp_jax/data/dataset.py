@@ -38,12 +38,14 @@ SAY_EVERY = 100_000  # documents
 FIELD = 'config.data.dataset'
 
 
-def dataset_once(config: DataConfig, tokenizer: Tokenizer, note=quiet, damaged=None) -> Prepared:
+def dataset_once(config: DataConfig, tokenizer: Tokenizer, note=quiet, damaged=None,
+                 waiting=contextlib.nullcontext) -> Prepared:
   """The set of the documents of config.dataset, in a folder of config.cache.
 
   Args:
     note: see data/progress.py; told of a dataset without an identity, and while it is read.
     damaged: as the note of `open_set`.
+    waiting: see data/progress.py.
 
   Raises:
     BadInput: there is no such function, it fails, or what it returns is no dataset of documents that
@@ -62,7 +64,7 @@ def dataset_once(config: DataConfig, tokenizer: Tokenizer, note=quiet, damaged=N
            "set dataset.identity = 'a name of these very documents' before returning it")
       with tempfile.TemporaryDirectory(prefix='.unfinished-', dir=cache) as unfinished:
         made_here = pathlib.Path(unfinished) / 'set'
-        fingerprint = _write(Folder(made_here, 'config.data.cache'), dataset, config, tokenizer, made, note)
+        fingerprint = _write(Folder(made_here, 'config.data.cache'), dataset, config, tokenizer, made, note, waiting)
         directory = cache / fingerprint[:16]
         try:
           made_here.rename(directory)  # all of it at once
@@ -75,7 +77,7 @@ def dataset_once(config: DataConfig, tokenizer: Tokenizer, note=quiet, damaged=N
       folder = Folder(directory, 'config.data.cache')
       with locked(folder, note):
         if not (directory / INDEX).exists():
-          _write(folder, dataset, config, tokenizer, made | {'dataset': identity}, note)
+          _write(folder, dataset, config, tokenizer, made | {'dataset': identity}, note, waiting)
   except OSError as error:
     raise BadInput(f'config.data.cache={config.cache!r}: cannot write there ({in_words(error)}); '
                    'give a folder with space') from error
@@ -101,14 +103,14 @@ def _opened(config: DataConfig) -> grain.MapDataset:
 
 
 def _write(folder: Folder, dataset: grain.MapDataset, config: DataConfig, tokenizer: Tokenizer, made: dict,
-           note) -> str:
+           note, waiting) -> str:
   """Writes the set, its index last; returns its fingerprint, a digest of all tokens and of `made`."""
   first = Split.by_content(config.validation_share)
-  report = _write_shards(folder, dataset, config, tokenizer, first, note)
+  report = _write_shards(folder, dataset, config, tokenizer, first, note, waiting)
   split = better_split(first, [_as_of_a_part(report)])
   if split != first:
     note(why_again(split))
-    report = _write_shards(folder, dataset, config, tokenizer, split, note)
+    report = _write_shards(folder, dataset, config, tokenizer, split, note, waiting)
   shards = report['shards']
   for side, entries in shards.items():
     if not entries:
@@ -171,12 +173,12 @@ class _Shards:
 
 
 def _write_shards(folder: Folder, dataset: grain.MapDataset, config: DataConfig, tokenizer: Tokenizer, split: Split,
-                  note) -> dict:
+                  note, waiting) -> dict:
   """Writes the shards of both splits; returns what `better_split` and the index ask of them."""
   folder.remove(*folder.sizes())
   t, dtype, hashes, long_bytes, documents, empty = tokenizer, dtype_of(tokenizer.size), [2**64, -1], 0, 0, 0
   with _Shards(folder, 'train', dtype) as train, _Shards(folder, 'validation', dtype) as validation:
-    for text, ids in _documents(dataset, config, tokenizer):
+    for text, ids in _documents(dataset, config, tokenizer, waiting):
       if not text:
         empty += 1
         continue
@@ -198,14 +200,15 @@ def _write_shards(folder: Folder, dataset: grain.MapDataset, config: DataConfig,
           'shards': {'train': train.entries, 'validation': validation.entries}}
 
 
-def _documents(dataset: grain.MapDataset, config: DataConfig,
-               tokenizer: Tokenizer) -> Iterator[tuple[bytes, np.ndarray | None]]:
+def _documents(dataset: grain.MapDataset, config: DataConfig, tokenizer: Tokenizer,
+               waiting) -> Iterator[tuple[bytes, np.ndarray | None]]:
   """Each document as (text, None) or, if it was given as token ids, as (what they stand for, ids)."""
   where = f'{FIELD}={config.dataset!r}'
   documents = iter(dataset.to_iter_dataset())
   for number in itertools.count():
     try:
-      document = next(documents)
+      with waiting(f'document {number} of {where}'):
+        document = next(documents)
     except StopIteration:
       return
     except (Exception, SystemExit) as error:  # the user's own code

@@ -4,6 +4,7 @@
     progress(total, ready)       makes a meter, a context manager, for `total` bytes of input,
                                  `ready` of which earlier work has done
     meter.show(size, documents, tokens)    what this work has read and written so far; called often
+    waiting(what)                a context manager, in which a document of config.data.dataset is waited for
 
 `mtp_jax.report.display` has `print_stderr` and `Meter` for a terminal.
 """

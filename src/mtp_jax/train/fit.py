@@ -78,7 +78,8 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=print_std
   if not isinstance(profile_steps, range) or not callable(note):
     raise BadInput(f'profile_steps={profile_steps!r}, note={note!r}: must be a range and a function of a line')
   workdir = absolute(folder_path(workdir))
-  note = quiet if jax.process_index() else note
+  with watched(config.train.hang_seconds, 'the devices to answer JAX for the first time'):
+    note = quiet if jax.process_index() else note
   check_installed(config.train.trackers)
   keep_programs(config)
   damaged = set()
@@ -95,7 +96,7 @@ def _fit(config: Config, workdir: pathlib.Path, profile_steps: range, note, open
   """`fit` from the checkpoint that was opened."""
   started, t, index = time.time(), config.train, jax.process_index()
   mesh = make_mesh(config.mesh)
-  processes.check_same(data=json.dumps(opened.corpus.identity))
+  processes.check_same(t.hang_seconds, data=json.dumps(opened.corpus.identity))
   own = OwnFiles(workdir, config.data.cache, index)
   note(opened.corpus.sides())
 
@@ -103,7 +104,7 @@ def _fit(config: Config, workdir: pathlib.Path, profile_steps: range, note, open
   with processes.interrupts() as interrupts, jax.set_mesh(mesh):
     while True:
       try:
-        with (only_run(own, opened), _writing(workdir),
+        with (only_run(own, opened, t.hang_seconds), _writing(workdir),
               contextlib.closing(Display(t.steps, opened.step, note, bar=index == 0)) as display):
           return _train(Run(config, own, opened, skipped, mesh, display, started), interrupts,
                         profile_steps, opened.record is not None)
@@ -128,7 +129,7 @@ def _advance_to_end(run: Run, interrupts, profile_steps: range, resumed: bool) -
   t = run.config.train
 
   def heard() -> int:
-    with watched(t.hang_seconds):
+    with watched(t.hang_seconds, f'the other processes of this job to come to the same point after step {run.step}'):
       return processes.stop_signal(interrupts)
 
   stop_signal = 0
@@ -172,7 +173,7 @@ def _rolled_back(config: Config, workdir: pathlib.Path, opened: Opened, skipped:
   t, available = config.train, steps(workdir)
   opened = dataclasses.replace(opened, record=read_record(workdir, available[-1]) if available else None,
                                damaged=())
-  processes.check_same(checkpoint=f'step {opened.step}')
+  processes.check_same(t.hang_seconds, checkpoint=f'step {opened.step}')
   place = f'step {opened.step}' if available else 'the beginning'
   before = sum(step == opened.step for step, _ in skipped)
   if before >= t.rollbacks_allowed:

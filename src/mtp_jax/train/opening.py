@@ -3,6 +3,7 @@ it resumes.
 """
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Collection, Iterator
@@ -17,6 +18,7 @@ from mtp_jax.checkpoint.record import (
     check_tokenizer,
     check_whole,
     choose,
+    folder_of,
     folders,
     locate,
     record_of,
@@ -32,6 +34,9 @@ from mtp_jax.tokenizer import Tokenizer, check_vocabulary
 from mtp_jax.train import processes
 from mtp_jax.train.optimizer import schedule
 from mtp_jax.train.own_files import OwnFiles
+from mtp_jax.train.watch import watched
+
+WHOLE, DAMAGED, UNREADABLE = range(3)  # what a process finds of a checkpoint, the worst one last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +69,12 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None],
   Raises:
     BadInput: config, data and checkpoint do not fit together.
   """
+  hang_seconds = config.train.hang_seconds
   with cannot('read', f'--workdir={workdir}', 'make it readable, or choose another'):
     _check_workdir(workdir)
-    processes.check_same(config=json.dumps(config.to_dict()), checkpoint=f'steps {folders(workdir)}')
-    record = _newest_record(workdir, note, damaged) if folders(workdir) else None
+    processes.check_same(hang_seconds, config=json.dumps(config.to_dict()),
+                         checkpoint=f'steps {folders(workdir)}, complete {steps(workdir)}')
+    record = _newest_record(workdir, note, damaged, hang_seconds) if folders(workdir) else None
   changes = []
   if record:
     changes += check_resumes(config, record, workdir)
@@ -77,7 +84,8 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None],
   if record:
     check_tokenizer(f'config.data.tokenizer={config.data.tokenizer}', tokens.digest, record,
                     'use the same tokenizer, or another --workdir')
-  corpus = open_corpus(config.data, tokens, print_stderr, Meter)
+  corpus = open_corpus(config.data, tokens, print_stderr, functools.partial(WatchedMeter, hang_seconds),
+                       functools.partial(watched, hang_seconds))
   corpus.sides()  # raises where one has less than a row
   if record:
     changes += _check_data(config, corpus, record, workdir) + rate_change(config, record) + rows_change(config, record)
@@ -88,21 +96,50 @@ def open_run(config: Config, workdir: pathlib.Path, note: Callable[[str], None],
   return Opened(tokens, corpus, record, newer)
 
 
-def _newest_record(workdir: pathlib.Path, note: Callable[[str], None], damaged: Collection[int]) -> dict:
-  """That of the newest checkpoint that is whole; each process of a job reads a share of its files."""
+def _newest_record(workdir: pathlib.Path, note: Callable[[str], None], damaged: Collection[int],
+                   hang_seconds: float) -> dict:
+  """That of the newest checkpoint that is whole; each process of a job reads a share of its files.
+
+  All processes decide alike. One that cannot read its share ends all, and one that finds damage makes all use an
+  older checkpoint.
+  """
   def checked(step: int) -> dict:
-    record, error = None, None
+    record, error, kind = None, None, WHOLE
     try:
       check_whole(workdir, step, *processes.place())
       record = record_of(workdir, step)
       check_run(workdir, record)
     except BadInput as refused:
-      error = refused
-    if processes.total(error is not None):
-      raise error or DamagedCheckpoint(step, f'checkpoint {step}: is damaged, as another process of this job has found')
+      error, kind = refused, DAMAGED if isinstance(refused, DamagedCheckpoint) else UNREADABLE
+    worst = processes.largest(kind, hang_seconds)
+    by_another = f'as another process of this job has found; its files are in {folder_of(workdir, step)}'
+    if worst == UNREADABLE:
+      raise error if kind == worst else BadInput(f'checkpoint {step}: cannot be read, {by_another}')
+    if worst == DAMAGED:
+      raise error or DamagedCheckpoint(step, f'checkpoint {step}: is damaged, {by_another}')
     return record
 
   return choose(workdir, None, checked, note, damaged)
+
+
+class WatchedMeter(Meter):
+  """A meter that ends the process when it is shown nothing for so many seconds."""
+
+  def __init__(self, seconds: float, total: int, ready: int):
+    super().__init__(total, ready)
+    self._watch = watched(seconds, 'the next document of config.data.paths')
+
+  def __enter__(self) -> Meter:
+    self._goes_on = self._watch.__enter__()
+    return super().__enter__()
+
+  def __exit__(self, *error) -> None:
+    self._watch.__exit__(*error)
+    super().__exit__(*error)
+
+  def show(self, size: int, documents: int, tokens: int) -> None:
+    self._goes_on()
+    super().show(size, documents, tokens)
 
 
 def _check_workdir(workdir: pathlib.Path) -> None:
@@ -117,7 +154,7 @@ def _check_workdir(workdir: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def only_run(files: OwnFiles, opened: Opened) -> Iterator[None]:
+def only_run(files: OwnFiles, opened: Opened, hang_seconds: float) -> Iterator[None]:
   """Lets one run at a time write in a workdir; see own_files.py.
 
   The first process of a job takes the lock. Every process must call this, and goes on when that one has
@@ -135,7 +172,7 @@ def only_run(files: OwnFiles, opened: Opened) -> Iterator[None]:
         refusal = f'cannot write ({in_words(error)}); give a folder that can be written'
       if not refusal and max(set(steps(files.workdir)) - set(opened.damaged), default=0) != opened.step:
         refusal = 'another process has saved a checkpoint there; run the same command again'
-    if processes.total(bool(refusal)):
+    if processes.total(bool(refusal), hang_seconds):
       raise BadInput(f'--workdir={files.workdir}: {refusal or "process 0 of this job is refused"}')
     yield
   finally:

@@ -7,6 +7,8 @@ The environment tells where a job runs; the first that applies is used:
     Slurm       a step with several tasks, one per node or per GPU: srun python -m mtp_jax train ...
     TPU         the hosts of one or several slices, on Cloud TPU VMs or GKE; JAX asks the platform
 
+Where the variables tell the address, the processes meet there before JAX starts (meeting.py).
+
 JAX aborts a process when another one of its job is gone. So each process does its work in a child
 process; the parent turns an abort into a message and exit code 1, and forwards signals. SIGTERM,
 SIGHUP or Ctrl-C to any process stops all at the same step; Ctrl-C twice ends that process alone,
@@ -18,19 +20,18 @@ import hashlib
 import importlib.util
 import os
 import signal
-import socket
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from mtp_jax.config import BadInput
 from mtp_jax.config.errors import in_words
 from mtp_jax.report.display import flush, print_stderr
-from mtp_jax.train.watch import Interrupts, heard
+from mtp_jax.train import meeting
+from mtp_jax.train.watch import Interrupts, heard, watched
 
 VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
-WAIT_SECONDS = 300  # that processes wait for each other at the start, and at most at the end
-SAY_AFTER_SECONDS = 10  # of waiting at the start, for whom
+WAIT_SECONDS = 300  # that processes wait for each other at most at the end
 ENDS_SECONDS = 5  # after Ctrl-C twice: a process that waits for another one, within JAX, hears nothing
 STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)  # signals that save a checkpoint
 SAVED = (0, *(128 + number for number in STOPS))  # exit codes after which nothing is lost
@@ -73,11 +74,10 @@ def _slurm_tasks(variables: Mapping[str, str]) -> int:
 
 
 def awaited(where: str, variables: Mapping[str, str]) -> str:
-  """Who must start before this process of a job can go on, in words."""
+  """For whom this process of a job waits while JAX starts, in words."""
   if where == 'variables':
     address, count, index = (variables[name] for name in VARIABLES)
-    others = f'process 0 at {address}' if index != '0' else f'{int(count) - 1} others to come to {address}'
-    return f'process {index} of {count} waits for {others}'
+    return f'process {index} of {count} waits for JAX to start on all of them, at {address}'
   if where == 'slurm':
     return (f'task {variables.get("SLURM_PROCID", "?")} of {_slurm_tasks(variables)} waits for the others, on '
             f'{variables["SLURM_STEP_NODELIST"]}')
@@ -90,7 +90,7 @@ def has_tpu() -> bool:
   return importlib.util.find_spec('libtpu') is not None and bool(devices)
 
 
-def run(work: Callable[[], int], heartbeat_seconds: int) -> int:
+def run(work: Callable[[], int], heartbeat_seconds: int, start_seconds: int) -> int:
   """Does the work, as one process of a job if there are several; returns its exit code.
 
   Args:
@@ -98,6 +98,7 @@ def run(work: Callable[[], int], heartbeat_seconds: int) -> int:
       `jax.distributed` has started.
     heartbeat_seconds: a process that shows no sign of life for so long counts as dead, and all
       others end.
+    start_seconds: that processes wait for each other at the start. Every ten seconds each says for whom.
 
   Raises:
     OSError: another program listens at the address of process 0, which is this one.
@@ -116,15 +117,14 @@ def run(work: Callable[[], int], heartbeat_seconds: int) -> int:
   os.close(held_by_parent)
   os.setpgid(0, 0)  # Ctrl-C then reaches the parent alone, which forwards it once
   threading.Thread(target=_exit_with_parent, args=(parent_is_alive,), daemon=True).start()
-  os._exit(_work(work, where, heartbeat_seconds))
+  os._exit(_work(work, where, heartbeat_seconds, start_seconds))
 
 
 def _check_free(address: str) -> None:
   """Raises OSError where another program listens at host:port: JAX would end with a segmentation fault."""
   port = int(address.rpartition(':')[2])
-  family = {'family': socket.AF_INET6, 'dualstack_ipv6': True} if socket.has_dualstack_ipv6() else {}
   try:
-    socket.create_server(('', port), **family).close()
+    meeting.listening(port).close()
   except (OSError, OverflowError) as error:
     raise OSError(f'JAX_COORDINATOR_ADDRESS={address}: process 0 cannot listen at port {port} ({in_words(error)}); '
                   'end what listens there, such as an earlier job, or set another port on all processes') from None
@@ -168,30 +168,24 @@ def _exit_with_parent(parent_is_alive: int) -> None:
   os._exit(1)
 
 
-def _work(work: Callable[[], int], where: str, heartbeat_seconds: int) -> int:
+def _work(work: Callable[[], int], where: str, heartbeat_seconds: int, start_seconds: int) -> int:
   """In the child: joins the job and does the work; the exit code.
 
   After a failure it does not wait for the other processes, because they wait for this one.
   """
   import jax
-  address = {}
-  if where == 'variables':
-    address = {'coordinator_address': os.environ['JAX_COORDINATOR_ADDRESS'],
-               'num_processes': int(os.environ['JAX_NUM_PROCESSES']),
-               'process_id': int(os.environ['JAX_PROCESS_ID'])}
   code = 1
-  line = f'mtp_jax: {awaited(where, os.environ)}; gives up after {WAIT_SECONDS} seconds'
-  waiting = threading.Timer(SAY_AFTER_SECONDS, print_stderr, [line])
-  waiting.daemon = True
-  waiting.start()
   try:
-    jax.distributed.initialize(**address, initialization_timeout=WAIT_SECONDS,
-                               shutdown_timeout_seconds=WAIT_SECONDS,
-                               heartbeat_timeout_seconds=heartbeat_seconds)
-    waiting.cancel()
+    address = _met(start_seconds) if where == 'variables' else {}
+    with _said_again(f'mtp_jax: {awaited(where, os.environ)}; gives up after {start_seconds} seconds'):
+      jax.distributed.initialize(**address, initialization_timeout=start_seconds,
+                                 shutdown_timeout_seconds=WAIT_SECONDS,
+                                 heartbeat_timeout_seconds=heartbeat_seconds)
     code = work()
     if code in SAVED:
       jax.distributed.shutdown()
+  except _NotAllHaveCome as error:
+    print_stderr(f'mtp_jax: {error}')
   except jax.errors.JaxRuntimeError as error:
     print_stderr(f'mtp_jax: {str(error).splitlines()[0][:300]}')
   except KeyboardInterrupt:
@@ -199,9 +193,38 @@ def _work(work: Callable[[], int], where: str, heartbeat_seconds: int) -> int:
     code = 128 + signal.SIGINT
   except BaseException:
     print_stderr(traceback.format_exc())
-  waiting.cancel()
   flush()
   return code
+
+
+class _NotAllHaveCome(OSError):
+  """A process of the job has not started."""
+
+
+def _met(start_seconds: int) -> dict:
+  """What VARIABLES tell JAX, once all processes of the job have come. Raises _NotAllHaveCome."""
+  address, count, index = (os.environ[name] for name in VARIABLES)
+  try:
+    meeting.meet(address, int(index), int(count), start_seconds, print_stderr)
+  except OSError as error:
+    raise _NotAllHaveCome(in_words(error)) from error
+  return {'coordinator_address': address, 'num_processes': int(count), 'process_id': int(index)}
+
+
+@contextlib.contextmanager
+def _said_again(line: str) -> Iterator[None]:
+  """Prints a line every ten seconds while the block lasts."""
+  ended = threading.Event()
+
+  def say():
+    while not ended.wait(meeting.SAY_SECONDS):
+      print_stderr(line)
+
+  threading.Thread(target=say, daemon=True).start()
+  try:
+    yield
+  finally:
+    ended.set()
 
 
 def interrupts() -> Interrupts:
@@ -237,27 +260,44 @@ def place() -> tuple[int, int]:
   return jax.process_index(), jax.process_count()
 
 
-def total(number: int) -> int:
-  """The sum over all processes. Every process must call it."""
+def total(number: int, hang_seconds: float) -> int:
+  """The sum over all processes. Every process must call it.
+
+  Args:
+    hang_seconds: that it waits for the others; see `watched`.
+  """
+  return int(_gathered([number], hang_seconds, 'to add up a number').sum())
+
+
+def largest(number: int, hang_seconds: float) -> int:
+  """The largest number of all processes; otherwise as `total`."""
+  return int(_gathered([number], hang_seconds, 'to compare a number').max())
+
+
+def _gathered(numbers: list[int], hang_seconds: float, purpose: str):
+  """int32[processes, numbers]"""
   import jax
   import numpy as np
   from jax.experimental import multihost_utils
-  return number if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(number)).sum())
+  values = np.array(numbers, np.int32)
+  if jax.process_count() == 1:
+    return values[None]
+  with watched(hang_seconds, f'the other processes of this job {purpose}'):
+    return multihost_utils.process_allgather(values)
 
 
-def check_same(**texts: str) -> None:
+def check_same(hang_seconds: float, **texts: str) -> None:
   """Checks that each text is the same on all processes. Every process must call it.
+
+  Args:
+    hang_seconds: that it waits for the others; see `watched`.
 
   Raises:
     BadInput: on all processes, naming the first text that differs.
   """
   import jax
-  import numpy as np
-  from jax.experimental import multihost_utils
-  if jax.process_count() == 1:
-    return
-  digests = np.array([_digest(text) for text in texts.values()], np.int32)
-  differs = multihost_utils.process_allgather(digests) != digests  # [processes, texts]
+  digests = [_digest(text) for text in texts.values()]
+  differs = _gathered(digests, hang_seconds, f'to compare {" and ".join(texts)}') != digests  # [processes, texts]
   for i, (name, text) in enumerate(texts.items()):
     if differs[:, i].any():
       mine, other = jax.process_index(), int(differs[:, i].argmax())

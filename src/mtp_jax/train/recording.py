@@ -67,7 +67,7 @@ class Recorder:
     """
     step, self.waiting = self.waiting, None
     if step is not None:
-      with watched(self.config.train.hang_seconds):
+      with watched(self.config.train.hang_seconds, f'the devices to end step {step.number}'):
         self._record(step)
 
   def _record(self, step: Step) -> None:
@@ -91,7 +91,7 @@ class Recorder:
                         f'{metrics["gradient_norm"]:.4g}; {evidence}')
     if cause or n % t.log_every == 0 or n == t.steps:
       metrics |= self.speed.since_last(n, t.steps)
-      metrics |= {'quarantined_rows': processes.total(step.quarantined_rows)}
+      metrics |= {'quarantined_rows': processes.total(step.quarantined_rows, t.hang_seconds)}
       self.log.write(n, 'train', metrics)
       self.display.record(n, metrics)
     else:

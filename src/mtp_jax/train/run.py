@@ -105,8 +105,7 @@ class Run:
 
   def advance(self) -> None:
     """Starts the next step; while it runs, records the one before."""
-    hang_seconds = self.config.train.hang_seconds
-    with self.recorder.speed.waiting(), watched(hang_seconds):
+    with self.recorder.speed.waiting(), self._watched(f'the batch of step {self.step + 1}'):
       batch = next(self.batches)
     fraction = self.step / self.config.train.steps
     active = self.config.objective.active(self.config.model.futures, fraction)
@@ -119,7 +118,7 @@ class Run:
       self._enter_stage(active, rows)
       timed = self.recorder.speed.paused('compile', self.step)
     else:
-      timed = watched(hang_seconds)
+      timed = self._watched(f'the devices to take step {self.step + 1}')
     with timed:
       self.state, metrics = compiled_step(self.config, self.state, batch, self.byte_length_V, fraction, limits)
     self.step += 1
@@ -144,7 +143,8 @@ class Run:
     if is_profiled and not self.profiling:
       jax.profiler.start_trace(str(self.folder / 'profile'))
     if self.profiling and not is_profiled:
-      jax.block_until_ready(self.state)
+      with self._watched(f'the devices to end step {self.step}, the last one of the profile'):
+        jax.block_until_ready(self.state)
       jax.profiler.stop_trace()
       self.display.line(f'profile of the steps up to {self.step} in {self.folder / "profile"}')
     self.profiling = is_profiled
@@ -165,18 +165,27 @@ class Run:
     stopped = []
 
     def batches():
-      for batch in validation_batches(self.held_out, min(n, size), n, *self.share):
+      held_out = validation_batches(self.held_out, min(n, size), n, *self.share)
+      while True:
+        with self._watched('the next batch of held-out rows'):
+          batch = next(held_out, None)
+        if batch is None:
+          return
         yield batch
+        batch_is_done()
         if signal := heard():
           stopped.append(signal)
           return
 
-    with self.recorder.speed.paused('evaluation', self.step):
+    compiles = not self.validation  # which may take longer
+    with (self.recorder.speed.paused('evaluation', self.step),
+          watched(0 if compiles else self.config.train.hang_seconds,
+                  f'the devices to end a batch of the validation after step {self.step}') as batch_is_done):
       metrics = evaluate(self.config, self.state.model, batches(), self.byte_length_V,
                          self.decodable_V, self.mesh)
       if stopped:
         return stopped[0]
-      quarantined_rows = processes.total(self.held_out.quarantined)
+      quarantined_rows = processes.total(self.held_out.quarantined, self.config.train.hang_seconds)
     self.validation = metrics | {'quarantined_rows': quarantined_rows}
     self.recorder.validation(self.step, self.validation)
     return 0
@@ -198,7 +207,7 @@ class Run:
     self.wait()
     if self.step == self.saved_step or self.recorder.bad_in_a_row and self.step < self.config.train.steps:
       return
-    with self.recorder.speed.paused('save', self.step):
+    with self.recorder.speed.paused('save', self.step), self._watched(f'the checkpoint of step {self.step} to begin'):
       self._publish()
       record = {'step': self.step, 'data': self.batches.get_state(), 'guard': self.guard.state(), **self.record}
       fingerprints = self.writer.save(self.step, self.state.model, self.state.without_model(), record)
@@ -210,7 +219,7 @@ class Run:
     if is_local(self.own.workdir):
       return
     owner = self.own.taken()
-    if processes.total(bool(owner)):
+    if processes.total(bool(owner), self.config.train.hang_seconds):
       self.own.leave()
       raise OSError(f'--workdir={self.own.workdir}: {owner or "another run"} trains there now, so this run ends')
     self.own.publish(self.display.line)
@@ -219,10 +228,15 @@ class Run:
     """Waits for the checkpoint that is being written. Where it failed the run goes on, see `_go_on_unsaved`."""
     if self.writer.pending:
       try:
-        with self.recorder.speed.paused('wait_for_save', self.step), watched(self.config.train.hang_seconds):
+        with (self.recorder.speed.paused('wait_for_save', self.step),
+              self._watched(f'the checkpoint of step {self.saved_step} to be written')):
           self.saved_at, self.kept_step = self.writer.wait(), self.saved_step
       except store.NotSaved as error:
         self._go_on_unsaved(error)
+
+  def _watched(self, what: str):
+    """`watched` for config.train.hang_seconds."""
+    return watched(self.config.train.hang_seconds, what)
 
   def _go_on_unsaved(self, error: store.NotSaved) -> None:
     """Tells of a save that failed.
@@ -250,7 +264,7 @@ class Run:
     try:
       self.profile(range(0))
       with (self.events.span('wait_for_save', self.step) if self.writer.pending else contextlib.nullcontext(),
-            watched(self.config.train.hang_seconds)):
+            self._watched(f'the checkpoint of step {self.saved_step} to be written')):
         self.writer.close()
     except store.NotSaved as error:
       if not after_error:
@@ -258,7 +272,8 @@ class Run:
       self.display.line(f'step {self.step}: {error}')
     finally:
       self.files.close()
-      self.own.publish(self.display.line, seconds=None)
+      with self._watched('the last lines of the logs to be copied to the bucket'):
+        self.own.publish(self.display.line, seconds=None)
 
 
 def _name_of_run(workdir: pathlib.Path, opened: Opened) -> str:
