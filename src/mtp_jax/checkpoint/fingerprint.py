@@ -27,11 +27,23 @@ def fingerprint(arrays: dict) -> str:
     arrays: {'trunk.wq_DHK': array, ...} of elements of at most four bytes, on any mesh; those in the memory of the host
       pass through the device's one after the other.
   """
+  return fingerprints(arrays)[0]
+
+
+def fingerprints(arrays: dict) -> list[str]:
+  """The fingerprint as each device of this process finds it. They are equal unless devices hold different copies of
+  an array that is replicated.
+  """
   on_device = [name for name, x in arrays.items() if _is_on_device(x)]
   groups = [on_device, *([name] for name in arrays if name not in on_device)]
-  sums = {}
+  sums = {}  # of each array, by device
   for group in groups:
-    sums |= zip(group, np.asarray(_sums([arrays[name] for name in group])).tolist())
+    by_device = [np.asarray(copy.data).tolist() for copy in _sums([arrays[name] for name in group]).addressable_shards]
+    sums |= zip(group, zip(*by_device))
+  return [_digest(arrays, dict(zip(sums, of_device))) for of_device in zip(*sums.values())]
+
+
+def _digest(arrays: dict, sums: dict) -> str:
   lines = (f'{name} {x.dtype} {x.shape} {sums[name]}\n' for name, x in sorted(arrays.items()))
   return hashlib.sha256(''.join(lines).encode()).hexdigest()[:32]
 

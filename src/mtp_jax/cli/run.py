@@ -51,10 +51,10 @@ def _profiled(steps: str) -> range:
 def _fit(flags, config: Config, profiled: range) -> int:
   import jax
 
-  from mtp_jax.train.fit import NotFinite, fit
+  from mtp_jax.train.fit import NotFinite, NotReproducible, fit
   try:
     outcome = fit(config, flags.workdir, profiled)
-  except NotFinite as error:
+  except (NotFinite, NotReproducible) as error:
     print(f'mtp_jax: {error}', file=sys.stderr)
     return 1
   line = f'step {outcome.step} of {config.train.steps}, '

@@ -177,6 +177,7 @@ def _check_train(c) -> None:
            'must be at least 2, so that there is another where the newest is damaged')
   _require(c, 'train.unsaved_seconds', t.unsaved_seconds >= 0, 'must not be negative; 0 ends at the first that fails')
   _require(c, 'train.hang_seconds', t.hang_seconds >= 0, 'must not be negative; 0 waits forever')
+  _require(c, 'train.self_check_every', t.self_check_every >= 0, 'must not be negative; 0 checks no step')
   _require(c, 'train.rollbacks_allowed', t.rollbacks_allowed >= 0, 'must not be negative; 0 ends the run at once')
   _require(c, 'train.spike_factor', t.spike_factor >= 0, 'must be positive, such as 20, or 0 for no spikes')
   _require(c, 'train.evaluate_every', t.evaluate_every >= 0,

@@ -262,6 +262,10 @@ class TrainConfig:
            'steps is bad and skipped; 0: none is. Gradient norms have heavy tails: of 2,000 steps of a good run '
            '6 skips 29, 10 skips 13 and 20 none')
   spike_window: int = _field(128, 'good steps before which no step counts as a spike')
+  self_check_every: int = _field(
+      0, 'steps between those that are run twice, from the same state and batch; where the results differ in a bit the '
+         'run ends with exit code 1. Such a step takes twice as long, and holds a copy of parameters and moments in '
+         'the memory where they rest; 0: never')
   hang_seconds: float = _field(
       1800.0, 'a wait for devices, data, a checkpoint or another process that takes longer ends the process with exit '
               'code 1, the stacks of all threads and a line; 0: never')

@@ -36,9 +36,10 @@ from mtp_jax.train.nonfinite import NotFinite
 from mtp_jax.train.opening import Opened, only_run, open_run
 from mtp_jax.train.own_files import OwnFiles
 from mtp_jax.train.run import Run
+from mtp_jax.train.self_check import NotReproducible
 from mtp_jax.train.watch import watched
 
-__all__ = ['NotFinite', 'Outcome', 'fit']
+__all__ = ['NotFinite', 'NotReproducible', 'Outcome', 'fit']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,7 @@ def fit(config: Config, workdir, profile_steps: range = range(0), note=print_std
   Raises:
     BadInput: for what the user can fix, before anything is written.
     Damaged, Unreadable: the data cannot be read; a run of one process saves a checkpoint first.
+    NotReproducible: a step that config.train.self_check_every chose gave two results.
     NotFinite: config.train.skipped_allowed steps in a row were bad, after config.train.rollbacks_allowed roll-backs to
       the same checkpoint; their batches are in workdir/nonfinite.
   """

@@ -10,9 +10,7 @@ import dataclasses
 
 import jax
 
-from mtp_jax.checkpoint.fingerprint import fingerprint
 from mtp_jax.checkpoint.record import check_run, check_whole, record_of, steps
-from mtp_jax.checkpoint.store import as_dict, by_path
 from mtp_jax.config import BadInput, Config, folder_path
 from mtp_jax.config.paths import absolute
 from mtp_jax.data.progress import quiet
@@ -23,6 +21,7 @@ from mtp_jax.report.log import finite, read_log
 from mtp_jax.tokenizer import byte_lengths
 from mtp_jax.train.guards import CAUSES, Guard, changes_loss
 from mtp_jax.train.opening import Opened, open_run
+from mtp_jax.train.self_check import digest
 from mtp_jax.train.step import compiled_init, compiled_step, restore
 
 
@@ -77,10 +76,10 @@ def replay(config: Config, workdir, step: int, note=print_stderr) -> Replay:
   left_out = _rows_left_out(opened, newest, log, step)
   with jax.set_mesh(mesh):
     runs = [_run_to(config, workdir, opened, mesh, step, left_out) for _ in range(2)]
-  (digest, metrics), (other_digest, _) = runs
+  (first, metrics), (second, _) = runs
   logged = [record for record in log if record['step'] == step]
   cause = metrics['skip_cause']
-  return Replay(step, start, digest == other_digest, (digest, other_digest),
+  return Replay(step, start, first == second, (first, second),
                 finite(metrics['loss']), CAUSES[cause - 1] if cause else '', bool(logged),
                 logged[0]['loss'] if logged else None)
 
@@ -117,9 +116,9 @@ def _run_to(config: Config, workdir, opened: Opened, mesh, last: int, left_out: 
         guard.forget()
       state, metrics = compiled_step(config, state, next(batches), byte_length_V, n / t.steps, guard.limits(n + 1))
       if n == last - 1:
-        digest = fingerprint(by_path(as_dict({'state': state, 'metrics': metrics})))
+        found = digest(state, metrics)
       metrics = jax.device_get(metrics)
       guard.add(n + 1, metrics['loss'].item(), metrics['gradient_norm'].item(), int(metrics['skip_cause']))
   finally:
     batches.close()
-  return digest, jax.tree.map(lambda x: x.tolist(), metrics)
+  return found, jax.tree.map(lambda x: x.tolist(), metrics)

@@ -1,6 +1,7 @@
 """A run in progress: what it holds between steps, and all that it does but decide what comes next; that is fit.py."""
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import secrets
@@ -33,6 +34,7 @@ from mtp_jax.train.guards import Guard, changes_loss
 from mtp_jax.train.opening import Opened
 from mtp_jax.train.own_files import OwnFiles
 from mtp_jax.train.recording import Recorder, Step
+from mtp_jax.train.self_check import twice
 from mtp_jax.train.step import State, compiled_init, compiled_step, restore
 from mtp_jax.train.watch import watched
 
@@ -119,8 +121,10 @@ class Run:
       timed = self.recorder.speed.paused('compile', self.step)
     else:
       timed = self._watched(f'the devices to take step {self.step + 1}')
+    every = self.config.train.self_check_every
+    advance = functools.partial(twice, self.step + 1) if every and (self.step + 1) % every == 0 else compiled_step
     with timed:
-      self.state, metrics = compiled_step(self.config, self.state, batch, self.byte_length_V, fraction, limits)
+      self.state, metrics = advance(self.config, self.state, batch, self.byte_length_V, fraction, limits)
     self.step += 1
     self.recorder.add(Step(self.step, metrics, batch, rows * self.config.data.length, self.flops_per_token,
                            self.batches.quarantined, limits))
