@@ -21,6 +21,7 @@ FILES = {  # content, and what the line must hold
     'of another package': (b'import no_such_module\n', "No module named 'no_such_module'"),
     'recursion': (b'def get_config():\n  return get_config()\n', 'RecursionError'),
     'exit': (b'import sys\nsys.exit(0)\n', 'SystemExit: 0'),
+    'no Exception': (b'class Odd(BaseException): pass\nraise Odd(1)\n', r'Odd: 1 \(line 2\)'),
     'lines in a message': (b'def get_config(): raise ValueError("x\\n" * 100000)\n', r'ValueError: x x .* \.\.\. '),
     'half a character in a message': (b'def get_config(): raise ValueError("\\udcff")\n', 'ValueError: '),
     'a group of errors': (b'def get_config(): raise ExceptionGroup("a\\nb", [ValueError()])\n', 'ExceptionGroup: a b'),

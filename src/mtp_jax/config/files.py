@@ -120,7 +120,9 @@ def _run_file(flag: str, value: str) -> ml_collections.ConfigDict:
     config = module.get_config(*_argument(value, module.get_config))
   except BadInput as error:
     raise BadInput(f'{where}: {error}') from None
-  except (Exception, SystemExit) as error:
+  except KeyboardInterrupt:
+    raise
+  except BaseException as error:  # a config may exit, or raise what is no Exception
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     line = f' (line {lines[-1]})' if lines else ''
     raise BadInput(one_line(f'{where}: {type(error).__name__}: {error}{line}')) from None
