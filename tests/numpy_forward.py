@@ -4,7 +4,14 @@ import numpy as np
 
 
 def logprobs(model, ids) -> np.ndarray:
-  """float64[M, n - 1, V]: log softmax of every future after every prefix of n ids, the first of which is bos.
+  """float64[M, n - 1, V]: the log softmax of `logits`."""
+  found = logits(model, ids)
+  top = found.max(-1, keepdims=True)
+  return found - top - np.log(np.exp(found - top).sum(-1, keepdims=True))
+
+
+def logits(model, ids) -> np.ndarray:
+  """float64[M, n - 1, V]: logits of every future after every prefix of n ids, the first of which is bos.
 
   Future m at position t is for ids[t + 1 + m]; a sequential one is given ids up to t + m, and 0 beyond the end.
   """
@@ -40,11 +47,8 @@ def logprobs(model, ids) -> np.ndarray:
       if c.module_input == 'chain':
         state = states[-1] if c.hidden_input == 'post_norm' else x
   table = w.embed_VD[...] if c.tie_embeddings else w.unembed_VD[...]
-  logits = np.stack(states) @ table.T
-  if c.logit_cap:
-    logits = c.logit_cap * np.tanh(logits / c.logit_cap)
-  top = logits.max(-1, keepdims=True)
-  return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+  found = np.stack(states) @ table.T
+  return c.logit_cap * np.tanh(found / c.logit_cap) if c.logit_cap else found
 
 
 def _layer(stacked, i: int):
@@ -63,7 +67,11 @@ def _block(c, w, x):
   y = _swiglu(h, f.shared.gate_DF[...], f.shared.up_DF[...], f.shared.down_FD[...])
   for t, h_D in enumerate(h):  # one token and one expert at a time
     affinity = 1 / (1 + np.exp(-h_D @ f.router_DE[...]))
-    chosen = np.argsort(affinity + f.bias_E[...])[-c.experts_per_token:]
+    score = (affinity + f.bias_E[...]).reshape(c.expert_groups, -1)
+    if c.groups_per_token < c.expert_groups:
+      best_two = np.sort(score, -1)[:, -2:].sum(-1)
+      score[np.argsort(best_two)[:-c.groups_per_token]] = -np.inf
+    chosen = np.argsort(score.ravel())[-c.experts_per_token:]
     for e in chosen:
       out = _swiglu(h_D, f.gate_EDW[...][e], f.up_EDW[...][e], f.down_EWD[...][e])
       y[t] += c.expert_scale * affinity[e] / affinity[chosen].sum() * out
@@ -83,6 +91,8 @@ def _attention(c, w, h):
   for i in range(c.heads):
     g = i // (c.heads // c.kv_heads)
     q, k, v = h @ w.wq_DHK[...][:, i], h @ w.wk_DGK[...][:, g], h @ w.wv_DGK[...][:, g]
+    if c.qkv_bias:
+      q, k, v = q + w.q_bias_HK[...][i], k + w.k_bias_GK[...][g], v + w.v_bias_GK[...][g]
     if c.qk_norm:
       q, k = _norm(q, w.q_norm_K[...], c), _norm(k, w.k_norm_K[...], c)
     y = y + _read(_rotated(c, q), _rotated(c, k), v) @ w.wo_HKD[...][i]

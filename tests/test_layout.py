@@ -24,8 +24,9 @@ TEXTS = [path for folder in ('src', 'tests', 'configs', 'docs', 'notebooks', 'la
          for path in sorted((ROOT / folder).rglob('*.py'))]
 
 # From the top floor down: a room may import only rooms below its own floor.
-FLOORS = ['__init__ __main__', 'cli', 'measure', 'formats harness', 'lm', 'train', 'evaluation', 'decode', 'objective',
-          'model', 'data', 'checkpoint', 'report', 'mesh', 'sharding', 'tokenizer', 'chips', 'programs', 'config']
+FLOORS = ['__init__ __main__', 'cli', 'measure', 'harness', 'lm', 'formats', 'train', 'evaluation', 'decode',
+          'objective', 'model', 'data', 'checkpoint', 'report', 'mesh', 'sharding', 'tokenizer', 'chips', 'programs',
+          'config']
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 DOORS = {'orbax': 'checkpoint', 'grain': 'data', 'fsspec': 'data', 'array_record': 'data', 'ml_collections': 'config',
          'etils': 'config', 'tensorboardX': 'report', 'wandb': 'report', 'rich': 'report', 'matplotlib': 'report',

@@ -122,9 +122,10 @@ def test_rms_norm_is_its_equation_in_float32_and_keeps_the_type(assert_close):
   assert_close(found, norm_numpy(np.float64(half), scale, 1e-6), 2**-8)  # rounded once, at the end
 
 
+@pytest.mark.parametrize('qkv_bias', [False, True])
 @pytest.mark.parametrize('qk_norm', [False, True])
-def test_a_block_is_its_equations(tiny, random_model, qk_norm, assert_close):
-  c = tiny(qk_norm=qk_norm, rope_base=50.0, norm_epsilon=0.1)
+def test_a_block_is_its_equations(tiny, random_model, qk_norm, qkv_bias, assert_close):
+  c = tiny(qk_norm=qk_norm, qkv_bias=qkv_bias, rope_base=50.0, norm_epsilon=0.1)
   block = jax.tree.map(lambda x: x[0], random_model(c).trunk)
   x = np.random.default_rng(0).standard_normal((2, 6, 16))
   positions = np.array([[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 0, 0]])
@@ -135,6 +136,8 @@ def test_a_block_is_its_equations(tiny, random_model, qk_norm, assert_close):
   w = {name: np.float64(getattr(part, name)[...]) for part in parts for name in vars(part) if name[-1].isupper()}
   h = norm_numpy(x, w['attention_norm_D'], 0.1)
   q, k, v = (np.einsum('bld,dhk->blhk', h, w[name]) for name in ('wq_DHK', 'wk_DGK', 'wv_DGK'))
+  if qkv_bias:
+    q, k, v = q + w['q_bias_HK'], k + w['k_bias_GK'], v + w['v_bias_GK']
   if qk_norm:
     q, k = norm_numpy(q, w['q_norm_K'], 0.1), norm_numpy(k, w['k_norm_K'], 0.1)
   o = attend_numpy(rotary_numpy(q, positions, 50.0), rotary_numpy(k, positions, 50.0), v, mask_numpy(SEGMENTS_BL))

@@ -14,7 +14,7 @@ from mtp_jax.train import optimizer
 DECAYED = {'embed_VD', 'unembed_VD', 'wq_DHK', 'wk_DGK', 'wv_DGK', 'wo_HKD', 'gate_DF', 'up_DF',
            'down_FD', 'join_CD', 'map_Dd', 'router_DE', 'gate_EDW', 'up_EDW', 'down_EWD'}
 PLAIN = {'final_norm_D', 'attention_norm_D', 'feed_forward_norm_D', 'q_norm_K', 'k_norm_K',
-         'embedding_norm_D', 'hidden_norm_D', 'out_norm_D', 'bias_E'}
+         'embedding_norm_D', 'hidden_norm_D', 'out_norm_D', 'bias_E', 'q_bias_HK', 'k_bias_GK', 'v_bias_GK'}
 
 
 def name(path) -> str:
@@ -80,7 +80,7 @@ def test_updates_are_adamw_as_written(tiny, random_model, clip, assert_close):
 @pytest.mark.parametrize('changes', [{}, {'tie_embeddings': True}], ids=['untied', 'tied'])
 def test_every_parameter_gets_a_gradient_and_only_matrices_decay(
     tiny, random_model, packed, variant, changes):
-  model = random_model(tiny(qk_norm=True, layers=4, **variant, **changes))
+  model = random_model(tiny(qk_norm=True, qkv_bias=True, layers=4, **variant, **changes))
   M = model.config.futures
   run = jax.jit(jax.grad(lambda model, batch: objective.loss(
       model, objective.Read.of(batch, M), jnp.ones(M), ObjectiveConfig(chunk=8))[0]))

@@ -340,6 +340,25 @@ def restore(workdir: pathlib.Path, step: int, **abstract) -> dict:
     return {name: from_dict(tree, loaded[name]) for name, tree in abstract.items()}
 
 
+def parameter(workdir: pathlib.Path, step: int, name: str) -> np.ndarray:
+  """One array of the parameters alone, such as 'trunk.attention.wq_DHK', in the memory of the host.
+
+  Raises:
+    DamagedCheckpoint, BadInput: as `restore`. What the array holds is not compared with its fingerprint.
+  """
+  path, orbax = _folder(workdir) / str(step), _orbax()
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices(backend='cpu')[0])
+
+  def only(at, x):
+    is_wanted = '.'.join(_names(at)) == name
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device) if is_wanted else orbax.PLACEHOLDER
+
+  with _reading(workdir, step):
+    saved = orbax.metadata(path, checkpointable_name='parameters').metadata
+    wanted = jax.tree_util.tree_map_with_path(only, saved, is_leaf=lambda x: hasattr(x, 'shape'))
+    return np.asarray(by_path(orbax.load_checkpointables(path, {'parameters': wanted})['parameters'])[name])
+
+
 def by_path(nested) -> dict:
   """{'trunk.wq_DHK': array, ...}"""
   leaves = jax.tree_util.tree_flatten_with_path(nested, is_leaf=lambda x: hasattr(x, 'shape'))[0]

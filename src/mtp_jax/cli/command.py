@@ -109,9 +109,12 @@ def model_of(flags):
   need(flags, 'workdir')
   need_at_least(flags, step=-1)
   mesh = mesh_sizes(flags.mesh) if 'mesh' in flags and flags.mesh else None
-  from mtp_jax.checkpoint.record import locate, read_record
-  workdir, step = locate(flags.workdir, None if flags.step < 0 else flags.step)
-  read_record(workdir, step, note=lambda line: None)  # refuses a wrong folder before JAX starts
+  workdir, step = flags.workdir, None if flags.step < 0 else flags.step
+  from mtp_jax.formats.detect import is_folder
+  if not is_folder(workdir):  # else of another framework
+    from mtp_jax.checkpoint.record import locate, read_record
+    workdir, step = locate(workdir, step)
+    read_record(workdir, step, note=lambda line: None)  # refuses a wrong folder before JAX starts
   from mtp_jax.lm import load
   data = tuple(flags.data.split(',')) if 'data' in flags and flags.data else None
   return load(workdir, step, tokenizer=flags.tokenizer or None, data=data, mesh=mesh)

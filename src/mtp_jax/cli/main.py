@@ -10,13 +10,13 @@ import typing
 
 from absl import flags as absl_flags
 
-from mtp_jax.cli import data, evaluate, measure, plan, report, run
+from mtp_jax.cli import convert, data, evaluate, measure, plan, report, run
 from mtp_jax.cli.command import FOLDERS, LOCAL, PATHS, Command, exit_code_of, open_standard_streams, say, table
 from mtp_jax.config import BadInput, Config, check_local, expanded, files, nearest
 from mtp_jax.config.paths import check_folder
 
 COMMANDS = {'train': run.COMMANDS['train'], **evaluate.COMMANDS, **run.COMMANDS, **report.COMMANDS, **data.COMMANDS,
-            **measure.COMMANDS, **plan.COMMANDS}
+            **convert.COMMANDS, **measure.COMMANDS, **plan.COMMANDS}
 
 DEFINE = {bool: absl_flags.DEFINE_boolean, int: absl_flags.DEFINE_integer,
           float: absl_flags.DEFINE_float}

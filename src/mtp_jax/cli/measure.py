@@ -33,8 +33,10 @@ def inspect(flags) -> int:
     raise BadInput('inspect: pass either --workdir=DIR or --config=FILE')
   lm = model_of(flags) if flags.workdir else None
   config = lm.config if lm else config_of(flags)
+  from mtp_jax.formats.fitting import FORMATS, problems
   from mtp_jax.measure.counts import counts
   from mtp_jax.model import costs, model
+  formats = {name: problems(name, config.model) for name in FORMATS}
   step, counted, conventions = lm.step if lm else 0, counts(config), model.conventions(config.model)
   sha256 = costs.parameters_sha256(lm.model) if lm else None
   sides, flops_of = (counted, counted['twin']), lambda part: 'total' if part == 'active' else part
@@ -46,11 +48,12 @@ def inspect(flags) -> int:
                   rows),
            'FLOPs of the forward and backward pass; the twin is the same model with one future; active: what a',
            'token uses, of routed experts its own, of the embedding a row', '',
-           *(f'{name}: {value}' for name, value in conventions.items())]
+           *(f'{name}: {value}' for name, value in conventions.items()), '',
+           *(f'export --format={name}: ' + ('; '.join(why) or 'yes') for name, why in formats.items())]
   if lm:
     lines.append(f'parameters SHA-256: {sha256}')
   print_result(flags,
-               {'step': step, **counted, 'conventions': conventions, 'parameters_sha256': sha256,
+               {'step': step, **counted, 'conventions': conventions, 'formats': formats, 'parameters_sha256': sha256,
                        'config': config.to_dict()}, lines)
   return 0
 

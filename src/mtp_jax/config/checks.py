@@ -96,6 +96,7 @@ def _check_model(c) -> None:
     _require(c, 'model.kv_heads', m.kv_heads == m.heads,
              f'latent attention makes keys and values of every head; set {m.heads}, the number of heads')
     _require(c, 'model.qk_norm', not m.qk_norm, 'latent attention norms what it compresses instead; set False')
+    _require(c, 'model.qkv_bias', not m.qkv_bias, 'latent attention has no biases; set False')
   if m.kind in ('parallel', 'linear'):
     _require_multiple(c, 'model.futures', 'model.head_batch')
   _require(c, 'model.logit_cap', m.logit_cap >= 0, 'must be positive, or 0 for none')

@@ -76,6 +76,7 @@ class ModelConfig:
          'with 1, 2 and 4 heads of configs/small.py; on two CPU cores a step of tiny.py takes 1.12 and 1.31 x the '
          'time with 2 and 4')
   qk_norm: bool = _field(False, 'apply RMSNorm to every query and key head before the rotary embedding')
+  qkv_bias: bool = _field(False, 'grouped: add a bias to every query, key and value (Qwen2)')
   rope_base: float = _field(10_000.0, 'base of the wavelengths of the rotary embedding')
   norm_epsilon: float = _field(1e-6, 'added to the mean square in RMSNorm')
   tie_embeddings: bool = _field(False, 'use the embedding as the unembedding')

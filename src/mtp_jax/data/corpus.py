@@ -228,7 +228,9 @@ def tokenizer_of(source: Prepared) -> Tokenizer:
 
 
 def difference(new: dict, old: dict) -> list[str]:
-  """What differs between two identities, a phrase each, such as 'length 32 -> 16'."""
+  """What differs between two identities, a phrase each, such as 'length 32 -> 16'; nothing from that of an import."""
+  if 'imported' in old:  # weights of another framework: nothing was read yet
+    return []
   old = {'order': 1, 'validation': []} | old
   changes = [f'{key} {old.get(key)} -> {value}' for key, value in new.items()
              if key != 'sources' and value != old.get(key)]

@@ -1,123 +1,124 @@
-"""The weights of future 0, written as Hugging Face's Llama holds them.
+"""llama, qwen2, qwen3: the trunk and future 0 as a plain language model, the other futures in a
+folder mtp/.
 
-    llama = export(lm)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama.config))
-    model.load_state_dict({name: torch.from_numpy(array) for name, array in llama.weights.items()})
+The block of future 0 is the last layer; for anticausal heads, which all stand between the trunk and
+future 0, the last layers are those of all futures. Servers refuse tensors that they do not know, so
+the futures' are in a folder of their own:
 
-Here a matrix has its input axes first: q_HK = x_D wq_DHK. torch's Linear holds the transpose, [H*K,
-D]. Both sides rotate the two halves of a query or key against each other (rotary embedding,
-arXiv:2104.09864).
+    mtp/model.safetensors    modules.{k}.* of sequential modules, heads.{m}.* of the block of future m
+
+The three differ in what stands beside queries and keys: nothing, biases, or norms.
 """
-import dataclasses
-import os
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 
-import numpy as np
+from mtp_jax.config import BadInput, ModelConfig
+from mtp_jax.formats.blocks import block, ends, entries, fields, no_parts, trunk, widths_agree
+from mtp_jax.formats.format import Format
+from mtp_jax.formats.tensors import Row, Tensor, tensors
 
-from mtp_jax.config import BadInput
-from mtp_jax.lm import LanguageModel
+MODULE = (
+    Row('enorm.weight', {'embedding_norm_D': 'D'}),
+    Row('hnorm.weight', {'hidden_norm_D': 'D'}),
+    Row('eh_proj.weight', {'join_CD': 'D C'}),
+    Row('norm.weight', {'out_norm_D': 'D'}))
+NEVER = 'logit_cap', 'experts', 'latent', 'linear'
 
+SERVING = """\
+    transformers   transformers.AutoModelForCausalLM.from_pretrained('{folder}')
+    vLLM           vllm serve {folder}
+    SGLang         python -m sglang.launch_server --model-path {folder}
 
-@dataclasses.dataclass(frozen=True)
-class Llama:
-  """A model in the format of Hugging Face's Llama.
-
-  config: arguments of transformers.LlamaConfig. weights: float32 arrays by the names of its state
-    dict.
-  map: the matrix [D, D] of a linear head, as torch's Linear holds it; it is applied before the
-  final norm, where Llama has no matrix. None for every other kind of model.
-  """
-  config: dict
-  weights: dict[str, np.ndarray]
-  map: np.ndarray | None
+They decode with future 0 alone. `mtp/` holds the other futures for mtp_jax; no server reads it.
+"""
 
 
-def export(lm: LanguageModel) -> Llama:
-  """The trunk and future 0 of a model in the format of Hugging Face's Llama.
-
-  Raises:
-    BadInput: the model has parts that Llama has not.
-  """
-  c, decoder, tokenizer = lm.config.model, lm.decoder, lm.tokenizer
-  if c.qk_norm or c.logit_cap or c.experts or c.attention != 'grouped' or c.dtype != 'float32':
-    raise BadInput('--against=transformers: its Llama has no qk_norm, no logit_cap, no experts and no latent '
-                   'attention, and is compared in float32')
-  linear_head = c.kind == 'linear' and c.futures > 1
-  blocks = [*decoder.layers, *(decoder.head(m) for m in decoder.heads_in_forward if c.kind != 'linear')]
-  weights = {'model.embed_tokens.weight': np.array(decoder.embed_VD[:tokenizer.size]),
-             'model.norm.weight': np.array(decoder.final_norm_D),
-             'lm_head.weight': np.array(decoder.unembed_DV.T)}
-  for i, block in enumerate(blocks):
-    weights |= {f'model.layers.{i}.{name}.weight': array
-                for name, array in _block(block, c).items()}
-  config = {'vocab_size': tokenizer.size, 'hidden_size': c.width,
-            'intermediate_size': c.feed_forward,
-            'num_hidden_layers': len(blocks), 'num_attention_heads': c.heads,
-            'num_key_value_heads': c.kv_heads,
-            'head_dim': c.head_width, 'rms_norm_eps': c.norm_epsilon,
-            'max_position_embeddings': 1 << 20,
-            'tie_word_embeddings': False,
-            'rope_parameters': {'rope_type': 'default', 'rope_theta': c.rope_base},
-            'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos,
-            'pad_token_id': tokenizer.pad}
-  return Llama(config, weights, _linear(decoder.head(0).map_Dd[...], c.width) if linear_head
-               else None)
+def heads_in_trunk(c: ModelConfig) -> list[int]:
+  """Futures whose blocks stand between the trunk and future 0, in order."""
+  if c.first_own_head:
+    return []
+  return list(range(c.futures - 1, -1, -1)) if c.kind == 'anticausal' else [0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Decoded:
-  """New ids of each prompt, up to and including eos, and the seconds they took."""
-  ids: list[list[int]]
-  seconds: float
+def plain(c: ModelConfig, zero_bias: bool = False) -> list[Tensor]:
+  """The trunk and what stands between it and future 0."""
+  found = ends(c) + trunk(c, zero_bias)
+  for i, m in enumerate(heads_in_trunk(c), c.trunk_layers):
+    found += tensors(block(c, False, zero_bias), f'model.layers.{i}.', 'futures.', (m,))
+  return found
 
 
-def transformers_decoder(lm: LanguageModel) -> Callable[[list, int], Decoded]:
-  """Greedy decoding by Hugging Face transformers on the CPU, for prompts of equal length.
-
-  Raises:
-    BadInput: transformers is not installed, or its Llama cannot hold the model.
-  """
-  try:
-    import torch
-    import transformers
-  except ImportError as error:
-    raise BadInput(f"--against=transformers: {error}; pip install -e '.[transformers]'") from None
-  exported = export(lm)
-  torch.set_num_threads(len(os.sched_getaffinity(0)))
-  model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**exported.config)).eval()
-  model.load_state_dict({name: torch.from_numpy(array) for name, array in exported.weights.items()})
-  if exported.map is not None:
-    linear = torch.nn.Linear(*exported.map.shape[::-1], bias=False)
-    linear.load_state_dict({'weight': torch.from_numpy(exported.map)})
-    model.model.norm = torch.nn.Sequential(linear, model.model.norm)
-  bos, eos, pad = lm.tokenizer.bos, lm.tokenizer.eos, lm.tokenizer.pad
-
-  def run(prompts: list, max_tokens: int) -> Decoded:
-    ids = torch.tensor(np.stack([lm.row(prompt) for prompt in prompts])).long()
-    start = time.perf_counter()
-    with torch.inference_mode():
-      output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                              max_new_tokens=max_tokens, suppress_tokens=[bos, pad])
-    seconds = time.perf_counter() - start
-    new = output[:, ids.shape[1]:].tolist()
-    return Decoded([row[:row.index(eos) + 1] if eos in row else row for row in new], seconds)
-
-  return run
+def sidecar(c: ModelConfig) -> list[Tensor]:
+  """All other futures."""
+  if c.kind != 'sequential' or c.futures == 1:
+    left = sorted(set(range(c.first_own_head, c.futures)) - set(heads_in_trunk(c)))
+    return [tensor for m in left
+            for tensor in tensors(block(c, False), f'heads.{m}.', 'futures.', (m,))]
+  found = []
+  for k in range(c.own_heads):
+    found += tensors(MODULE, f'modules.{k}.', 'futures.', (k,))
+    found += tensors(block(c, False), f'modules.{k}.', 'futures.block.', (k,))
+  return found
 
 
-def _block(block, c) -> dict[str, np.ndarray]:
-  return {'input_layernorm': np.array(block.attention_norm_D[...]),
-          'post_attention_layernorm': np.array(block.feed_forward_norm_D[...]),
-          'self_attn.q_proj': _linear(block.attention.wq_DHK[...], c.width),
-          'self_attn.k_proj': _linear(block.attention.wk_DGK[...], c.width),
-          'self_attn.v_proj': _linear(block.attention.wv_DGK[...], c.width),
-          'self_attn.o_proj': _linear(block.attention.wo_HKD[...], c.heads * c.head_width),
-          'mlp.gate_proj': _linear(block.feed_forward.gate_DF[...], c.width),
-          'mlp.up_proj': _linear(block.feed_forward.up_DF[...], c.width),
-          'mlp.down_proj': _linear(block.feed_forward.down_FD[...], c.feed_forward)}
+def _entries(c: ModelConfig, architecture: str, model_type: str, **others) -> dict:
+  layers = c.trunk_layers + len(heads_in_trunk(c))
+  return {'architectures': [architecture], 'model_type': model_type, **entries(c),
+          'num_hidden_layers': layers,
+          **others}
 
 
-def _linear(w, inputs: int) -> np.ndarray:
-  """A matrix as torch's Linear holds it: [outputs, inputs]."""
-  return np.array(w).reshape(inputs, -1).T.copy()
+def llama_problems(c: ModelConfig) -> list[str]:
+  found = no_parts(c, *NEVER, 'qk_norm', 'qkv_bias')
+  if c.width % c.heads:
+    found.append(f'transformers wants width={c.width} to be a multiple of heads={c.heads}')
+  return found
+
+
+def llama_fields(config: Mapping) -> dict:
+  if config.get('attention_bias'):
+    raise BadInput('attention_bias=True: a bias after attention is no part of models here')
+  return fields(config)
+
+
+LLAMA = Format(
+    'the trunk and future 0',
+    llama_problems,
+    plain,
+    lambda c: _entries(c, 'LlamaForCausalLM', 'llama', head_dim=c.head_width, attention_bias=False,
+                       mlp_bias=False),
+    llama_fields, SERVING, sidecar)
+
+
+def qwen2_problems(c: ModelConfig) -> list[str]:
+  return no_parts(c, *NEVER, 'qk_norm') + widths_agree(c)
+
+
+def qwen2_fields(config: Mapping) -> dict:
+  return fields(config) | {'qkv_bias': True}
+
+
+QWEN2 = Format(
+    'the trunk and future 0, with biases of queries, keys and values, 0 where the model has none',
+    qwen2_problems,
+    lambda c: plain(c, zero_bias=True),
+    lambda c: _entries(c, 'Qwen2ForCausalLM', 'qwen2', use_sliding_window=False,
+                       sliding_window=None),
+    qwen2_fields, SERVING, sidecar)
+
+
+def qwen3_problems(c: ModelConfig) -> list[str]:
+  found = no_parts(c, *NEVER, 'qkv_bias')
+  return found if c.qk_norm else [*found, 'queries and keys are not normed (qk_norm)']
+
+
+def qwen3_fields(config: Mapping) -> dict:
+  return llama_fields(config) | {'qk_norm': True}
+
+
+QWEN3 = Format(
+    'the trunk and future 0, with norms of queries and keys',
+    qwen3_problems,
+    plain,
+    lambda c: _entries(c, 'Qwen3ForCausalLM', 'qwen3', head_dim=c.head_width, attention_bias=False,
+                       use_sliding_window=False, sliding_window=None),
+    qwen3_fields, SERVING, sidecar)

@@ -13,7 +13,7 @@ from mtp_jax.config import BadInput
 from mtp_jax.decode.drafters import NoDrafts
 from mtp_jax.decode.engine import Engine, measure_pass_seconds
 from mtp_jax.decode.requests import sampling_parameters
-from mtp_jax.formats import llama
+from mtp_jax.formats import against
 from mtp_jax.lm import LanguageModel
 from mtp_jax.report.plot import picture
 
@@ -60,7 +60,7 @@ def benchmark_decode(
     runs.append(functools.partial(lm.generate, max_tokens=max_tokens, draft=lengths[-1], adaptive=True, **options))
   ours = len(runs)
   if against_transformers:
-    runs.append(functools.partial(llama.transformers_decoder(lm), max_tokens=max_tokens))
+    runs.append(functools.partial(against.transformers_decoder(lm), max_tokens=max_tokens))
   for batch in batches:
     if len(held_out) % batch:
       enough = -(-len(held_out) // batch) * batch

@@ -1,11 +1,12 @@
-"""The attention part of a block: grouped-query attention (arXiv:2305.13245), without biases.
+"""The attention part of a block: grouped-query attention (arXiv:2305.13245).
 
     q_BLHK = rotary(h_BLD wq_DHK)    k_BSGK = rotary(h_BSD wk_DGK)    v_BSGK = h_BSD wv_DGK
     y_BLD  = softmax(q k / sqrt(K)) v wo_HKD
 
-Rotary embedding in half-split order (arXiv:2104.09864). What a query may look at is an argument,
-`keys`: the `Documents` of a packed batch in training, a `Cache` in decoding. A block first writes
-the keys and values of its tokens into it, then reads.
+With qkv_bias each of the three has a bias, added before the rotary embedding, which is in half-split order
+(arXiv:2104.09864). What a query may look at is an argument, `keys`: the `Documents` of a packed
+batch in training, a `Cache` in decoding. A block first writes the keys and values of its tokens
+into it, then reads.
 """
 import dataclasses
 
@@ -18,7 +19,7 @@ from mtp_jax.config import ModelConfig
 from mtp_jax.mesh import mesh_order
 from mtp_jax.model import kernels
 from mtp_jax.model.norm import rms_norm
-from mtp_jax.model.parameters import matrix, scale
+from mtp_jax.model.parameters import bias, matrix, scale
 from mtp_jax.sharding import einsum, out, place
 
 
@@ -32,6 +33,8 @@ class GroupedQueryAttention(nnx.Module):
     self.wv_DGK = matrix(rngs, D, D, G, K)
     if c.qk_norm:
       self.q_norm_K, self.k_norm_K = scale(K), scale(K)
+    if c.qkv_bias:
+      self.q_bias_HK, self.k_bias_GK, self.v_bias_GK = bias(H, K), bias(G, K), bias(G, K)
     self.config = c
 
   def write(self, h_BLD, positions_BL, keys):
@@ -39,6 +42,9 @@ class GroupedQueryAttention(nnx.Module):
     c = self.config
     k_BLGK = einsum('BLD,DGK->BLGK', h_BLD, self.wk_DGK[...])
     v_BLGK = einsum('BLD,DGK->BLGK', h_BLD, self.wv_DGK[...])
+    if c.qkv_bias:
+      k_BLGK += self.k_bias_GK[...].astype(k_BLGK.dtype)[None, None]
+      v_BLGK += self.v_bias_GK[...].astype(v_BLGK.dtype)[None, None]
     if c.qk_norm:
       k_BLGK = rms_norm(k_BLGK, self.k_norm_K[...], c.norm_epsilon)
     k_BLGK = rotary(k_BLGK, positions_BL, c.rope_base, keys.slots)
@@ -48,6 +54,8 @@ class GroupedQueryAttention(nnx.Module):
     """What these tokens read from `keys`, which hold their own keys and values already. [B, L, D]"""
     c = self.config
     q_BLHK = einsum('BLD,DHK->BLHK', h_BLD, self.wq_DHK[...])
+    if c.qkv_bias:
+      q_BLHK += self.q_bias_HK[...].astype(q_BLHK.dtype)[None, None]
     if c.qk_norm:
       q_BLHK = rms_norm(q_BLHK, self.q_norm_K[...], c.norm_epsilon)
     q_BLHK = checkpoint_name(rotary(q_BLHK, positions_BL, c.rope_base, keys.slots), 'qkv')

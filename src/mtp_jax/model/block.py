@@ -3,7 +3,7 @@
     x_BLD += attention(norm(x_BLD))
     x_BLD += feed_forward(norm(x_BLD))
 
-Pre-norm, residual, no biases. The same block trains and decodes: `keys` holds the keys and values that its tokens may
+Pre-norm, residual. The same block trains and decodes: `keys` holds the keys and values that its tokens may
 attend to, as the `Documents` of a batch or as a `Cache`. Parameters are float32; `einsum` casts them to the type of
 x_BLD where it uses them.
 """

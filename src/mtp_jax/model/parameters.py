@@ -19,6 +19,11 @@ def scale(size: int) -> nnx.Param:
   return nnx.Param(jnp.ones(size))
 
 
+def bias(*shape: int) -> nnx.Param:
+  """Zeros."""
+  return nnx.Param(jnp.zeros(shape))
+
+
 def stack(make, n: int, key):
   """n modules as one: every parameter with a leading axis of size n (0 is allowed).
 

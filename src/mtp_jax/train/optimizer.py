@@ -7,7 +7,7 @@ Hutter, arXiv:1711.05101).
 
 Its state is a dict by the name of each part: state['adam'].mu, state['adam'].nu,
 state['learning_rate'].count. Weight decay applies to parameters with at least two axes of their
-own (matrices, stacked or not), never to vectors.
+own (matrices, stacked or not), never to vectors and biases.
 """
 import collections
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtp_jax import sharding
 from mtp_jax.config import OptimizerConfig
 from mtp_jax.config.weights import parse_weight
 from mtp_jax.sharding import letters
@@ -36,7 +37,8 @@ def _parts(c: OptimizerConfig, steps: int) -> dict[str, optax.GradientTransforma
 
 def decayed(model):
   """A tree of bools: whether weight decay applies to each parameter."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: len(letters(path)) > 1, model)
+  is_matrix = lambda path: len(letters(path)) > 1 and '_bias_' not in sharding.name(path)
+  return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), model)
 
 
 def schedule(c: OptimizerConfig, steps: int) -> optax.Schedule:

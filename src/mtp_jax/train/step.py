@@ -53,6 +53,11 @@ def init(config: Config, key) -> State:
   if not jax.sharding.get_abstract_mesh().empty:
     place = lambda path, x: jax.sharding.reshard(x, parameter_spec(path, x))
     model = jax.tree_util.tree_map_with_path(place, model)
+  return fresh(config, model)
+
+
+def fresh(config: Config, model: Model) -> State:
+  """The state of a run that begins with this model."""
   zero = jnp.zeros((), jnp.int32)
   moments = optimizer.make(config.optimizer, config.train.steps).init(model)
   return State(zero, zero, zero, model, optimizer.to_storage(config.optimizer, moments))
