@@ -103,10 +103,8 @@ class ModelConfig:
 
   @property
   def own_heads(self) -> int:
-    """Number of heads or modules with weights of their own: the length of the axis M of the
-    model's futures.
-
-    0 in a plain language model; 1 for sequential futures that share a module.
+    """Number of heads or modules with weights of their own: the length of the axis M of the model's futures. 0 in a
+    plain language model; 1 for sequential futures that share a module.
     """
     if self.share_modules:
       return min(1, self.futures - 1)
