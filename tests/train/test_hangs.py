@@ -210,7 +210,7 @@ def without_last(output: str) -> str:
 def test_a_process_that_is_stopped_ends_the_other(tmp_path, index, notices):
   """By its heartbeats, or where these are patient by what the other one waits for."""
   fields = JOB | {'train.steps': 100_000, 'train.hang_seconds': 600, 'train.heartbeat_seconds': 300}
-  fields[f'train.{notices}'] = 5
+  fields[f'train.{notices}'] = 20
   workdir = tmp_path / 'run'
   with kills.job(tmp_path / 'programs', *[kills.train(workdir, tmp_path / 'cache', fields)] * 2) as two:
     until = time.monotonic() + 400
