@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import numpy_forward
 import pytest
+from plain_llama import Llama
 
 import mtp_jax
 from mtp_jax.config import BadInput
@@ -104,6 +105,22 @@ def test_with_the_final_norm_folded_a_module_reads_the_same_before_and_after_it(
     config = exporting.dataclasses.replace(folded.config, model=model)
     found = numpy_forward.logits(exports.model_of(exporting.dataclasses.replace(folded, config=config)), ids)
     assert np.abs(found - wanted).max() < 2e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize('hidden_input, fold, gives', [
+    ('pre_norm', False, 'before'), ('post_norm', True, 'after'), ('pre_norm', True, 'before'),
+    ('pre_norm', True, 'after')])
+def test_the_module_of_mimo_makes_of_the_tensors_what_the_model_makes(tmp_path, hidden_input, fold, gives):
+  """vLLM gives the module the state before the final norm, SGLang the one after it."""
+  source = exports.source({**exports.CASES['mimo'][1], 'hidden_input': hidden_input})
+  export(source, 'mimo', tmp_path / 'out', fold=fold)
+  ids = np.random.default_rng(2).integers(0, 256, 13)
+  wanted = numpy_forward.logits(exports.model_of(source), ids)
+  llama = Llama(settings(tmp_path / 'out'), safetensors.read(tmp_path / 'out', ''))
+  state = llama.state(ids[:-1])
+  given = state if gives == 'before' else llama.norm(state, 'model.norm')
+  assert np.abs(llama.logits(state) - wanted[0]).max() < 2e-5
+  assert np.abs(llama.mimo_logits(given, ids[1:]) - wanted[1]).max() < 2e-5
 
 
 def test_a_scale_of_nearly_0_is_not_folded():

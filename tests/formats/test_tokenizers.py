@@ -68,3 +68,17 @@ def test_a_sentencepiece_model_comes_along_with_its_pieces(sentencepiece_model):
   pieces = content['model']['vocab']
   assert all(a + b in pieces for a, b in content['model']['merges']) and len(content['model']['merges']) >= 100
   assert np.array_equal(sorted(pieces.values()), np.arange(ours.size))
+
+
+@pytest.mark.filterwarnings('ignore')  # those of other packages
+@pytest.mark.parametrize('kind', ['bytes', 'bpe'])
+def test_transformers_finds_the_tokenizer_and_its_special_tokens(tmp_path, sentencepiece_model, kind):
+  transformers = pytest.importorskip('transformers')
+  ours = models(sentencepiece_model)[kind]
+  for name, content in tokenizer_files(ours, 64).items():
+    (tmp_path / name).write_bytes(content)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  for text in ('def f(x):\n  return x', '  é 你好'):
+    assert theirs(text)['input_ids'] == [ours.bos, *ours.encode(text)]
+    assert theirs.decode(theirs(text)['input_ids'], skip_special_tokens=True) == text
+  assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.bos, ours.eos, ours.pad)
