@@ -1,5 +1,7 @@
 """Exported folders: what is in them, and that reading them gives the model back."""
+import gc
 import json
+import weakref
 
 import exports
 import ml_dtypes
@@ -81,6 +83,21 @@ def test_an_export_that_fails_leaves_nothing_of_its_name_and_the_next_one_succee
   assert not wanted.exists()
   export(source, 'llama', wanted)
   assert [path.name for path in tmp_path.iterdir()] == ['out']
+
+
+def test_an_array_is_let_go_before_the_next_is_read(tmp_path):
+  """So a model larger than the memory can be written."""
+  source, alive = exports.source({}), []
+
+  def read(name):
+    gc.collect()
+    assert not [other for other, array in alive if array() is not None], name
+    array = source.read(name).copy()
+    alive.append((name, weakref.ref(array)))
+    return array
+
+  export(exporting.dataclasses.replace(source, read=read), 'llama', tmp_path / 'out')
+  assert {name for name, _ in alive} == set(exporting.arrays_of(source.model).shapes)
 
 
 def test_a_folder_that_is_there_is_not_written_over(tmp_path):

@@ -241,3 +241,29 @@ def test_deepseek_turns_neighbours_of_the_rotary_part_only():
   found, ours = theirs('deepseek_v3', 'model.layers.0.self_attn.kv_b_proj.weight')
   heads = [np.concatenate([ours[f'trunk.attention.{x}_up_AHK'][0][:, h] for x in 'kv'], 1).T for h in range(4)]
   assert np.array_equal(found, np.concatenate(heads))
+
+
+FOREIGN = [
+    ('llama', {'hidden_act': 'gelu'}, "hidden_act='gelu': models here have 'silu'"),
+    ('llama', {'attention_bias': True}, 'attention_bias=True'),
+    ('llama', {'mlp_bias': True}, 'mlp_bias=True'),
+    ('llama', {'num_hidden_layers': None}, 'num_hidden_layers=None: must be a whole number'),
+    ('qwen3', {'use_sliding_window': True}, 'use_sliding_window=True'),
+    ('mellum', {'layer_types': ['sliding_attention'] * 3}, "all must be 'full_attention'"),
+    ('mellum', {'mlp_layer_types': ['sparse'] * 3}, "all must be 'dense'"),
+    ('deepseek_v3', {'scoring_func': 'softmax'}, "scoring_func='softmax'"),
+    ('deepseek_v3', {'topk_method': 'greedy'}, "topk_method='greedy'"),
+    ('deepseek_v3', {'v_head_dim': 8}, 'v_head_dim=8: must be qk_nope_head_dim=6'),
+    ('deepseek_v3', {'rope_interleave': False}, 'rope_interleave'),
+    ('glm4_moe', {'partial_rotary_factor': 0.5, 'rope_parameters': None}, 'partial_rotary_factor=0.5'),
+    ('glm4_moe', {'moe_intermediate_size': 'x'}, 'moe_intermediate_size'),
+    ('meta', {'hidden_dim': None}, 'hidden_dim=None'),
+]
+
+
+@pytest.mark.parametrize('case, changes, why', FOREIGN, ids=lambda x: x if isinstance(x, str) else '')
+def test_a_config_of_another_model_is_refused_by_the_entry(case, changes, why):
+  chosen, c, *_ = tables(case)
+  with pytest.raises(BadInput) as error:
+    chosen.fields(chosen.entries(c) | changes)
+  assert why in str(error.value)
