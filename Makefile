@@ -37,9 +37,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	@echo 'installing in $(VENV): a few minutes'
 	$(PIP) --editable '.[report]'
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
+	@echo 'installing in $(VENV): a few minutes'
 	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/installed

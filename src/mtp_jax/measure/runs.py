@@ -37,7 +37,8 @@ def _config(workdir: pathlib.Path) -> Config:
   try:
     values = json.loads((workdir / CONFIG).read_text())
   except OSError as error:
-    raise BadInput(f'--workdir={workdir}: no {CONFIG} there ({in_words(error)}); give the workdir of a run') from None
+    raise BadInput(f'--workdir={workdir}: no {CONFIG} there ({error.strerror or in_words(error)}); give the workdir '
+                   'of a run') from None
   except ValueError as error:
     raise BadInput(f'{workdir / CONFIG}: not a config ({error}); start the run again, which writes it') from None
   return Config.from_dict(upgraded(values))

@@ -103,11 +103,12 @@ class Display:
 
   def record(self, step: int, values: dict) -> None:
     """Shows a record of the metrics log (`train.fit` lists its keys)."""
+    known = math.isfinite(values.get('mfu', math.nan))
+    mfu = f'MFU {values["mfu"]:.1%}  ' if known else ''
     text = (f'loss {values["loss"]:.4f}  nats {format_numbers(values["nats"])}  '
             f'bits/byte {values["bits_per_byte"]:.3f}  lr {values["learning_rate"]:.2e}  '
             f'grad {values["gradient_norm"]:.2f}  update {values["update_norm"]:.3f}  '
-            f'{values["tokens_per_second"]:,.0f} tokens/s  MFU {values.get("mfu", math.nan):.1%}  '
-            f'data wait {values["data_wait"]:.1%}')
+            f'{values["tokens_per_second"]:,.0f} tokens/s  {mfu}data wait {values["data_wait"]:.1%}')
     if values.get('expert_load'):
       text += f'  busiest expert {max(values["expert_load"]):.1f} x the mean'
     if values['padding']:

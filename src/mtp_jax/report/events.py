@@ -56,7 +56,7 @@ def read_events(workdir) -> list[dict]:
   try:
     lines = path.read_bytes().decode(errors='replace').splitlines()
   except OSError as error:
-    raise BadInput(f'--workdir={workdir}: no {FILE} there ({in_words(error)}); give the workdir of '
+    raise BadInput(f'--workdir={workdir}: no {FILE} there ({error.strerror or in_words(error)}); give the workdir of '
                    'a run') from None
   events = []
   for line in lines:

@@ -101,6 +101,8 @@ def _fit(config: Config, workdir: pathlib.Path, profile_steps: range, note, open
   processes.check_same(t.hang_seconds, data=json.dumps(opened.corpus.identity))
   own = OwnFiles(workdir, config.data.cache, index)
   note(opened.corpus.sides())
+  if opened.record:
+    note(f'resumes after step {opened.step}')
 
   skipped = _skipped_rows(opened)
   with processes.interrupts() as interrupts, jax.set_mesh(mesh):
