@@ -22,6 +22,8 @@ def served() -> Iterator[dict[str, str]]:
   try:
     while server.poll() is None and not _answers(port):
       time.sleep(0.1)
+    if server.poll() is not None:
+      raise RuntimeError(f'{" ".join(command)}: ended with exit code {server.returncode}')
     # without the last one gcsfs asks Google what kind of bucket it is
     yield {'STORAGE_EMULATOR_HOST': address, 'TENSORSTORE_GCS_HTTP_URL': address,
            'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false'}

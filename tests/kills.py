@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 
 from xla_flags import FAST
 
+from mtp_jax.checkpoint.record import steps
 from mtp_jax.config.paths import remove
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -163,8 +164,8 @@ def losses(workdir: pathlib.Path) -> dict[int, str]:
 
 
 def checkpoints(workdir: pathlib.Path) -> list[int]:
-  """Steps that have a folder, oldest first."""
-  return sorted(int(path.name) for path in workdir.glob('checkpoints/*') if path.name.isdigit())
+  """Steps with a complete checkpoint, oldest first."""
+  return steps(workdir)
 
 
 def kill_prepare(folder: pathlib.Path, kills: int, rng: random.Random, note=print) -> bool:
@@ -218,6 +219,7 @@ def kill_train(folder: pathlib.Path, kills: int, rng: random.Random, note=print,
     while done < kills:
       killed = run(train_in(workdir.name), rng.uniform(0.3, 1.1) * seconds, programs)
       if killed.returncode != -signal.SIGKILL:
+        same &= killed.returncode == 0
         break
       done += 1
       note(f'train killed {done} times; checkpoints {checkpoints(workdir)}')

@@ -1,6 +1,7 @@
 """A workdir in a bucket: what a run leaves there is what one on disk leaves, whatever cut it, wherever it went on."""
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -14,13 +15,13 @@ from experiments import experiment, log_of, same_bits, write_config_file
 from test_train import fit_to, state_of
 
 import mtp_jax
-from mtp_jax.checkpoint.record import FOLDER, state, steps
+from mtp_jax.checkpoint.record import FOLDER, all_folders, folders, state, steps
 from mtp_jax.cli.main import main
 from mtp_jax.config import BadInput, folder_path
 from mtp_jax.config.paths import remove
 from mtp_jax.data.progress import quiet
 from mtp_jax.report.events import read_events, split_runs
-from mtp_jax.report.log import FILE
+from mtp_jax.report.log import FILE, read_log
 from mtp_jax.train.fit import fit
 from mtp_jax.train.own_files import OWNER
 
@@ -88,9 +89,20 @@ def test_a_checkpoint_that_was_never_committed_is_passed_over_and_removed_by_the
   fit(config, workdir, note=quiet)
   for name in ('commit_success.txt', 'manifest-0-of-1.json'):
     (workdir / FOLDER / '6' / name).unlink()
+  assert folders(workdir)[-1] == 4
   assert steps(workdir)[-1] == 4 and mtp_jax.load(workdir).step == 4
   assert fit(config, workdir, note=quiet).step == 6
   assert log_of(workdir) == log_of(whole) and state(workdir, 6) == 'whole'
+
+
+def test_a_copy_that_lost_its_commit_marker_is_kept_under_another_name(bucket, on_disk):
+  config, whole = on_disk
+  workdir, lines = folder_path(f'{bucket}/incomplete'), []
+  fit(config, workdir, note=quiet)
+  (workdir / FOLDER / '6' / 'commit_success.txt').unlink()
+  assert fit(config, workdir, note=lines.append).step == 6
+  assert any('6: is incomplete, it was never committed; an older' in line for line in lines)
+  assert (workdir / FOLDER / 'incomplete-6').is_dir() and log_of(workdir) == log_of(whole)
 
 
 def test_a_run_that_was_cut_in_its_first_save_begins_anew(bucket, on_disk):
@@ -126,9 +138,10 @@ def test_a_run_ends_at_its_next_save_once_another_one_has_started(bucket, on_dis
   def note(line):
     if line.startswith('step 3  '):
       (workdir / OWNER).write_text(other)
-  with pytest.raises(OSError, match='^--workdir=gs://bucket/taken: process 1 on b, since .*, trains there now, so'):
+  with pytest.raises(BadInput, match='^--workdir=gs://bucket/taken: process 1 on b, since .*, trains there now, so'):
     fit(config, workdir, note=note)
   assert steps(workdir) == [2] and (workdir / OWNER).read_text() == other
+  assert {record['step'] for record in read_log(workdir)} == {1, 2}  # and no line of the log was written after that
   assert fit(config, workdir, note=quiet).step == 6
 
 
@@ -144,29 +157,34 @@ def test_two_runs_of_one_machine_do_not_train_in_one_bucket_folder(bucket, on_di
   assert refused and log_of(workdir) == log_of(whole)
 
 
-def test_logs_that_cannot_be_copied_end_no_run_and_are_copied_later(bucket, on_disk, monkeypatch):
+@pytest.mark.parametrize('back', [5, 7])
+def test_logs_that_cannot_be_copied_end_no_run_and_are_copied_later(bucket, on_disk, monkeypatch, back):
+  """Before the end of the run, or when it is resumed on the machine that has them."""
   config, whole = on_disk
-  workdir, lines, write = folder_path(f'{bucket}/logs'), [], epath.Path.write_bytes
+  workdir, lines, write = folder_path(f'{bucket}/logs{back}'), [], epath.Path.write_bytes
   def failing(self, content):
-    if self.name == FILE and not any(line.startswith('step 5  ') for line in lines):
+    if self.name == FILE and not any(line.startswith(f'step {back}  ') for line in lines):
       raise OSError('the network is down')
     return write(self, content)
   monkeypatch.setattr(type(workdir), 'write_bytes', failing, raising=False)
+  assert fit_to(config, workdir, 4, lines.append).step == 4
+  told = [line for line in lines if line.startswith(f'{workdir}: the logs ')]
+  assert len(told) == 1 and 'cannot be copied there (the network is down); the run goes on' in told[0]
+  if back > 6:
+    monkeypatch.undo()
   assert fit(config, workdir, note=lines.append).step == 6
-  told = [line for line in lines if line.startswith(f'{workdir}: the logs can')]
-  assert len(told) == 2 and 'cannot be copied there (the network is down); the run goes on' in told[0]
   assert log_of(workdir) == log_of(whole)
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_a_run_in_a_bucket_loses_and_repeats_nothing(bucket, on_disk, tmp_path):
+def test_killed_in_its_saves_a_run_in_a_bucket_loses_and_repeats_nothing(bucket, on_disk, tmp_path):
   config, whole = on_disk
   write_config_file(tmp_path / 'tiny.py', config)
   command = [sys.executable, '-m', 'mtp_jax', 'train', f'--config={tmp_path}/tiny.py', f'--workdir={bucket}/killed']
   workdir, kills = folder_path(f'{bucket}/killed'), 0
-  for known in (1, 2, 4):  # objects of a save in progress, the first of many
+  for known in (0, 2, 4):  # in the save after that step, which writes in place
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while process.poll() is None and not (steps(workdir) and steps(workdir)[-1] >= known):
+    while process.poll() is None and not max([0, *set(all_folders(workdir)) - set(steps(workdir))]) > known:
       time.sleep(0.01)
     kills += process.poll() is None
     process.kill()
@@ -193,9 +211,12 @@ def test_two_processes_train_in_a_bucket_as_on_disk(bucket, tmp_path):
     shutil.rmtree(tmp_path / 'cache' / 'workdirs')
 
 
-def test_other_addresses_are_refused_in_one_line(monkeypatch):
+def test_other_addresses_are_refused_in_one_line(bucket, on_disk, monkeypatch):
+  with pytest.raises(BadInput, match='^--workdir=gs://nowhere/run: the bucket cannot be read or written .*; create it'):
+    fit(on_disk[0], 'gs://nowhere/run', note=quiet)
   with pytest.raises(BadInput, match='^--workdir=s3://b/run: must be a path on this machine or gs://BUCKET/FOLDER'):
     folder_path('s3://b/run')
+  assert str(folder_path('gs:/' + 'bucket/run')) == str(folder_path(pathlib.Path('gs://bucket/run'))) == 'gs://bucket/run'
   with pytest.raises(BadInput, match='^--workdir=gs://b: a bucket without a folder; write gs://BUCKET/FOLDER$'):
     folder_path('gs://b')
 

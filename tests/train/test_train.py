@@ -26,10 +26,13 @@ from mtp_jax.train import step as training
 from mtp_jax.train.fit import Outcome, fit
 
 
-def fit_to(config: Config, workdir, step: int) -> Outcome:
+def fit_to(config: Config, workdir, step: int, note=lambda line: None) -> Outcome:
   """Ends by SIGTERM at `step`; where a validation is due after the step before, in that one."""
-  note = lambda line: line.startswith(f'step {step - 1}  ') and signal.raise_signal(signal.SIGTERM)
-  return fit(config, workdir, note=note)
+  def noted(line):
+    note(line)
+    if line.startswith(f'step {step - 1}  '):
+      signal.raise_signal(signal.SIGTERM)
+  return fit(config, workdir, note=noted)
 
 
 def state_of(config: Config, workdir) -> training.State:

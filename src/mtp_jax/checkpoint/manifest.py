@@ -84,6 +84,11 @@ def read(folder: pathlib.Path) -> dict[str, tuple[int, str]] | None:
   return listed
 
 
+def exists(folder: pathlib.Path) -> bool:
+  """Whether any process has written its part. Raises OSError."""
+  return any(PATTERN.fullmatch(path.name) for path in folder.iterdir())
+
+
 def size_bytes(folder: pathlib.Path) -> int:
   """Of all files of a checkpoint; 0 where they cannot be read."""
   try:

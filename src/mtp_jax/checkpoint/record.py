@@ -54,13 +54,15 @@ def steps(workdir: pathlib.Path) -> list[int]:
 
 
 def folders(workdir: pathlib.Path) -> list[int]:
-  """Steps with a folder, oldest first; in a bucket, where a save writes in place, those that were committed.
+  """Steps with a folder, oldest first; in a bucket, where a save writes in place, those that were once committed:
+  they have a manifest, if not the commit marker any more.
 
   Raises:
     OSError: the folder of all cannot be read.
   """
   found = all_folders(workdir)
-  return found if is_local(folder_path(workdir)) else [step for step in found if is_complete(workdir, step)]
+  was_committed = lambda step: is_complete(workdir, step) or manifest.exists(folder_of(workdir, step))
+  return found if is_local(folder_path(workdir)) else [step for step in found if was_committed(step)]
 
 
 def all_folders(workdir: pathlib.Path) -> list[int]:

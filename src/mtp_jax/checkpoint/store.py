@@ -34,13 +34,14 @@ from mtp_jax.checkpoint.record import (
     DamagedCheckpoint,
     all_folders,
     digest,
+    folders,
     record_of,
     steps,
     unreadable,
 )
 from mtp_jax.config import BadInput, folder_path
 from mtp_jax.config.errors import cannot, in_words
-from mtp_jax.config.paths import absolute, is_local, remove
+from mtp_jax.config.paths import absolute, remove
 
 
 @functools.cache
@@ -184,8 +185,7 @@ class Writer:
     if jax.process_index() == 0:
       with cannot('write', f'--workdir={workdir}', 'give a folder that can be written'):
         _make_folder(self.folder)
-        if is_local(self.folder):
-          _set_aside(self.folder, set(all_folders(workdir)) - set(steps(workdir)), 'incomplete')
+        _set_aside(self.folder, set(folders(workdir)) - set(steps(workdir)), 'incomplete')
         _set_aside(self.folder, damaged, 'damaged')
     self._remove_unfinished()
     self.checkpointer = self._open()
@@ -203,8 +203,8 @@ class Writer:
     if jax.process_index() != 0:
       return
     unfinished = list(self.folder.glob('*.orbax-checkpoint-tmp'))
-    if not is_local(self.folder):  # a bucket cannot rename: there Orbax writes in place, and commits by a last object
-      unfinished += [self.folder / str(step) for step in set(all_folders(self.workdir)) - set(steps(self.workdir))]
+    # a bucket cannot rename: there Orbax writes in place, and commits by a last object
+    unfinished += [self.folder / str(step) for step in set(all_folders(self.workdir)) - set(folders(self.workdir))]
     for path in unfinished:
       remove(path)
 

@@ -28,8 +28,8 @@ def folder_path(path, where: str = '--workdir'):
   text = str(path) if isinstance(path, os.PathLike) else path
   if isinstance(path, os.PathLike) and not is_local(path) and text.startswith(BUCKET):
     return path
-  if is_local(path) and text.startswith('gs:/'):  # pathlib merges slashes
-    text = BUCKET + text.removeprefix('gs:/')
+  if isinstance(text, str) and text.startswith('gs:/'):  # pathlib merges slashes
+    text = BUCKET + text.removeprefix('gs:').lstrip('/')
   if isinstance(text, str):
     check_folder(text, where)
   is_address = isinstance(text, str) and text.startswith(BUCKET)
@@ -74,7 +74,7 @@ def remove(folder) -> None:
   if is_local(folder):
     shutil.rmtree(folder, ignore_errors=True)
     return
-  with contextlib.suppress(OSError):
+  with contextlib.suppress(Exception):  # whatever the bucket's client may raise
     folder.rmtree()
 
 

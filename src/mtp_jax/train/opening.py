@@ -165,15 +165,16 @@ def only_run(files: OwnFiles, opened: Opened, hang_seconds: float) -> Iterator[N
   """
   owner, refusal = None, ''
   try:
-    if files.is_first:
+    if files.is_first or files.bucket is not None:
       try:
-        owner, refusal = files.lock()
+        owner, refusal = files.take()
       except OSError as error:
         refusal = f'cannot write ({in_words(error)}); give a folder that can be written'
+    if files.is_first:
       if not refusal and max(set(steps(files.workdir)) - set(opened.damaged), default=0) != opened.step:
         refusal = 'another process has saved a checkpoint there; run the same command again'
     if processes.total(bool(refusal), hang_seconds):
-      raise BadInput(f'--workdir={files.workdir}: {refusal or "process 0 of this job is refused"}')
+      raise BadInput(f'--workdir={files.workdir}: {refusal or "another process of this job is refused"}')
     yield
   finally:
     if owner:

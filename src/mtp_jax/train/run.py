@@ -16,7 +16,6 @@ from mtp_jax.checkpoint import store
 from mtp_jax.checkpoint.record import CONFIG, RUN, TOKENIZER, run_name
 from mtp_jax.config import Config
 from mtp_jax.config.errors import cannot
-from mtp_jax.config.paths import is_local
 from mtp_jax.data.folder import Folder
 from mtp_jax.data.rows import validation_batches
 from mtp_jax.evaluation.held_out import evaluate
@@ -32,7 +31,7 @@ from mtp_jax.tokenizer import byte_lengths, decodable
 from mtp_jax.train import processes
 from mtp_jax.train.guards import Guard, changes_loss
 from mtp_jax.train.opening import Opened
-from mtp_jax.train.own_files import OwnFiles
+from mtp_jax.train.own_files import OwnFiles, check_owner
 from mtp_jax.train.recording import Recorder, Step
 from mtp_jax.train.self_check import twice
 from mtp_jax.train.step import State, compiled_init, compiled_step, restore
@@ -52,7 +51,6 @@ class Run:
     self.active = ()  # futures that the step computes; known once the first one starts
     self.rows = 0  # of the step
     self.profiling = False
-    own.fetch()
     with cannot('write', f'--workdir={workdir}', 'give a folder that can be written'):
       for name in (EVENTS, METRICS, CONFIG):
         (folder / name).open('a').close()
@@ -219,14 +217,10 @@ class Run:
     self.saved_step = self.step
 
   def _publish(self) -> None:
-    """Copies the logs to a bucket, unless another run has started there, which ends this one by an OSError."""
-    if is_local(self.own.workdir):
-      return
-    owner = self.own.taken()
-    if processes.total(bool(owner), self.config.train.hang_seconds):
-      self.own.leave()
-      raise OSError(f'--workdir={self.own.workdir}: {owner or "another run"} trains there now, so this run ends')
-    self.own.publish(self.display.line)
+    """Copies the logs to a bucket. Raises BadInput if another run has started there."""
+    if self.own.bucket is not None:
+      self.own.publish(self.display.line)
+      check_owner(self.own, processes.total(bool(self.own.taken_by), self.config.train.hang_seconds) > 0)
 
   def wait(self) -> None:
     """Waits for the checkpoint that is being written. Where it failed the run goes on, see `_go_on_unsaved`."""
@@ -276,8 +270,7 @@ class Run:
       self.display.line(f'step {self.step}: {error}')
     finally:
       self.files.close()
-      with self._watched('the last lines of the logs to be copied to the bucket'):
-        self.own.publish(self.display.line, seconds=None)
+      self.own.publish(self.display.line, seconds=60)
 
 
 def _name_of_run(workdir: pathlib.Path, opened: Opened) -> str:
