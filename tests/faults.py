@@ -175,7 +175,7 @@ def steps_not_saved(workdir: pathlib.Path) -> int:
 
 def sigterm(place: Place) -> list[Row]:
   """At random moments after the start of training: a checkpoint is saved and the exit code is 143."""
-  row, longest = Row('SIGTERM'), 0.0
+  row, longest, done = Row('SIGTERM'), 0.0, 'step {0} of {0}'.format(kills.FIELDS['train.steps'])
   expected, seconds = undisturbed(place)
   for n in itertools.count():
     workdir, before = place.folder / f'stopped-{n}', row.injected
@@ -189,7 +189,7 @@ def sigterm(place: Place) -> list[Row]:
       sent = time.perf_counter()
       process.send_signal(signal.SIGTERM)
       [code] = kills.ended([process], kills.PATIENCE_SECONDS)
-      if code == 0:  # it had ended before
+      if code == 0 or done in process.output:  # it had ended before
         break
       longest = max(longest, time.perf_counter() - sent)
       row.injected, row.survived = row.injected + 1, row.survived + (code == 143)
