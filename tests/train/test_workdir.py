@@ -16,6 +16,7 @@ from mtp_jax.report.log import FILE
 from mtp_jax.train.fit import fit
 from mtp_jax.train.opening import only_run, open_run
 from mtp_jax.train.own_files import OWNER, OwnFiles
+from mtp_jax.train.replay import replay
 from mtp_jax.train.run import Run
 
 
@@ -109,6 +110,16 @@ def test_a_run_that_can_save_nothing_for_long_ends(tmp_path, monkeypatch):
     with_a_full_disk(monkeypatch, range(4, 12), lambda: fit(config, tmp_path / 'run', note=quiet))
   assert steps(tmp_path / 'run')[-1] in (4, 2)
   assert fit(config, tmp_path / 'run', note=quiet).step == 12
+
+
+def test_a_replay_begins_at_an_older_checkpoint_where_the_one_before_is_damaged(tmp_path):
+  fields = {'steps': 6, 'checkpoint_every': 2, 'evaluate_every': 0, 'log_every': 1}
+  config, workdir, lines = experiment(tmp_path, train=fields), tmp_path / 'run', []
+  fit(config, workdir, note=quiet)
+  (workdir / FOLDER / '4' / 'parameters' / '_METADATA').write_text('{}')
+  found = replay(config, workdir, 5, lines.append)
+  assert (found.start, found.same) == (2, True) and found.loss == found.logged_loss
+  assert [line for line in lines if '4: is damaged' in line and line.endswith('; an older checkpoint is used')]
 
 
 def test_a_run_whose_only_checkpoint_is_incomplete_is_refused_and_nothing_is_lost(tmp_path):

@@ -7,10 +7,11 @@ the parameters. Where both agree and the log has another loss, the machine erred
 another one. Nothing is written to the workdir.
 """
 import dataclasses
+from collections.abc import Collection
 
 import jax
 
-from mtp_jax.checkpoint.record import check_run, check_whole, record_of, steps
+from mtp_jax.checkpoint.record import DamagedCheckpoint, check_run, check_whole, record_of, steps
 from mtp_jax.config import BadInput, Config, folder_path
 from mtp_jax.config.paths import absolute
 from mtp_jax.data.progress import quiet
@@ -65,12 +66,7 @@ def replay(config: Config, workdir, step: int, note=print_stderr) -> Replay:
     raise BadInput(f'--replay_step={step}: must be a step that the run in {workdir} has done, 1 to {last}')
   keep_programs(config)
   opened = open_run(config, workdir, quiet if jax.process_index() else note)
-  start = max((s for s in steps(workdir) if s < step and s not in opened.damaged), default=0)
-  newest, record = opened.record, None
-  if start:
-    check_whole(workdir, start)
-    record = record_of(workdir, start)
-    check_run(workdir, record)
+  newest, record = opened.record, _record_before(workdir, step, opened.damaged, note)
   opened = dataclasses.replace(opened, record=record)
   mesh = make_mesh(config.mesh)
   left_out = _rows_left_out(opened, newest, log, step)
@@ -79,9 +75,22 @@ def replay(config: Config, workdir, step: int, note=print_stderr) -> Replay:
   (first, metrics), (second, _) = runs
   logged = [record for record in log if record['step'] == step]
   cause = metrics['skip_cause']
-  return Replay(step, start, first == second, (first, second),
+  return Replay(step, opened.step, first == second, (first, second),
                 finite(metrics['loss']), CAUSES[cause - 1] if cause else '', bool(logged),
                 logged[0]['loss'] if logged else None)
+
+
+def _record_before(workdir, step: int, damaged: Collection[int], note) -> dict | None:
+  """That of the newest whole checkpoint before the step; None for the beginning."""
+  for start in sorted((s for s in steps(workdir) if s < step and s not in damaged), reverse=True):
+    try:
+      check_whole(workdir, start)
+      record = record_of(workdir, start)
+      check_run(workdir, record)
+      return record
+    except DamagedCheckpoint as error:
+      note(f'{error}; an older checkpoint is used')
+  return None
 
 
 def _rows_left_out(opened: Opened, newest: dict | None, log: list[dict], step: int) -> int:
