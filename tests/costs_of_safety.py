@@ -73,7 +73,7 @@ def guard_share(config, pairs: int = 40) -> float:
   batch = {'tokens': ids_BT, 'segments': jnp.ones_like(ids_BT), 'positions': position_BT}
   weight_M, ratios = jnp.ones(M), []
   with jax.set_mesh(make_mesh(config.mesh)):
-    states = [training.init(config, jax.random.key(0)) for _ in range(2)]
+    states = [training.compiled_init(config, jax.random.key(0)) for _ in range(2)]
     steps = [jax.jit(functools.partial(step, config), donate_argnums=0) for step in (unguarded_step, guarded_step)]
     for n in range(pairs + 1):
       seconds = []
