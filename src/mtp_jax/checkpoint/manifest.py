@@ -71,7 +71,7 @@ def read(folder: pathlib.Path) -> dict[str, tuple[int, str]] | None:
     ValueError: it cannot be understood.
     OSError: it cannot be read.
   """
-  found = [match for match in (PATTERN.fullmatch(path.name) for path in folder.iterdir()) if match]
+  found = _lists(folder)
   if not found or len(found) < int(found[0].group(2)):
     return None
   listed = {}
@@ -86,7 +86,12 @@ def read(folder: pathlib.Path) -> dict[str, tuple[int, str]] | None:
 
 def exists(folder: pathlib.Path) -> bool:
   """Whether any process has written its part. Raises OSError."""
-  return any(PATTERN.fullmatch(path.name) for path in folder.iterdir())
+  return bool(_lists(folder))
+
+
+def _lists(folder: pathlib.Path) -> list[re.Match]:
+  """The names of the lists that stand in the folder."""
+  return [match for match in (PATTERN.fullmatch(path.name) for path in folder.iterdir()) if match]
 
 
 def size_bytes(folder: pathlib.Path) -> int:

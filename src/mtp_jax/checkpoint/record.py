@@ -248,6 +248,14 @@ def check_whole(workdir, step: int, index: int = 0, count: int = 1, without: str
     raise DamagedCheckpoint(step, f'{folder}: is damaged, {problem}')
 
 
+def whole_record(workdir, step: int, index: int = 0, count: int = 1, without: str = '') -> dict:
+  """The record of a checkpoint of this run, whose files are what was saved. Arguments and errors as `check_whole`."""
+  check_whole(workdir, step, index, count, without)
+  record = record_of(workdir, step)
+  check_run(workdir, record)
+  return record
+
+
 def state(workdir, step: int) -> str:
   """What is known of a checkpoint without loading it: 'whole', or without a manifest 'whole as far
   as its record tells', or why it would not be used. Reads all its files.
@@ -255,8 +263,7 @@ def state(workdir, step: int) -> str:
   if not is_complete(workdir, step):
     return 'incomplete, it was never committed'
   try:
-    check_whole(workdir, step)
-    check_run(workdir, record_of(workdir, step))
+    whole_record(workdir, step)
     has_manifest = manifest.read(folder_of(workdir, step)) is not None
     return 'whole' if has_manifest else 'whole as far as its record tells: it has no manifest'
   except BadInput as error:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mtp_jax import tokenizer as tokenizers
-from mtp_jax.config import BadInput, DataConfig
+from mtp_jax.checkpoint.record import TOKENIZER, check_tokenizer
+from mtp_jax.config import BadInput, Config, DataConfig
 from mtp_jax.config.errors import in_words
 from mtp_jax.data.dataset import dataset_once
 from mtp_jax.data.files import without_file_scheme
@@ -209,6 +210,26 @@ def load_tokenizer(name: str, where: str = 'config.data.tokenizer') -> Tokenizer
     return tokenizers.SentencePiece(Folder(folder, where).read(file))
   except (OSError, BadInput) as error:
     raise BadInput(f'{where}={name!r}: {in_words(error)}') from error
+
+
+def tokenizer_of_run(workdir, record: dict, given, flag: str) -> Tokenizer:
+  """The tokenizer that a checkpoint was trained with.
+
+  Args:
+    given: a file; None: the copy in the workdir, or the file that the config names.
+    flag: what gave it, for messages.
+
+  Raises:
+    BadInput: as `tokenizer.load`, or it is another one.
+  """
+  where, name = flag, given
+  if given is None:
+    where, name = 'config.data.tokenizer', Config.from_dict(record['config']).data.tokenizer
+    if name != 'bytes' and (workdir / TOKENIZER).exists():
+      name = workdir / TOKENIZER
+  tokens = load_tokenizer(str(name), where)
+  check_tokenizer(f'{where}={name}', tokens.digest, record, f'give the original file as {flag}')
+  return tokens
 
 
 def tokenizer_of(source: Prepared) -> Tokenizer:

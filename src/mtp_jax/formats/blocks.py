@@ -90,7 +90,7 @@ def ends(c: ModelConfig) -> list[Tensor]:
 
 def no_parts(c: ModelConfig, *parts: str) -> list[str]:
   """What keeps a format from holding a model that has one of these parts, in words."""
-  said = {
+  reasons = {
       'logit_cap': (c.logit_cap, 'logits are capped (logit_cap)'),
       'qk_norm': (c.qk_norm, 'queries and keys are normed (qk_norm)'),
       'qkv_bias': (c.qkv_bias, 'queries, keys and values have biases (qkv_bias)'),
@@ -99,7 +99,7 @@ def no_parts(c: ModelConfig, *parts: str) -> list[str]:
       'linear': (c.kind == 'linear' and c.futures > 1,
                  'future 0 is a matrix before the final norm (kind linear)'),
       'tie_embeddings': (c.tie_embeddings, 'embedding and unembedding are one (tie_embeddings)')}
-  return [why for present, why in (said[part] for part in parts) if present]
+  return [why for present, why in (reasons[part] for part in parts) if present]
 
 
 def one_module(c: ModelConfig) -> list[str]:

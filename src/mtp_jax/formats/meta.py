@@ -10,7 +10,7 @@ All heads read the trunk's state, and share `norm` and `output`. Rotary pairs ar
 from collections.abc import Mapping
 
 from mtp_jax.config import BadInput, ModelConfig
-from mtp_jax.formats.blocks import no_parts
+from mtp_jax.formats.blocks import no_parts, widths_agree
 from mtp_jax.formats.format import Format
 from mtp_jax.formats.tensors import Row, Tensor, tensors
 
@@ -42,9 +42,7 @@ def problems(c: ModelConfig) -> list[str]:
   found = no_parts(c, 'logit_cap', 'qk_norm', 'qkv_bias', 'experts', 'latent', 'tie_embeddings')
   if c.futures > 1 and c.kind != 'parallel':
     found.append(f'its futures are no parallel heads (kind {c.kind})')
-  if c.head_width * c.heads != c.width:
-    found.append(f'head_width must be width / heads; {c.heads} heads of {c.head_width} are not {c.width}')
-  return found
+  return found + widths_agree(c)
 
 
 def all_tensors(c: ModelConfig) -> list[Tensor]:

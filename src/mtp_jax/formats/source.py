@@ -4,18 +4,10 @@ import pathlib
 import numpy as np
 
 from mtp_jax.checkpoint import store
-from mtp_jax.checkpoint.record import (
-    TOKENIZER,
-    check_conventions,
-    check_run,
-    check_tokenizer,
-    check_whole,
-    choose,
-    record_of,
-)
+from mtp_jax.checkpoint.record import check_conventions, choose, whole_record
 from mtp_jax.config import Config
 from mtp_jax.config.paths import absolute
-from mtp_jax.data.corpus import load_tokenizer
+from mtp_jax.data.corpus import tokenizer_of_run
 from mtp_jax.formats.export import Source
 from mtp_jax.model.model import conventions
 
@@ -28,22 +20,10 @@ def of_checkpoint(workdir: pathlib.Path, step: int | None = None,
     BadInput: there is none, or the tokenizer is another.
   """
   workdir = absolute(workdir)
-
-  def checked(step: int) -> dict:
-    check_whole(workdir, step, without='training')
-    record = record_of(workdir, step)
-    check_run(workdir, record)
-    return record
-
-  record = choose(workdir, step, checked)
+  record = choose(workdir, step, lambda step: whole_record(workdir, step, without='training'))
   config = Config.from_dict(record['config'])
   check_conventions(conventions(config.model), record, workdir)
-  where, name = ('--tokenizer', tokenizer) if tokenizer else ('config.data.tokenizer',
-                                                              config.data.tokenizer)
-  if not tokenizer and name != 'bytes' and (workdir / TOKENIZER).exists():
-    name = str(workdir / TOKENIZER)
-  tokens = load_tokenizer(name, where)
-  check_tokenizer(f'{where}={name}', tokens.digest, record, 'give the original file as --tokenizer')
+  tokens = tokenizer_of_run(workdir, record, tokenizer, '--tokenizer')
   return Source(config, tokens, record, lambda name: store.parameter(workdir, record['step'], name))
 
 

@@ -7,19 +7,10 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from mtp_jax.checkpoint import store
-from mtp_jax.checkpoint.record import (
-    TOKENIZER,
-    check_conventions,
-    check_run,
-    check_tokenizer,
-    check_whole,
-    choose,
-    locate,
-    record_of,
-)
+from mtp_jax.checkpoint.record import check_conventions, choose, locate, whole_record
 from mtp_jax.config import BadInput, Config, local_path
 from mtp_jax.config.paths import absolute
-from mtp_jax.data.corpus import load_tokenizer, other_documents
+from mtp_jax.data.corpus import other_documents, tokenizer_of_run
 from mtp_jax.decode.requests import check_is, one_or_several
 from mtp_jax.formats.detect import is_folder
 from mtp_jax.formats.importing import open_folder
@@ -57,10 +48,7 @@ def load(workdir, step: int | None = None, *, tokenizer: str | None = None,
   workdir = absolute(workdir)
 
   def load_step(step: int) -> LanguageModel:
-    check_whole(workdir, step, without='training')
-    record = record_of(workdir, step)
-    check_run(workdir, record)
-    return _loaded(workdir, record, tokenizer, data, mesh)
+    return _loaded(workdir, whole_record(workdir, step, without='training'), tokenizer, data, mesh)
 
   return choose(workdir, step, load_step)
 
@@ -69,13 +57,7 @@ def _loaded(workdir: pathlib.Path, record: dict, tokenizer, data, mesh) -> Langu
   config = Config.from_dict(record['config'])
   check_conventions(conventions(config.model), record, workdir)
   check_is((str, pathlib.Path, types.NoneType), tokenizer=tokenizer)
-  where, name = 'tokenizer', tokenizer
-  if tokenizer is None:
-    where, name = 'config.data.tokenizer', config.data.tokenizer
-    if name != 'bytes' and (workdir / TOKENIZER).exists():
-      name = workdir / TOKENIZER
-  tokens = load_tokenizer(str(name), where)
-  check_tokenizer(f'{where}={name}', tokens.digest, record, 'give the original file as tokenizer')
+  tokens = tokenizer_of_run(workdir, record, tokenizer, 'tokenizer')
   config = _with_documents(config, data)
   mesh = _mesh(config, mesh)
   with jax.set_mesh(mesh):

@@ -14,15 +14,13 @@ from mtp_jax.checkpoint.record import (
     DamagedCheckpoint,
     check_conventions,
     check_resumes,
-    check_run,
     check_tokenizer,
-    check_whole,
     choose,
     folder_of,
     folders,
     locate,
-    record_of,
     steps,
+    whole_record,
 )
 from mtp_jax.config import BadInput, Config
 from mtp_jax.config.errors import cannot, in_words
@@ -106,9 +104,7 @@ def _newest_record(workdir: pathlib.Path, note: Callable[[str], None], damaged: 
   def checked(step: int) -> dict:
     record, error, kind = None, None, WHOLE
     try:
-      check_whole(workdir, step, *processes.place())
-      record = record_of(workdir, step)
-      check_run(workdir, record)
+      record = whole_record(workdir, step, *processes.place())
     except BadInput as refused:
       error, kind = refused, DAMAGED if isinstance(refused, DamagedCheckpoint) else UNREADABLE
     worst = processes.largest(kind, hang_seconds)

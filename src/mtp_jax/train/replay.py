@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 import jax
 
-from mtp_jax.checkpoint.record import DamagedCheckpoint, check_run, check_whole, record_of, steps
+from mtp_jax.checkpoint.record import DamagedCheckpoint, steps, whole_record
 from mtp_jax.config import BadInput, Config, folder_path
 from mtp_jax.config.paths import absolute
 from mtp_jax.data.progress import quiet
@@ -84,10 +84,7 @@ def _record_before(workdir, step: int, damaged: Collection[int], note) -> dict |
   """That of the newest whole checkpoint before the step; None for the beginning."""
   for start in sorted((s for s in steps(workdir) if s < step and s not in damaged), reverse=True):
     try:
-      check_whole(workdir, start)
-      record = record_of(workdir, start)
-      check_run(workdir, record)
-      return record
+      return whole_record(workdir, start)
     except DamagedCheckpoint as error:
       note(f'{error}; an older checkpoint is used')
   return None
